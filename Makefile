@@ -1,0 +1,61 @@
+# Everything runs in .venv, which is made from pyproject.toml and constraints.txt alone: a fresh machine needs
+# Python (>= 3.10) and make.
+#
+#   make test PYTHON=python3.12       another interpreter
+#   make test PYTEST_ARGS="-k fold"   some of the tests
+#
+# pip takes PyPI's torch, which on Linux brings several GB of CUDA. The CPU build instead:
+#
+#   make test PIP_EXTRA="--extra-index-url https://download.pytorch.org/whl/cpu"
+#
+# (--index-url works too where that index holds every pinned version; PIP_EXTRA goes to each pip call.)
+
+PYTHON ?= python3
+PIP_EXTRA ?=
+PYTEST_ARGS ?=
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_EXTRA) -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help venv test lint demo wheel clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+
+venv: $(STAMP)  ## create .venv with the package, its tests' tools, torchvision and timm
+
+# The stamp is touched last, so an interrupted installation is taken up again.
+# torch goes first, with nothing beside it that could choose another build. torchvision and timm go without their
+# dependencies, because torchvision pins a torch of its own; what they need besides it is named here.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "normswap needs Python 3.10 or newer: make PYTHON=python3.x")'
+	$(PYTHON) -m venv .venv
+	$(PIP_INSTALL) torch
+	$(PIP_INSTALL) --editable ".[test]"
+	$(PIP_INSTALL) --no-deps torchvision timm
+	$(PIP_INSTALL) pillow pyyaml huggingface_hub
+	@touch $@
+
+test: lint  ## lint, then run the tests
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: venv  ## ruff check, ruff format --check, mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+demo: venv  ## convert a small network, fold it, export it, verify it
+	$(BIN)/normswap demo
+
+# setuptools packs whatever an earlier build left in build/, deleted modules included.
+wheel: venv  ## build dist/normswap-*.whl
+	rm -rf build dist
+	$(BIN)/python -m pip wheel --disable-pip-version-check --quiet --no-deps --wheel-dir dist .
+	@rm -rf build
+	@ls dist/*.whl
+
+clean:  ## remove .venv, builds and caches
+	rm -rf .venv build dist *.egg-info .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

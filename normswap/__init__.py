@@ -1,0 +1,54 @@
+"""normswap: replace the BatchNorm layers of a PyTorch network without losing what it has learnt."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from normswap.conversion import Conversion as Conversion
+    from normswap.conversion import convert as convert
+    from normswap.conversion import plan as plan
+    from normswap.conversion import swap_norms as swap_norms
+    from normswap.errors import NormswapError as NormswapError
+    from normswap.exporting import ExportArtifact as ExportArtifact
+    from normswap.exporting import export_onnx as export_onnx
+    from normswap.recipes import Recipe as Recipe
+    from normswap.recipes import all_recipes as all_recipes
+    from normswap.recipes import make_recipe as make_recipe
+    from normswap.records import InitReport as InitReport
+    from normswap.records import Plan as Plan
+    from normswap.verification import Verification as Verification
+    from normswap.verification import verify as verify
+
+# Each public name and the module that holds it: importing normswap imports none of them, and with them not torch.
+_HOMES = {
+    "Conversion": "conversion",
+    "ExportArtifact": "exporting",
+    "InitReport": "records",
+    "NormswapError": "errors",
+    "Plan": "records",
+    "Recipe": "recipes",
+    "Verification": "verification",
+    "all_recipes": "recipes",
+    "convert": "conversion",
+    "export_onnx": "exporting",
+    "make_recipe": "recipes",
+    "plan": "conversion",
+    "swap_norms": "conversion",
+    "verify": "verification",
+}
+
+__all__ = ["__version__", *sorted(_HOMES)]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'normswap' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"normswap.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -1,0 +1,341 @@
+"""Symbolic capture: ``torch.fx`` graphs of everything in a model that can be traced, in train and in eval mode."""
+
+from __future__ import annotations
+
+import inspect
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from normswap.capture.guard import set_mode, untouched
+from normswap.capture.ops import class_of, is_layer, is_norm
+from normswap.errors import InputError
+
+__all__ = ["Capture", "ScopeTracer", "Trace", "capture_symbolic", "hook_barrier"]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The graph of one scope in one mode.
+
+    Args:
+        run: The number of the run that the graph belongs to. A run is one way in which the model may execute: in
+            eval or in train mode, with its optional arguments left out or given.
+        scope: The fqn of the module whose forward was traced; '' is the model.
+        graph: Its nodes' module and attribute targets are fqns *within the scope*; ``node.meta["owner"]`` is the
+            fqn, within the model, of the module whose own forward made the node.
+    """
+
+    run: int
+    scope: str
+    graph: fx.Graph
+
+    def fqn(self, target: str) -> str:
+        """Return a target of this graph as a name within the model."""
+        return f"{self.scope}.{target}" if self.scope and target else self.scope or target
+
+
+@dataclass(frozen=True)
+class Capture:
+    """What was seen of a model's dataflow.
+
+    Args:
+        model: The model, as it was.
+        traces: One graph per scope and run. A scope is the model itself or a child of an opaque module.
+        opaque: The fqns of the modules that could not be traced, each with the reason.
+        modules: Each module under its first fqn.
+        aliases: The fqn under which ``modules`` holds a module, for each of its names.
+        names: All names of a module, by its first fqn.
+        shapes: The shapes seen at each norm's input on the example inputs, as (axes, positions per channel), by the
+            norm's fqn or key.
+    """
+
+    model: nn.Module
+    traces: tuple[Trace, ...]
+    opaque: dict[str, str]
+    modules: dict[str, nn.Module]
+    aliases: dict[str, str]
+    names: dict[str, tuple[str, ...]]
+    shapes: dict[str, frozenset[tuple[int, int]]] = field(default_factory=dict)
+
+    def module_of(self, trace: Trace, node: fx.Node) -> nn.Module | None:
+        """Return the module that ``node`` calls, None where it calls none."""
+        if node.op != "call_module":
+            return None
+        return self.modules[self.aliases[trace.fqn(str(node.target))]]
+
+
+def capture_symbolic(model: nn.Module) -> Capture:
+    """Trace ``model`` in every way it may run: in eval and train mode, optional arguments left out and given; read-only.
+
+    A module that cannot be traced becomes an opaque leaf and its children are traced as scopes of their own, so that
+    one data-dependent branch hides its own module's dataflow and nothing else.
+
+    Raises:
+        InputError: ``model`` is a wrapper that hides its modules (DataParallel, a compiled model, TorchScript).
+    """
+    _refuse_wrappers(model)
+    modules = dict(model.named_modules())
+    first = {id(module): fqn for fqn, module in modules.items()}
+    aliases = {fqn: first[id(module)] for fqn, module in model.named_modules(remove_duplicate=False)}
+    names: dict[str, tuple[str, ...]] = defaultdict(tuple)
+    for alias, fqn in aliases.items():
+        names[fqn] += (alias,)
+    traces: list[Trace] = []
+    opaque: dict[str, str] = {}
+    with untouched(model):
+        defaults = _defaults(model)
+        for run, (training, given) in enumerate(product((False, True), ({}, None) if defaults else (None,))):
+            set_mode(model, training)
+            arguments = defaults if given is None else given
+            hidden: dict[str, str] = {}
+            scopes = list(_trace_scopes(model, run, arguments, hidden))
+            if arguments or not defaults or "" not in hidden:
+                traces.extend(scopes)
+                opaque.update(hidden)
+    return Capture(model, tuple(traces), opaque, modules, aliases, dict(names))
+
+
+def hook_barrier(value: Any) -> Any:
+    """Stand in a graph where a forward hook sees, and may change, a value."""
+    return value
+
+
+def _defaults(module: nn.Module) -> dict[str, Any]:
+    """Return the optional arguments of ``module``'s forward, with their defaults."""
+    try:
+        parameters = inspect.signature(type(module).forward).parameters.values()
+    except (TypeError, ValueError):
+        return {}
+    constants = (type(None), bool, int, float, str)
+    return {p.name: p.default for p in parameters if p.default is not p.empty and isinstance(p.default, constants)}
+
+
+def _trace_scopes(
+    model: nn.Module, run: int, arguments: dict[str, Any], opaque: dict[str, str]
+) -> Iterator[Trace]:
+    pending = [("", model)]
+    done: set[int] = set()
+    while pending:
+        scope, module = pending.pop(0)
+        if id(module) in done:
+            continue
+        done.add(id(module))
+        tracer = ScopeTracer(scope)
+        refused: list[tuple[str, nn.Module, str]] = []
+        if reason := _no_forward(module):
+            # A container (ModuleList) has no dataflow of its own and hides none.
+            if module._modules and reason != "container":
+                refused.append((scope, module, reason))
+            else:
+                pending.extend(_children(scope, module))
+        else:
+            try:
+                graph = tracer.trace(module, (_defaults(module) if scope else arguments) or None)
+            except Exception as cause:
+                refused.append((scope, module, _reason(cause)))
+            else:
+                yield Trace(run, scope, graph)
+                refused.extend(tracer.refused)
+        for fqn, hidden, why in refused:
+            opaque.setdefault(fqn, why)
+            pending.extend(_children(fqn, hidden))
+
+
+def _children(scope: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the children worth a scope of their own: leaves have no dataflow to trace."""
+    named = [(f"{scope}.{name}" if scope else name, child) for name, child in module.named_children()]
+    return [(fqn, child) for fqn, child in named if not _is_leaf(child)]
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    if is_layer(module) or is_norm(module):
+        return True
+    cls = class_of(module)
+    containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    return cls.__module__.startswith(("torch.nn.", "torch.ao.nn.")) and not isinstance(module, containers)
+
+
+def _no_forward(module: nn.Module) -> str | None:
+    """Return why ``module``'s forward is not the one of its class, or that it has none."""
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        return "container"
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the instance"
+    if type(module).forward is nn.Module.forward:
+        return "container"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "TorchScript cannot be traced"
+    return None
+
+
+def _reason(cause: Exception) -> str:
+    """Return one line that tells a person what in the forward stood in the way."""
+    text = (str(cause).splitlines() or [""])[0].strip()
+    if isinstance(cause, fx.proxy.TraceError):
+        text = text or "control flow on a value"
+    return f"{type(cause).__name__}: {text}"[:160]
+
+
+def _refuse_wrappers(model: nn.Module) -> None:
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        what, hint = "a compiled model", "convert the model before torch.compile (here: model._orig_mod)"
+    elif isinstance(model, torch.jit.ScriptModule):
+        what, hint = "a TorchScript model", "convert the Python model that it was made from"
+    elif class_of(model).__module__.startswith("torch.nn.parallel"):
+        what, hint = f"wrapped in {class_of(model).__name__}", "convert model.module, and wrap the result again"
+    else:
+        return
+    raise InputError(f"the model is {what}; its modules cannot be replaced", code="wrapped-model", hint=hint)
+
+
+class ScopeTracer(fx.Tracer):
+    """``torch.fx``'s tracer, read-only and undeterred.
+
+    Layers and norms are leaves whatever their class, as are torch.nn's other modules. A submodule whose forward
+    cannot be traced becomes a leaf, too, and is listed in ``refused``. Buffers are recorded and not touched. Hooks
+    are not run: a barrier node stands where one would see a value.
+
+    Args:
+        scope: The fqn of the module that is going to be traced.
+        own_forward_only: Record only the module's own forward: every submodule is a leaf.
+        rank: The number of axes of the inputs, where it is known: tests of it are then no branch.
+    """
+
+    proxy_buffer_attributes = True
+
+    def __init__(self, scope: str = "", *, own_forward_only: bool = False, rank: int | None = None) -> None:
+        super().__init__(autowrap_functions=(hook_barrier,), param_shapes_constant=True)
+        self.scope_fqn, self.own_forward_only, self.rank = scope, own_forward_only, rank
+        self.refused: list[tuple[str, nn.Module, str]] = []
+        self._owner = scope
+        self._tensor_names: dict[int, str] = {}
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """Trace ``root``."""
+        for name, tensor in (*root.named_parameters(), *root.named_buffers()):
+            self._tensor_names.setdefault(id(tensor), name)
+        return super().trace(root, concrete_args)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Tell whether a call of ``m`` is one node."""
+        return self.own_forward_only or _is_leaf(m)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """Return what the forward sees of ``node``."""
+        if node.op == "placeholder" and self.rank is not None:
+            return _RankedProxy(node, self)
+        return super().proxy(node)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """Record whose forward made the node."""
+        node = super().create_node(*args, **kwargs)
+        node.meta["owner"] = self._owner
+        return node
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Record a leaf as one node and trace through every other module, as far as that goes."""
+        name = self.path_of_module(m)
+        if m._forward_pre_hooks:
+            args = self._barrier(args)
+        if self.is_leaf_module(m, name):
+            value = self.create_proxy("call_module", name, args, kwargs)
+        else:
+            value = self._trace_through(m, name, args, kwargs)
+        return self._barrier(value) if m._forward_hooks else value
+
+    def _trace_through(self, m: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        fqn = f"{self.scope_fqn}.{name}" if self.scope_fqn else name
+        caller, before = self._owner, len(self.graph.nodes)
+        self._owner = fqn
+        try:
+            if isinstance(m, torch.jit.ScriptModule):
+                raise TypeError("TorchScript cannot be traced")
+            return m.forward(*args, **kwargs)
+        except Exception as cause:
+            for node in list(self.graph.nodes)[: before - 1 : -1] if before else list(self.graph.nodes)[::-1]:
+                self.graph.erase_node(node)
+            self._owner = caller
+            self.refused = [r for r in self.refused if not r[0].startswith(fqn + ".")]
+            self.refused.append((fqn, m, _reason(cause)))
+            return self.create_proxy("call_module", name, args, kwargs)
+        finally:
+            self._owner = caller
+
+    def _barrier(self, value: Any) -> Any:
+        def guard(leaf: Any) -> Any:
+            if not isinstance(leaf, fx.Proxy):
+                return leaf
+            return self.create_proxy("call_function", hook_barrier, (leaf,), {})
+
+        return pytree.tree_map(guard, value)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        """Return a proxy for a parameter or buffer; its shape stays a constant, so that tests of it are no branch."""
+        if not isinstance(attr_val, Tensor):
+            return attr_val
+        name = self._tensor_names.get(id(attr_val))
+        if name is None:
+            return attr_val
+        # Not cached: a cached node may stand in a part of the graph that is erased when a submodule is refused.
+        return self.create_proxy(
+            "get_attr",
+            name,
+            (),
+            {},
+            proxy_factory_fn=lambda node: _TensorProxy(node, self, attr_val),
+        )
+
+
+class _RankedProxy(fx.Proxy):
+    """An input whose number of axes is known."""
+
+    tracer: ScopeTracer
+
+    @property
+    def ndim(self) -> int:
+        return self.tracer.rank or 0
+
+    def dim(self) -> int:
+        return self.ndim
+
+
+class _TensorProxy(fx.Proxy):
+    """A parameter or buffer whose shape, dtype and device are known: asking for them is no dataflow."""
+
+    def __init__(self, node: fx.Node, tracer: fx.Tracer, tensor: Tensor) -> None:
+        super().__init__(node, tracer)
+        self.tensor = tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.tensor.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.tensor.ndim
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensor.device
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.tensor.size() if dim is None else self.tensor.size(dim)
+
+    def dim(self) -> int:
+        return self.tensor.dim()
+
+    def numel(self) -> int:
+        return self.tensor.numel()

@@ -1,0 +1,278 @@
+"""The pipeline: capture, match, plan, rewrite, initialize. Each stage is a module of its own."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normswap.capture import capture_symbolic
+from normswap.capture.guard import set_mode, untouched
+from normswap.capture.observed import norm_input_shapes, run_on
+from normswap.errors import InitializationError, InputError, NothingToConvertError, VerificationError
+from normswap.initialization.absorb import absorb
+from normswap.initialization.moments import Moments, input_moments, measure_statistics, noise_like
+from normswap.inputs import Inputs, as_inputs, bind_batches, make_up_inputs
+from normswap.matching import match
+from normswap.planning import make_plan
+from normswap.recipes import Recipe, make_recipe
+from normswap.records import InitReport, InitRow, Plan
+from normswap.rewriting import Placed, rewrite
+from normswap.verification import Verification, verify
+
+__all__ = ["Conversion", "convert", "plan", "swap_norms"]
+
+METHODS = ("absorb", "none")
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a conversion gave.
+
+    Args:
+        model: The converted model.
+        plan: What was done.
+        init: How the new parts got their values.
+        check: For an exact recipe, the comparison of both models' outputs; None where there were no inputs for it.
+    """
+
+    model: nn.Module
+    plan: Plan
+    init: InitReport
+    check: Verification | None
+
+
+def swap_norms(model: nn.Module, to: str | Recipe = "gn+ws", **options: Any) -> nn.Module:
+    """Return ``model`` with its BatchNorms swapped for the recipe ``to``; what it has learnt is kept.
+
+    The arguments are those of :func:`convert`, which also returns the plan and the reports.
+    """
+    return convert(model, to, **options).model
+
+
+def plan(
+    model: nn.Module,
+    to: str | Recipe = "gn+ws",
+    *,
+    example_inputs: Any = None,
+    calibration: Any = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    **options: Any,
+) -> Plan:
+    """Return what :func:`convert` would do; the model is only read, and may be on the meta device."""
+    recipe = make_recipe(to, options)
+    example = None if example_inputs is None else as_inputs(example_inputs)
+    return _plan(model, recipe, example, include, exclude, calibration is not None)
+
+
+def convert(
+    model: nn.Module,
+    to: str | Recipe = "gn+ws",
+    *,
+    example_inputs: Any = None,
+    calibration: Any = None,
+    init: str = "absorb",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    plan: Plan | None = None,
+    inplace: bool = False,
+    check: bool = True,
+    **options: Any,
+) -> Conversion:
+    """Swap a model's BatchNorms for another normalization.
+
+    Args:
+        model: The model; left as it is unless ``inplace``.
+        to: A recipe's name, or a recipe.
+        example_inputs: Inputs of the model: a tensor, a tuple, or a dict by keyword. They decide what the graph leaves
+            open (ranks, hidden consumers) and serve the check of exact recipes.
+        calibration: Unlabelled data: a tensor, tuple or dict of inputs, or an iterable of those, such as a DataLoader.
+            Entries that ``forward`` does not require (labels) are left out.
+        init: ``"absorb"`` keeps the model's function, exactly under an exact recipe and closely under the others;
+            ``"none"`` leaves the new norms fresh.
+        include: Globs of the norms to convert; default all.
+        exclude: Globs of norms to leave as they are.
+        plan: A plan to replay instead of making one.
+        inplace: Convert ``model`` itself.
+        check: Whether an exact recipe verifies that the output stayed, on ``example_inputs`` or on inputs made up.
+        **options: Options of the recipe.
+
+    Returns:
+        The converted model with its plan and reports.
+
+    Raises:
+        NothingToConvertError: No norm of the model can be converted.
+        VerificationError: An exact recipe moved the output.
+        InputError: An argument does not fit.
+    """
+    if init not in METHODS:
+        raise InputError(f"init={init!r} is unknown", code="unknown-init", hint=f"choose from {', '.join(METHODS)}")
+    if plan is not None and not isinstance(to, Recipe):
+        to, options = plan.recipe, dict(plan.options)
+    recipe = make_recipe(to, options)
+    example = None if example_inputs is None else as_inputs(example_inputs)
+    _refuse_unfit(model)
+    if plan is None:
+        plan = _plan(model, recipe, example, include, exclude, calibration is not None)
+    if not plan.steps:
+        raise NothingToConvertError(
+            f"no norm of the {plan.model} can be converted by '{recipe.name}'",
+            code="nothing-to-convert",
+            hint=_first_reason(plan),
+        )
+    notes: list[str] = []
+    batches = None if calibration is None else list(bind_batches(model, calibration, notes))
+    statistics = _missing_statistics(model, plan, batches)
+    moments, assumption = ({}, "") if init == "none" else _moments(model, plan, recipe, batches, example)
+    reference = _reference(model, recipe, example, check and init != "none")
+    target = model if inplace else _copy(model)
+    placed = [_with_statistics(p, statistics) for p in rewrite(target, plan, recipe)]
+    rows = tuple(InitRow(p.step.site.norm, "fresh") if init == "none" else absorb(p, moments) for p in placed)
+    report = InitReport(init, rows, tuple(n for n in (*notes, assumption) if n))
+    return Conversion(target, plan, report, _self_check(target, reference))
+
+
+def _plan(
+    model: nn.Module,
+    recipe: Recipe,
+    example: Inputs | None,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    has_data: bool,
+) -> Plan:
+    capture = capture_symbolic(model)
+    if example is not None:
+        capture = dataclasses.replace(capture, shapes=norm_input_shapes(model, example))
+    matches = match(capture, example, has_data=has_data)
+    return make_plan(
+        type(model).__name__, matches, recipe, include=include, exclude=exclude, has_data=has_data
+    )
+
+
+def _refuse_unfit(model: nn.Module) -> None:
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        if not value.is_meta and value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise InputError(
+                f"'{name}' holds NaN or infinite values",
+                code="weights-not-finite",
+                hint="convert a checkpoint from before the training diverged",
+            )
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as cause:
+        raise InputError(
+            f"the model cannot be copied: {type(cause).__name__}: {cause}",
+            code="not-copyable",
+            hint="convert it in place (inplace=True), after saving its state dict",
+        ) from cause
+
+
+def _first_reason(plan: Plan) -> str:
+    norms = [skip for skip in plan.skips if skip.what == "norm"]
+    return f"'{norms[0].name}': {norms[0].reason}" if norms else "the model has no BatchNorm"
+
+
+def _missing_statistics(
+    model: nn.Module, plan: Plan, batches: Sequence[Inputs] | None
+) -> dict[str, tuple[Tensor, Tensor]]:
+    missing = [s.site.norm for s in plan.steps if not s.site.has_statistics]
+    if not missing:
+        return {}
+    if batches is None:
+        raise InputError(
+            f"'{missing[0]}' stores no running statistics",
+            code="no-statistics",
+            hint="give calibration data, from which they are measured",
+        )
+    return measure_statistics(model, missing, batches)
+
+
+def _with_statistics(placed: Placed, statistics: Mapping[str, tuple[Tensor, Tensor]]) -> Placed:
+    measured = statistics.get(placed.step.site.norm)
+    if measured is None:
+        if placed.state.mean is None:
+            raise InitializationError(
+                f"the calibration data never reaches '{placed.step.site.norm}', which stores no statistics",
+                code="no-statistics",
+                hint="exclude it, or give data that reaches it",
+            )
+        return placed
+    return dataclasses.replace(placed, state=dataclasses.replace(placed.state, mean=measured[0], var=measured[1]))
+
+
+def _moments(
+    model: nn.Module, plan: Plan, recipe: Recipe, batches: Sequence[Inputs] | None, example: Inputs | None
+) -> tuple[dict[str, Moments], str]:
+    """Return the input moments of the layers that are going to be standardized, and what was assumed for them."""
+    layers = []
+    for step in plan.steps:
+        part = recipe.weight(step.site) if step.site.layer else None
+        if part is not None and part.centres and step.site.layer:
+            layers.append(step.site.layer)
+    if not layers or any(p.is_meta for p in model.parameters()):
+        return {}, ""
+    if batches is not None:
+        return input_moments(model, layers, batches, shaped=False), ""
+    inputs = example if example is not None else make_up_inputs(model)
+    moments: dict[str, Moments] = {}
+    for noise in () if inputs is None else (noise_like(inputs), noise_like(inputs, batch=2), inputs):
+        try:
+            moments = input_moments(model, layers, [noise], shaped=True)
+            break
+        except Exception:  # a model may take no other batch size than the example's
+            continue
+    if len(moments) < len(layers):
+        return moments, (
+            "no data was given and no inputs could be made up that reach every layer: give example_inputs or, better, "
+            "calibration data; elsewhere the filters' means were removed evenly, which loses most of the model"
+        )
+    return moments, (
+        "no data was given: the filters' means were removed by the moments of noise that has, at each BatchNorm, the "
+        "recorded mean and variance; a few hundred unlabelled samples (calibration=) keep more of the model"
+    )
+
+
+def _reference(model: nn.Module, recipe: Recipe, example: Inputs | None, check: bool) -> tuple[Any, Inputs] | None:
+    """Return the model's eval output on inputs to check an exact recipe with; None where there is nothing to check."""
+    if not (recipe.exact and check):
+        return None
+    inputs = example if example is not None else make_up_inputs(model)
+    return None if inputs is None else (_eval_output(model, inputs), inputs)
+
+
+def _eval_output(model: nn.Module, inputs: Inputs) -> Any:
+    with untouched(model, values=True):
+        set_mode(model, False)
+        return run_on(model, inputs)
+
+
+def _self_check(model: nn.Module, reference: tuple[Any, Inputs] | None) -> Verification | None:
+    """Compare the converted model with the original's output; raises where an exact recipe moved it."""
+    if reference is None:
+        return None
+    expected, inputs = reference
+    result = verify(lambda *_, **__: expected, lambda *_, **__: _eval_output(model, inputs), inputs, rtol=_rtol(model))
+    if not result.ok:
+        raise VerificationError(
+            f"the converted model's output moved by {result.max_rel:.1e} of its size; an exact recipe must keep it",
+            code="self-check",
+            hint="report this model; check=False converts it nevertheless",
+        )
+    return result
+
+
+def _rtol(model: nn.Module) -> float:
+    """Return what rounding may move: a wrong absorption moves the output by a good part of itself."""
+    dtypes = {p.dtype for p in model.parameters()}
+    if dtypes & {torch.float16, torch.bfloat16}:
+        return 0.1
+    return 1e-3 if torch.float32 in dtypes else 1e-9

@@ -1,0 +1,1 @@
+"""A small trained BatchNorm network and real handwritten digits, so that examples run out of the box."""

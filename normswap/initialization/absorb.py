@@ -1,0 +1,107 @@
+"""Initialize from the BatchNorm itself: exact where the recipe is a reparameterization, absorbed where it is not.
+
+With BatchNorm in evaluation, per channel, ``y = γ (x − μ)/σ + β``, ``σ = sqrt(var + eps)``, ``x = W·u + b``:
+
+- a recipe without division (``wn+mobn``, ``wn``, ``mobn``, ``none``) takes γ/σ into the weight and is the same function;
+- a per-sample norm gets (x − μ)/σ out of the layer, whose channels have mean 0 and variance ``r = var/(var + eps)`` over
+  the data, and takes ``γ·sqrt(r_g + eps')`` and β: with each new norm replaced by its own affine at those expected
+  statistics, the converted model *is* the original.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from normswap.capture.batch_norms import BatchNormState
+from normswap.initialization.moments import Moments, centre
+from normswap.nn import FilterLayout
+from normswap.recipes.parts import Bias, Incoming, Takes
+from normswap.records import InitRow
+from normswap.rewriting import Placed
+
+__all__ = ["absorb"]
+
+
+def absorb(placed: Placed, moments: Mapping[str, Moments]) -> InitRow:
+    """Give one site's new parts their values.
+
+    Args:
+        placed: What was put there.
+        moments: The input moments of layers whose weight is standardized, by fqn.
+    """
+    site, state, part = placed.step.site, placed.state, placed.norm_part
+    if state.gamma.is_meta:
+        return InitRow(site.norm, "nothing", ("on the meta device: structure only",))
+    assert state.mean is not None and state.var is not None
+    gamma, beta, mean = state.gamma.double(), state.beta.double(), state.mean.double()
+    inverse_std = state.inverse_std
+    scale = {
+        Takes.NOTHING: torch.ones_like(gamma),
+        Takes.NORMALIZATION: inverse_std,
+        Takes.AFFINE: gamma * inverse_std,
+    }[part.takes]
+    ratio = state.var.double() * inverse_std.square()
+    notes: list[str] = []
+    excess = torch.ones_like(gamma)
+    if placed.layer is not None:
+        assert placed.weight is not None
+        weight = placed.weight.double()
+        if placed.bias is not None and part.bias is not Bias.KEPT:
+            mean = mean - placed.bias.double()
+        if placed.weight_part is not None and placed.weight_part.centres:
+            known = moments.get(site.layer or "")
+            if known is None:
+                notes.append("no inputs could be had: the filters' means were removed evenly, which loses most of the model")
+                known = _even(placed.layer, weight)
+            weight, shift = centre(FilterLayout.of(placed.layer), weight, known)
+            mean = mean - shift
+        if placed.weight_part is not None:
+            excess = placed.weight_part.load(placed.layer, weight, scale)
+        else:
+            _copy(placed.layer.weight, FilterLayout.of(placed.layer).scale(weight, scale))
+    elif placed.affine is not None:
+        _copy(placed.affine.weight, scale)
+    incoming = Incoming(gamma, beta, ratio, excess * scale * mean, excess)
+    if part.bias is Bias.KEPT:
+        _follow(state, incoming)
+        bias = None if placed.bias is None else excess * placed.bias.double()
+    else:
+        bias = part.load(placed.norm, incoming)
+    if bias is not None:
+        _copy(placed.layer.bias if placed.layer is not None else placed.affine.bias, bias)  # type: ignore[union-attr]
+    _continue_count(placed)
+    method = "exact" if part.takes is Takes.AFFINE else "absorbed"
+    return InitRow(site.norm, method, tuple(notes))
+
+
+def _copy(target: Tensor | nn.Module, value: Tensor) -> None:
+    assert isinstance(target, Tensor)
+    with torch.no_grad():
+        target.copy_(value)
+
+
+def _follow(state: BatchNormState, incoming: Incoming) -> None:
+    """Let a BatchNorm that stays follow its layer's new weight: its mean and, where no scale is kept, its variance."""
+    assert state.mean is not None and state.var is not None
+    var = state.var.double()
+    gain = (var * incoming.scale.square() + state.eps).sqrt() / (incoming.scale * (var + state.eps).sqrt())
+    _copy(state.mean, incoming.mean)
+    _copy(state.var, var * incoming.scale.square())
+    _copy(state.gamma, incoming.gamma * gain)
+
+
+def _continue_count(placed: Placed) -> None:
+    """Let a running mean go on where the old one was: with ``momentum=None`` the count is its weight."""
+    count = getattr(placed.norm, "num_batches_tracked", None)
+    if isinstance(count, Tensor) and placed.state.batches is not None and count is not placed.state.batches:
+        _copy(count, placed.state.batches)
+
+
+def _even(layer: nn.Module, weight: Tensor) -> Moments:
+    layout = FilterLayout.of(layer)
+    fan_in = layout.fan_in(weight)
+    uniform = weight.new_full((layout.groups, fan_in), 1 / fan_in)
+    return Moments(torch.zeros_like(uniform), uniform)

@@ -1,0 +1,246 @@
+"""Mean and covariance of a layer's input patches, on data or, without any, on noise that BatchNorm's statistics shape.
+
+Note [Data-free moments]
+Weight standardization takes each filter's mean away, which times an input that a ReLU made positive is a large signal.
+Where to take it from depends on the covariance of the layer's input. Without data, smoothed Gaussian noise is pushed
+through the model, and what reaches each BatchNorm is shifted and scaled, per channel, to the very mean and variance
+that the BatchNorm has recorded of the real data: every layer then sees inputs whose channels have their true means and
+variances; only the correlations are the noise's. On the CIFAR-10 ResNet-20 this keeps 86 % top-1 under ``gn+ws``, where
+noise alone keeps 27-81 % depending on its spectrum, and subtracting the mean evenly 15 %.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from normswap.capture.batch_norms import read_batch_norm
+from normswap.capture.guard import set_mode, untouched
+from normswap.capture.observed import run_on
+from normswap.capture.ops import is_norm
+from normswap.nn import FilterLayout
+
+__all__ = ["Moments", "centre", "input_moments", "measure_statistics", "noise_like", "patches"]
+
+_MAX_SAMPLES = 4096
+_MAX_VALUES = 2**24  # 128 MB of float64 patches at one layer
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What centring a layer's filters needs to know of its input patches.
+
+    Args:
+        mean: E[x]. ``(groups, fan_in)``, float64.
+        direction: ``C⁻¹1 / (1ᵀC⁻¹1)``, C the ridged covariance. ``(groups, fan_in)``, float64.
+    """
+
+    mean: Tensor
+    direction: Tensor
+
+
+def centre(layout: FilterLayout, weight: Tensor, moments: Moments) -> tuple[Tensor, Tensor]:
+    """Project each filter to zero mean where that costs least: min Var[(w − w₀)·x] subject to 1ᵀw = 0.
+
+    ``w = w₀ − C⁻¹1 (1ᵀw₀)/(1ᵀC⁻¹1)``.
+
+    Returns:
+        The weight, and per filter ``E[(w₀ − w)·x]``, which the bias must make good. ``(C,)``
+    """
+    filters = layout.flatten(weight).unflatten(0, (layout.groups, -1))  # (groups, out/groups, fan_in)
+    removed = filters.sum(-1, keepdim=True) * moments.direction[:, None]
+    shift = (removed * moments.mean[:, None]).sum(-1).flatten()
+    return layout.unflatten((filters - removed).flatten(0, 1), weight), shift
+
+
+def patches(layer: nn.Module, x: Tensor) -> Tensor:
+    """Return the patches of ``x`` that each of ``layer``'s filters is multiplied with. ``(samples, groups, fan_in)``
+
+    The layer itself makes them, from unit filters: so padding, stride, dilation, transposition and a user's subclass
+    are all the layer's own.
+    """
+    layout = FilterLayout.of(layer)
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    probe = copy.copy(layer)
+    probe.__dict__.update(_parameters={"weight": nn.Parameter(layout.unit_filters(weight)), "bias": None})
+    probe.__dict__.update(_forward_hooks=OrderedDict(), _forward_pre_hooks=OrderedDict())
+    rows = probe(x)
+    rows = rows.movedim(1, -1) if not isinstance(layer, nn.Linear) else rows
+    return rows.reshape(-1, layout.groups, layout.fan_in(weight))
+
+
+def moments_of(samples: Tensor) -> Moments:
+    """Return the moments of patches, ``(samples, groups, fan_in)``.
+
+    The ridge, relative to the mean variance, is 1e-3 and grows to a tenth of fan_in/samples where samples are few.
+    """
+    x = samples.double().transpose(0, 1)  # (groups, samples, fan_in)
+    n, fan_in = x.shape[1:]
+    mean = x.mean(1)
+    x = x - mean[:, None]
+    variance = x.square().mean((1, 2))
+    ridge = variance * max(1e-3, 0.1 * fan_in / n)
+    ridge = torch.where(variance > 0, ridge, torch.ones_like(ridge))[:, None, None]
+    ones = x.new_ones(x.shape[0], fan_in, 1)
+    eye = torch.eye(min(n, fan_in), dtype=x.dtype, device=x.device)
+    if n >= fan_in:
+        factor = torch.linalg.cholesky(x.mT @ x / n + ridge * eye)
+        solved = torch.cholesky_solve(ones, factor)
+    else:  # Woodbury: the same solution out of the samples' smaller Gram matrix
+        factor = torch.linalg.cholesky(x @ x.mT + n * ridge * eye)
+        solved = (ones - x.mT @ torch.cholesky_solve(x @ ones, factor)) / ridge
+    solved = solved[..., 0]
+    return Moments(mean, solved / solved.sum(-1, keepdim=True))
+
+
+def input_moments(
+    model: nn.Module,
+    layers: Sequence[str],
+    batches: Iterable[tuple[Any, ...] | Mapping[str, Any]],
+    *,
+    shaped: bool,
+) -> dict[str, Moments]:
+    """Return the moments at the inputs of ``layers``, by fqn; read-only.
+
+    Args:
+        model: The model, before the swap.
+        layers: The layers' fqns.
+        batches: Inputs of the model.
+        shaped: Whether the inputs are noise, to be shaped by each BatchNorm (Note [Data-free moments]).
+    """
+    kept: dict[str, list[Tensor]] = {name: [] for name in layers}
+    generator = torch.Generator().manual_seed(0)
+    with untouched(model, values=True), torch.no_grad():
+        set_mode(model, False)
+        handles = []
+        for name in layers:
+
+            def collect(layer: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+                kept[name].append(_sample(layer, args[0], sum(map(len, kept[name])), generator))
+
+            handles.append(model.get_submodule(name).register_forward_pre_hook(collect))
+        if shaped:
+            handles += [
+                m.register_forward_pre_hook(_shape_frozen)
+                for m in model.modules()
+                if is_norm(m) and read_batch_norm(m).frozen
+            ]
+        try:
+            for inputs in batches:
+                if shaped:
+                    with _ShapedByStatistics():
+                        run_on(model, inputs)
+                else:
+                    run_on(model, inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+    return {name: moments_of(torch.cat(rows)) for name, rows in kept.items() if sum(map(len, rows)) > 1}
+
+
+def _sample(layer: nn.Module, x: Tensor, have: int, generator: torch.Generator) -> Tensor:
+    """Return a random choice of the patches of ``x``, as many as are still wanted."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    layout = FilterLayout.of(layer)
+    width = layout.groups * layout.fan_in(weight)
+    limit = min(_MAX_SAMPLES, max(64, _MAX_VALUES // width))
+    wanted = limit - have
+    if wanted <= 0:
+        return x.new_empty(0, layout.groups, layout.fan_in(weight))
+    rows = []
+    for one in x.split(max(1, _MAX_VALUES // (4 * width * max(1, x[:1].numel() // max(1, x.shape[1]))))):
+        found = patches(layer, one)
+        share = max(1, -(-limit * len(one) // len(x)))
+        if len(found) > share:
+            found = found[torch.randperm(len(found), generator=generator)[:share].to(found.device)]
+        rows.append(found)
+        wanted -= len(found)
+        if wanted <= 0:
+            break
+    return torch.cat(rows)[:limit]
+
+
+class _ShapedByStatistics(TorchFunctionMode):
+    """Gives what reaches ``batch_norm`` the mean and variance that it has recorded."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is F.batch_norm:
+            names = ("input", "running_mean", "running_var")
+            given = dict(zip(names, args, strict=False)) | kwargs
+            if given.get("running_mean") is not None and given.get("running_var") is not None:
+                x = _shaped(given["input"], given["running_mean"], given["running_var"])
+                args, kwargs = (x, *args[1:]) if args else args, kwargs if args else kwargs | {"input": x}
+        return func(*args, **kwargs)
+
+
+def _shape_frozen(norm: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    state = read_batch_norm(norm)
+    assert state.mean is not None and state.var is not None
+    return (_shaped(args[0], state.mean, state.var), *args[1:])
+
+
+def _shaped(x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+    axes = [0, *range(2, x.ndim)]
+    shape = (1, -1, *(1,) * (x.ndim - 2))
+    spread, centre_ = torch.var_mean(x, axes, correction=0, keepdim=True)
+    scale = torch.where(spread > 0, (var.view(shape) / spread.clamp(min=1e-30)).sqrt(), torch.zeros_like(spread))
+    return ((x - centre_) * scale + mean.view(shape)).to(x.dtype)
+
+
+def noise_like(example: Any, batch: int = 32) -> Any:
+    """Return ``batch`` samples of smoothed Gaussian noise of the example's shapes; what is no float tensor is repeated."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.ndim == 0:
+            return value
+        if not value.is_floating_point():
+            return value[torch.arange(batch) % len(value)]
+        x = torch.randn(batch, *value.shape[1:], generator=generator)
+        axes = x.ndim - 2
+        if 0 < axes <= 3 and min(x.shape[2:]) > 1:
+            pool = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[axes - 1]
+            for _ in range(4):
+                x = pool(F.pad(x, (1, 1) * axes, mode="circular"), 3, 1)
+            x = x / x.std()
+        return x.to(value)
+
+    if isinstance(example, Mapping):
+        return {name: noise(value) for name, value in example.items()}
+    return tuple(noise(value) for value in example)
+
+
+def measure_statistics(
+    model: nn.Module, norms: Sequence[str], batches: Iterable[tuple[Any, ...] | Mapping[str, Any]]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return mean and (biased) variance at the inputs of ``norms`` over all batches, by fqn; read-only."""
+    sums: dict[str, tuple[Tensor, Tensor, int]] = {}
+    with untouched(model, values=True), torch.no_grad():
+        set_mode(model, False)
+        handles = []
+        for name in norms:
+
+            def add(_: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+                x = args[0].double().movedim(1, -1).flatten(0, -2)
+                before = sums.get(name, (0, 0, 0))
+                sums[name] = (before[0] + x.sum(0), before[1] + x.square().sum(0), before[2] + len(x))
+
+            handles.append(model.get_submodule(name).register_forward_pre_hook(add))
+        try:
+            for inputs in batches:
+                run_on(model, inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+    return {name: (s / n, (q / n - (s / n).square()).clamp(min=0)) for name, (s, q, n) in sums.items()}

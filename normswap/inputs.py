@@ -1,0 +1,125 @@
+"""Inputs of a model: bound to its forward's signature, or made up where none were given."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normswap.capture.guard import set_mode, untouched
+from normswap.capture.observed import run_on
+from normswap.capture.ops import is_layer
+from normswap.errors import InputError
+
+__all__ = ["Inputs", "as_inputs", "bind_batches", "make_up_inputs"]
+
+Inputs = tuple[Any, ...] | Mapping[str, Any]
+"""One call's inputs: positional or by keyword."""
+
+
+def as_inputs(value: Any, what: str = "example_inputs") -> Inputs:
+    """Return one call's inputs from a tensor, a tuple or list of positional inputs, or a dict of keyword inputs.
+
+    Raises:
+        InputError: The value is none of these.
+    """
+    if isinstance(value, Tensor):
+        return (value,)
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, (tuple, list)):
+        return tuple(value)
+    raise InputError(
+        f"{what} is a {type(value).__name__}",
+        code="inputs-type",
+        hint="give a tensor, a tuple of positional inputs, or a dict of keyword inputs",
+    )
+
+
+def bind_batches(model: nn.Module, data: Any, notes: list[str] | None = None) -> Iterator[Inputs]:
+    """Yield one call's inputs per batch of ``data``.
+
+    A tensor, tuple or dict is one batch; anything else is iterated over, as a DataLoader is. Of a loader's batch only
+    what ``forward`` requires is used, in order: the labels of an (inputs, targets) pair are left out.
+
+    Raises:
+        InputError: There is no batch, or one holds NaN or is no tensor.
+    """
+    if isinstance(data, (Tensor, tuple, Mapping)):
+        batches: Iterable[Any] = [data]
+        single = True
+    elif isinstance(data, Iterable):
+        batches, single = data, False
+    else:
+        raise InputError(
+            f"the data is a {type(data).__name__}",
+            code="inputs-type",
+            hint="give a tensor, a tuple or dict of inputs, or an iterable of those, such as a DataLoader",
+        )
+    wanted = _required(model)
+    count = 0
+    for batch in batches:
+        inputs = as_inputs(batch, "a batch")
+        if not single and isinstance(inputs, tuple) and wanted is not None and len(inputs) > max(wanted, 1):
+            if not count and notes is not None:
+                notes.append(f"of each batch the first {max(wanted, 1)} of {len(inputs)} entries were used")
+            inputs = inputs[: max(wanted, 1)]
+        _check_finite(inputs, count)
+        count += 1
+        yield inputs
+    if not count:
+        raise InputError("the data holds no batch", code="no-data", hint="give a fresh iterable with at least one batch")
+
+
+def _required(model: nn.Module) -> int | None:
+    """Return how many positional arguments ``forward`` requires, None where it takes any number."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return None
+    return sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
+
+
+def _check_finite(inputs: Inputs, index: int) -> None:
+    named = inputs.items() if isinstance(inputs, Mapping) else enumerate(inputs)
+    for name, value in named:
+        if isinstance(value, Tensor) and value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise InputError(
+                f"input {name!r} of batch {index} holds NaN or infinite values",
+                code="inputs-not-finite",
+                hint="leave such samples out, or replace the values",
+            )
+
+
+_SIDES = {1: (1024, 4096, 256), 2: (64, 32, 224, 96, 28, 128, 256, 384, 512), 3: (16, 32, 64)}
+
+
+def make_up_inputs(model: nn.Module, batch: int = 2) -> tuple[Tensor, ...] | None:
+    """Return one noise input that ``model`` takes, found by trying sizes that fit its first layer; None if none does.
+
+    Made-up inputs show whether two models compute the same; they say nothing about the shapes that a user's data has.
+    """
+    layers = [m for m in model.modules() if is_layer(m)]
+    if not layers or any(p.is_meta for p in model.parameters()):
+        return None
+    first, generator = layers[0], torch.Generator().manual_seed(0)
+    like = next(iter(first.parameters()))
+    if isinstance(first, nn.Linear):
+        shapes: list[tuple[int, ...]] = [(batch, first.in_features)]
+    else:
+        axes = first.weight.ndim - 2  # type: ignore[union-attr,operator]
+        shapes = [(batch, int(first.in_channels), *(side,) * axes) for side in _SIDES[axes]]  # type: ignore[arg-type]
+    with untouched(model, values=True):
+        set_mode(model, False)
+        for shape in shapes:
+            x = torch.randn(*shape, generator=generator).to(like)
+            try:
+                run_on(model, (x,))
+            except Exception:  # this size does not fit: the next may
+                continue
+            return (x,)
+    return None
+
+

@@ -1,0 +1,85 @@
+"""`load_model`: a whole model, or a state dict and its architecture; no code of the file runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from normswap.errors import InputError
+from normswap.loading.architectures import build
+from normswap.loading.checkpoints import check_finite, read_checkpoint
+from normswap.loading.files import expect_kind, kind_of, open_file
+from normswap.loading.importing import first_line
+from normswap.loading.state_dicts import choose_entry, fit
+from normswap.loading.trust import Trust
+
+__all__ = ["load_model", "read_safetensors"]
+
+
+def load_model(
+    path: str | os.PathLike[str],
+    *,
+    trust: Sequence[str] = (),
+    arch: str | None = None,
+    arch_kwargs: Mapping[str, object] | None = None,
+) -> nn.Module:
+    """Return the model in `path`, on the CPU.
+
+    Args:
+        path: a model by ``torch.save(model)``, a state dict (``.pt``, ``.pth``, ``.safetensors``), or a
+            training checkpoint that holds either.
+        trust: packages, and scripts (``train.py``) whose ``__main__`` classes the file needs. Everything in
+            them may be called with what the file says.
+        arch: ``torchvision:NAME``, ``timm:NAME`` or ``package.module:callable``, for a state dict.
+        arch_kwargs: arguments for `arch`.
+
+    Returns:
+        A whole model in the mode in which it was saved; a model built by `arch` in eval mode.
+
+    Raises:
+        InputError: the file cannot be read, is of another kind, needs names that are not trusted, or does
+            not fit.
+    """
+    path, trusted = Path(path), Trust.parse(trust)
+    with open_file(path) as file:
+        kind = kind_of(file)
+        expect_kind(kind, ("torch", "safetensors"), path)
+        content = read_checkpoint(file, path, trusted) if kind == "torch" else read_safetensors(path)
+    found = choose_entry(content, path)
+    if isinstance(found, nn.Module):
+        if arch is not None:
+            raise InputError(
+                f"{str(path)!r} holds a whole model, a {type(found).__name__}; --arch {arch} was given too",
+                code="arch-unused",
+                hint="leave --arch out, or give the state dict",
+            )
+        check_finite(found, path)
+        return found
+    if arch is None:
+        raise InputError(
+            f"{str(path)!r} is a state dict: {len(found)} tensors without the model that they belong to",
+            code="arch-missing",
+            hint="give --arch torchvision:NAME, timm:NAME or package.module:callable (from Python arch=...)",
+        )
+    model = build(arch, arch_kwargs or {})
+    fit(model, found, path, arch)
+    check_finite(model, path)
+    return model
+
+
+def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a safetensors file, or say that it is damaged."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError, AttributeError) as error:
+        raise InputError(
+            f"{str(path)!r} is a damaged safetensors file: {first_line(error)}",
+            code="file-truncated" if "incomplete" in str(error).lower() else "file-damaged",
+            hint="copy it again",
+        ) from None

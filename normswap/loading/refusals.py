@@ -1,0 +1,111 @@
+"""The refusals of pickled models by name: what the name means, and what to do instead."""
+
+from __future__ import annotations
+
+from normswap.errors import InputError
+from normswap.loading.scanning import Global, Scan
+from normswap.loading.trust import Trust, option_for, under
+
+__all__ = ["refuse_hooks", "refuse_known", "refuse_names"]
+
+SHOWN = 10
+
+# The first that matches speaks: a compiled model, for one, also holds contexts, hooks and bound methods.
+KNOWN = (
+    (
+        "torch._dynamo",
+        "compiled-model",
+        "the model was saved after torch.compile",
+        "save model._orig_mod, or call torch.save before torch.compile",
+    ),
+    (
+        "torch.fx",
+        "graph-module",
+        "the model is an fx GraphModule, which is saved as source code to be run",
+        "save the model from before the tracing, or its state dict with --arch",
+    ),
+    (
+        "torch.jit",
+        "torchscript",
+        "the model holds TorchScript parts",
+        "save the original model with torch.save(model, path), or its state dict",
+    ),
+    (
+        "torch.nn.parallel.distributed",
+        "distributed-model",
+        "the model is wrapped in DistributedDataParallel",
+        "save model.module",
+    ),
+    (
+        "torch.distributed",
+        "distributed-model",
+        "the model holds distributed parts",
+        "gather it on one process and save its full state dict, then give --arch",
+    ),
+    (
+        "torch.nn.utils.weight_norm",
+        "weight-norm-hook",
+        "the model uses the old torch.nn.utils.weight_norm, a hook",
+        "call torch.nn.utils.remove_weight_norm on each such layer before torch.save",
+    ),
+    (
+        "torch.nn.utils.spectral_norm",
+        "spectral-norm-hook",
+        "the model uses the old torch.nn.utils.spectral_norm, a hook",
+        "call torch.nn.utils.remove_spectral_norm on each such layer before torch.save",
+    ),
+    (
+        "torch.nn.utils.prune",
+        "pruning-hook",
+        "the model is being pruned, by a hook",
+        "call torch.nn.utils.prune.remove on each such layer before torch.save",
+    ),
+)
+
+
+def refuse_known(scan: Scan, trust: Trust) -> None:
+    """Raise for models of kinds that have a better answer than a list of names."""
+    for prefix, code, what, hint in KNOWN:
+        for found in sorted(scan.globals):
+            if under(found.module, (prefix,)) and not trust.covers(found):
+                raise InputError(f"{what} (the file names {found.path})", code=code, hint=hint)
+
+
+def refuse_hooks(names: set[Global]) -> None:
+    """Raise where `names` lie in a table of hooks, which the first forward pass would call."""
+    if names:
+        listed, advice = _listed(names)
+        raise InputError(
+            f"the model was saved with hooks: {listed}",
+            code="model-hooks",
+            hint=f"remove the hooks before torch.save; or {advice}",
+        )
+
+
+def refuse_names(names: set[Global]) -> None:
+    """Raise one error that lists `names`, each with the option that would admit it; nothing for no names."""
+    if names:
+        listed, advice = _listed(names)
+        plural = "s that are" if len(names) > 1 else " that is"
+        raise InputError(
+            f"the file needs {len(names)} name{plural} not admitted: {listed}",
+            code="untrusted-global",
+            hint=advice,
+        )
+
+
+def _listed(names: set[Global]) -> tuple[str, str]:
+    """Return the names with their options, and what to do about them."""
+    options = {found: option_for(found) for found in sorted(names)}
+    lines = [f"{found.path} ({option or 'never admitted'})" for found, option in options.items()]
+    if len(lines) > SHOWN:
+        lines = [*lines[:SHOWN], f"and {len(lines) - SHOWN} more"]
+    advice = "save model.state_dict() instead and give --arch"
+    if None not in options.values():
+        flags = sorted({option for option in options.values() if option})
+        python = ", ".join(repr(flag.removeprefix("--trust ")) for flag in flags)
+        script = "; SCRIPT.py is the script that saved the model" if "--trust SCRIPT.py" in flags else ""
+        advice = (
+            f"where you trust the file: {' '.join(flags)} (from Python trust=[{python}]{script}); or {advice}"
+        )
+    return ", ".join(lines), advice

@@ -1,0 +1,158 @@
+"""Find the state dict in a checkpoint, and put it into a model whole or not at all."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from normswap.errors import InputError
+
+__all__ = ["choose_entry", "fit"]
+
+logger = logging.getLogger(__name__)
+
+ENTRIES = (
+    "model",
+    "state_dict",
+    "model_state_dict",
+    "ema",
+    "model_ema",
+    "ema_state_dict",
+    "net",
+    "module",
+    "weights",
+)
+PREFIXES = ("module.", "_orig_mod.", "model.")
+SHOWN = 5
+
+
+def _is_state_dict(value: object) -> bool:
+    """Return whether `value` maps names to tensors (``_extra_state`` entries may hold anything)."""
+    return (
+        isinstance(value, Mapping)
+        and any(isinstance(entry, torch.Tensor) for entry in value.values())
+        and all(
+            isinstance(key, str) and (isinstance(entry, torch.Tensor) or key.endswith("_extra_state"))
+            for key, entry in value.items()
+        )
+    )
+
+
+def choose_entry(content: object, path: Path) -> nn.Module | dict[str, torch.Tensor]:
+    """Return the model or state dict in `content`, which may be wrapped in a training checkpoint.
+
+    Of several entries the first of `ENTRIES` is taken; the log says which, as a warning where there was a
+    choice.
+
+    Raises:
+        InputError: there is neither a model nor a state dict.
+    """
+    if isinstance(content, nn.Module):
+        return content
+    if _is_state_dict(content):
+        assert isinstance(content, Mapping)
+        return _copy(content)
+    entries = dict(content) if isinstance(content, Mapping) else {}
+    usable = [k for k in ENTRIES if isinstance(entries.get(k), nn.Module) or _is_state_dict(entries.get(k))]
+    if not usable:
+        holds = type(content).__name__
+        if isinstance(content, Mapping):
+            holds = "a dictionary of " + (_some([repr(key) for key in entries]) if entries else "nothing")
+        raise InputError(
+            f"{str(path)!r} holds {holds}, and no model or state dict",
+            code="no-weights",
+            hint=f"save the model, its state dict, or either under one of the keys {', '.join(ENTRIES)}",
+        )
+    taken, others = usable[0], usable[1:]
+    logger.log(
+        logging.WARNING if others else logging.INFO,
+        "%s: the weights are taken from %r%s",
+        path,
+        taken,
+        f" (there are also {', '.join(map(repr, others))})" if others else "",
+    )
+    value = entries[taken]
+    return value if isinstance(value, nn.Module) else _copy(value)
+
+
+def _copy(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a shallow copy that keeps the versions of the modules, by which torch converts old layouts."""
+    copied = OrderedDict(state)
+    if hasattr(state, "_metadata"):
+        copied._metadata = state._metadata  # type: ignore[attr-defined]
+    return copied
+
+
+def _strip(state: dict[str, torch.Tensor], expected: Iterable[str], path: Path) -> dict[str, torch.Tensor]:
+    """Take off wrappers' prefixes (data parallel, compile, a trainer's own) that the model does not have."""
+    expected = list(expected)
+    if "n_averaged" in state and "n_averaged" not in expected:  # an AveragedModel counts its updates
+        state = {name: tensor for name, tensor in state.items() if name != "n_averaged"}
+    for _ in range(len(PREFIXES)):
+        for prefix in PREFIXES:
+            wrapped = all(name.startswith(prefix) for name in state)
+            if wrapped and not all(name.startswith(prefix) for name in expected):
+                logger.info("%s: the prefix %r is taken off all names", path, prefix)
+                state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return state
+
+
+def fit(model: nn.Module, state: dict[str, torch.Tensor], path: Path, arch: str) -> None:
+    """Load `state` into `model`.
+
+    Raises:
+        InputError: names are missing, left over, or of another shape; all are counted and up to five of
+            each shown.
+    """
+    expected = model.state_dict(keep_vars=True)
+    state = _strip(state, expected, path)
+    wanted = {name: _shape(tensor) for name, tensor in expected.items()}
+    misshapen = [
+        f"{name} is {_shape(state[name])}, {arch} has {shape}"
+        for name, shape in wanted.items()
+        if name in state and None not in (shape, _shape(state[name])) and _shape(state[name]) != shape
+    ]
+    names = {line.partition(" is ")[0] for line in misshapen}
+    rest = _copy(state)
+    for name in names:
+        del rest[name]
+    try:
+        result = model.load_state_dict(rest, strict=False)
+    except Exception as error:
+        raise InputError(
+            f"{str(path)!r} does not load into {arch}: {error}",
+            code="state-dict-mismatch",
+            hint="check --arch",
+        ) from error
+    missing = [f"{name} {wanted.get(name)}" for name in result.missing_keys if name not in names]
+    extra = [f"{name} {_shape(state.get(name))}" for name in result.unexpected_keys]
+    problems = [
+        f"{len(lines)} {what}: {_some(lines)}"
+        for what, lines in (
+            ("missing", missing),
+            ("not in the model", extra),
+            ("of another shape", misshapen),
+        )
+        if lines
+    ]
+    if problems:
+        raise InputError(
+            f"{str(path)!r} does not fit {arch}: {'; '.join(problems)}",
+            code="state-dict-mismatch",
+            hint="check the architecture and its arguments, e.g. --arch-kwargs num_classes=10",
+        )
+
+
+def _shape(value: object) -> tuple[int, ...] | None:
+    lazy = isinstance(value, (nn.UninitializedParameter, nn.UninitializedBuffer))
+    return tuple(value.shape) if isinstance(value, torch.Tensor) and not lazy else None
+
+
+def _some(lines: list[str]) -> str:
+    more = f" and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
+    return ", ".join(lines[:SHOWN]) + more

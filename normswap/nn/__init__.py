@@ -1,0 +1,15 @@
+"""The modules and parametrizations that a converted model may contain, beside those of torch.nn."""
+
+from normswap.nn.filters import FilterLayout
+from normswap.nn.norms import ChannelAffine, ChannelLayerNorm, MeanOnlyBatchNorm
+from normswap.nn.parametrizations import FilterWeightNorm, WeightStandardization, parametrize_weight_norm
+
+__all__ = [
+    "ChannelAffine",
+    "ChannelLayerNorm",
+    "FilterLayout",
+    "FilterWeightNorm",
+    "MeanOnlyBatchNorm",
+    "WeightStandardization",
+    "parametrize_weight_norm",
+]

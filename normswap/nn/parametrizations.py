@@ -1,0 +1,91 @@
+"""Weight parametrizations: weight normalization and weight standardization, with and without an offset."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
+
+from normswap.nn.filters import FilterLayout
+
+__all__ = ["FilterWeightNorm", "WeightStandardization", "parametrize_weight_norm"]
+
+
+class FilterWeightNorm(nn.Module):
+    """Weight normalization of a layer whose filters lie along no single axis (grouped transposed convolution).
+
+    ``W_c = g_c · v_c / ‖v_c‖``, the norm over each filter. Originals: ``original0`` is g, ``(out,)``, ``original1``
+    is v, shaped as the weight. Every other layer gets torch's own ``parametrizations.weight_norm``.
+
+    Source: T. Salimans, D. Kingma, *Weight Normalization*, 2016, eq. 2.
+    """
+
+    def __init__(self, layout: FilterLayout) -> None:
+        super().__init__()
+        self.layout = layout
+
+    def forward(self, g: Tensor, v: Tensor) -> Tensor:
+        """Return the weight."""
+        filters = torch._weight_norm(self.layout.flatten(v), g[:, None], 0)
+        return self.layout.unflatten(filters, v)
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (g, v) with v the weight itself, as torch's weight norm does."""
+        return self.layout.flatten(weight).norm(dim=1), weight
+
+
+def parametrize_weight_norm(layer: nn.Module, name: str = "weight") -> None:
+    """Parametrize ``layer``'s weight as ``W_c = g_c · v_c/‖v_c‖``, with ``v`` the present weight and ``g`` its norm."""
+    layout = FilterLayout.of(layer)
+    if layout.axis is None:
+        parametrize.register_parametrization(layer, name, FilterWeightNorm(layout))
+    else:
+        parametrizations.weight_norm(layer, name, dim=layout.axis)
+
+
+class WeightStandardization(nn.Module):
+    """Weight standardization, with a learnable gain and, on request, a learnable offset per filter.
+
+    ``W_c = g_c · (v_c − mean(v_c)) / sqrt(var(v_c) + eps) + o_c``, mean and (biased) variance over each filter.
+    Originals: ``original0`` is v, shaped as the weight; ``original1`` the gain g, ``(out,)``; ``original2`` the offset
+    o, ``(out,)``. Without a gain, g = 1 and v is the only original: the published form. The gain keeps a pretrained
+    filter's scale; the offset keeps its mean, so that with both every weight can be written exactly.
+
+    Args:
+        layout: Where the layer's filters lie.
+        gain: Whether g is learnable, else 1.
+        offset: Whether o is learnable, else 0; needs the gain.
+        eps: Added to the variance.
+
+    Source: S. Qiao et al., *Micro-Batch Training with Batch-Channel Normalization and Weight Standardization*, 2019,
+    eq. 4-5, which have neither gain nor offset.
+    """
+
+    def __init__(
+        self, layout: FilterLayout, *, gain: bool = True, offset: bool = False, eps: float = 1e-5
+    ) -> None:
+        super().__init__()
+        if offset and not gain:
+            raise ValueError("an offset needs the gain: without it the weight's scale is not kept anyway")
+        self.layout, self.gain, self.offset, self.eps = layout, gain, offset, eps
+
+    def forward(self, v: Tensor, gain: Tensor | None = None, offset: Tensor | None = None) -> Tensor:
+        """Return the weight."""
+        filters = self.layout.flatten(v)
+        # One filter is one "group" of a single sample: torch's group norm standardizes, multiplies by the gain and
+        # adds the offset in one kernel, about five times faster than layer_norm and two elementwise operations.
+        rows = F.group_norm(filters[None], filters.shape[0], gain, offset, self.eps)[0]
+        return self.layout.unflatten(rows, v)
+
+    def right_inverse(self, weight: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Return the originals whose parametrized weight is ``weight``, up to its filters' means without an offset."""
+        if not self.gain:
+            return weight
+        filters = self.layout.flatten(weight)
+        var, mean = torch.var_mean(filters, dim=1, correction=0)
+        gain = (var + self.eps).sqrt()
+        return (weight, gain, mean) if self.offset else (weight, gain)
+
+    def extra_repr(self) -> str:
+        return f"gain={self.gain}, offset={self.offset}, eps={self.eps}"

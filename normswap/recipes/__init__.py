@@ -1,0 +1,56 @@
+"""Recipes: one file each, found by name; a new recipe is a new file here, or an instance passed by its user."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import fields
+from functools import cache
+from typing import Any
+
+from normswap.errors import InputError
+from normswap.recipes.base import Recipe
+
+__all__ = ["Recipe", "all_recipes", "make_recipe"]
+
+
+@cache
+def all_recipes() -> Mapping[str, type[Recipe]]:
+    """Return every recipe of this folder by name, in the order of the files."""
+    found: dict[str, type[Recipe]] = {}
+    for module in pkgutil.iter_modules(__path__):
+        contents = vars(importlib.import_module(f"{__name__}.{module.name}"))
+        for value in contents.values():
+            named = isinstance(value, type) and issubclass(value, Recipe) and "name" in vars(value)
+            if named and value.__module__ == contents["__name__"]:
+                found[value.name] = value
+    return found
+
+
+def make_recipe(to: str | Recipe, options: Mapping[str, Any] | None = None) -> Recipe:
+    """Return the recipe that ``to`` names, with ``options``; an instance is returned as it is.
+
+    Raises:
+        InputError: There is no such recipe, or it has no such option.
+    """
+    options = dict(options or {})
+    if isinstance(to, Recipe):
+        if options:
+            raise InputError(
+                f"options {sorted(options)} given beside a recipe that has its own",
+                code="recipe-options",
+                hint=f"write {type(to).__name__}({', '.join(f'{k}=...' for k in options)})",
+            )
+        return to
+    recipes = all_recipes()
+    if not isinstance(to, str) or to not in recipes:
+        raise InputError(f"there is no recipe {to!r}", code="unknown-recipe", hint=f"choose from {', '.join(recipes)}")
+    known = [f.name for f in fields(recipes[to])]
+    if unknown := [name for name in options if name not in known]:
+        raise InputError(
+            f"recipe '{to}' has no option {unknown[0]!r}",
+            code="unknown-option",
+            hint=f"its options are {', '.join(known)}" if known else "it has no options",
+        )
+    return recipes[to](**options)

@@ -1,0 +1,115 @@
+"""What a recipe is: its options, the parts it puts at a site, what it refuses, and where it comes from."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar
+
+from normswap.errors import InputError
+from normswap.recipes.parts import Groups, NormPart, WeightPart
+from normswap.records import Site
+
+__all__ = ["DEFAULT_GROUP_SIZE", "GroupedRecipe", "Recipe"]
+
+DEFAULT_GROUP_SIZE = 16
+"""Channels per group, one of the two settings of the group normalization paper (Wu & He 2018, table 3)."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What replaces a Conv-BatchNorm site. A recipe is a frozen dataclass whose fields are its options.
+
+    To add one, subclass this in a file of its own, set the class attributes, and implement :meth:`weight` and
+    :meth:`norm` out of :mod:`normswap.recipes.parts` (or parts of your own). Recipes in this folder are found by
+    name; a recipe elsewhere is passed as an instance.
+    """
+
+    name: ClassVar[str]
+    equation: ClassVar[str]
+    paper: ClassVar[str]
+    exact: ClassVar[bool]
+    """Whether the swap is a reparameterization: the model's eval output stays the same up to rounding."""
+
+    def options(self) -> dict[str, Any]:
+        """Return the options that differ from their defaults."""
+        defaults = {f.name: f.default for f in fields(self)}
+        return {k: v for k, v in asdict(self).items() if v != defaults[k]}
+
+    def refuse(self, site: Site) -> str | None:
+        """Return why this recipe cannot be used at ``site``, or None."""
+        return None
+
+    def weight(self, site: Site) -> WeightPart | None:
+        """Return the parametrization of the site's layer; asked only where the site has a layer."""
+        return None
+
+    def groups_at(self, site: Site) -> int | None:
+        """Return the group count at ``site``, None where the norm has no groups."""
+        return None
+
+    def norm(self, site: Site, num_groups: int | None) -> NormPart:
+        """Return what stands where the norm stood."""
+        raise NotImplementedError
+
+    def notes(self, site: Site) -> tuple[str, ...]:
+        """Return what a person should know about this site."""
+        return ()
+
+
+@dataclass(frozen=True)
+class GroupedRecipe(Recipe):
+    """A recipe whose norm is a group normalization.
+
+    Args:
+        num_groups: Groups at every site; must divide the channels everywhere.
+        group_size: Channels per group, where that divides; elsewhere the nearest size that does. Default 16.
+        eps: Added to the variance; default that of the norm it replaces.
+    """
+
+    num_groups: int | None = None
+    group_size: int | None = None
+    eps: float | None = None
+
+    def refuse(self, site: Site) -> str | None:
+        groups = self.groups_at(site)
+        if site.num_features > groups:
+            return None
+        if site.rank is None:
+            return "a group of one channel may hold one value, which normalizes to zero: give example inputs"
+        if site.rank == 2 or site.spatial == 1:
+            return "a group would hold one value, which normalizes to zero"
+        return None
+
+    def groups_at(self, site: Site) -> int:
+        """Return ``num_groups``, or the count whose group size divides and is nearest, by ratio, to ``group_size``.
+
+        Raises:
+            InputError: ``num_groups`` does not divide the site's channels, or both options are given.
+        """
+        channels = site.num_features
+        if self.num_groups is not None and self.group_size is not None:
+            raise InputError(
+                f"num_groups={self.num_groups} and group_size={self.group_size} are both given",
+                code="group-options",
+                hint="give one of them",
+            )
+        if self.num_groups is not None:
+            if self.num_groups < 1 or channels % self.num_groups:
+                divisors = [d for d in range(1, channels + 1) if channels % d == 0]
+                raise InputError(
+                    f"num_groups={self.num_groups} does not divide the {channels} channels of '{site.norm}'",
+                    code="groups-do-not-divide",
+                    hint=f"give one of {divisors}, or group_size for the nearest size that divides at each norm",
+                )
+            return self.num_groups
+        target = DEFAULT_GROUP_SIZE if self.group_size is None else self.group_size
+        if target < 1:
+            raise InputError(f"group_size={target} is no size", code="group-options", hint="give 1 or more")
+        smallest = 1 if target == 1 or channels == 1 else 2
+        sizes = [s for s in range(smallest, channels + 1) if channels % s == 0]
+        return channels // min(sizes, key=lambda s: (abs(math.log(s / target)), -s))
+
+    def norm(self, site: Site, num_groups: int | None) -> NormPart:
+        assert num_groups is not None
+        return Groups(num_groups, site.eps if self.eps is None else self.eps)

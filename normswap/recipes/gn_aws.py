@@ -1,0 +1,34 @@
+"""Group normalization with affine weight standardization."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from normswap.recipes.base import GroupedRecipe
+from normswap.recipes.parts import WeightPart, WeightStd
+from normswap.records import Site
+
+__all__ = ["GroupNormalizationAffineWeightStandardization"]
+
+
+@dataclass(frozen=True)
+class GroupNormalizationAffineWeightStandardization(GroupedRecipe):
+    """Group normalization, and weight standardization with a learnable gain and offset per filter.
+
+    ``W = gain (v − mean v)/sqrt(var v + eps) + offset``: every weight can be written so, and the layer's function is
+    kept exactly. A filter of one value (fan-in 1) has no deviation: there the recipe is ``gn``.
+
+    Source: S. Qiao et al., *Weight Standardization*, 2019, eq. 4-5; gain and offset as in mmcv's ``ConvAWS2d``, where
+    they are buffers.
+    """
+
+    name = "gn+aws"
+    equation = "W = gain (v − mean v)/sqrt(var v + eps) + offset, then gn"
+    paper = "Qiao et al. 2019, Wu & He 2018"
+    exact = False
+
+    def weight(self, site: Site) -> WeightPart | None:
+        return WeightStd(offset=True) if site.fan_in > 1 else None
+
+    def notes(self, site: Site) -> tuple[str, ...]:
+        return ("fan-in 1: the weight is not standardized",) if site.fan_in == 1 else ()

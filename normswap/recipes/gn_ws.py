@@ -1,0 +1,39 @@
+"""Group normalization with weight standardization."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from normswap.recipes.base import GroupedRecipe
+from normswap.recipes.parts import WeightPart, WeightStd
+from normswap.records import Site
+
+__all__ = ["GroupNormalizationWeightStandardization"]
+
+
+@dataclass(frozen=True)
+class GroupNormalizationWeightStandardization(GroupedRecipe):
+    """Group normalization in the BatchNorm's place and weight standardization of the layer in front of it.
+
+    ``W = gain (v − mean v)/sqrt(var v + eps)`` per filter, then group normalization. A filter of one value (fan-in 1)
+    has no deviation: there the recipe is ``gn``.
+
+    Args:
+        gain: Whether each filter has a learnable gain, which keeps a pretrained filter's scale; without it the weight
+            is standardized as published.
+
+    Source: S. Qiao et al., *Weight Standardization*, 2019, eq. 4-5; Y. Wu, K. He, *Group Normalization*, 2018.
+    """
+
+    gain: bool = True
+
+    name = "gn+ws"
+    equation = "W = gain (v − mean v)/sqrt(var v + eps), then gn"
+    paper = "Qiao et al. 2019, Wu & He 2018"
+    exact = False
+
+    def weight(self, site: Site) -> WeightPart | None:
+        return WeightStd(gain=self.gain) if site.fan_in > 1 else None
+
+    def notes(self, site: Site) -> tuple[str, ...]:
+        return ("fan-in 1: the weight is not standardized",) if site.fan_in == 1 else ()

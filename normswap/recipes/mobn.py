@@ -1,0 +1,32 @@
+"""Mean-only batch normalization."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from normswap.recipes.base import Recipe
+from normswap.recipes.parts import MeanOnly, NormPart, Nothing
+from normswap.records import Site
+
+__all__ = ["MeanOnlyBatchNormalization"]
+
+
+@dataclass(frozen=True)
+class MeanOnlyBatchNormalization(Recipe):
+    """Mean-only batch normalization in the BatchNorm's place; the scale γ/σ goes into the layer's plain weight.
+
+    ``y = x − mean + β``. A frozen BatchNorm takes no mean of its batch: there the rest goes into the layer's bias.
+
+    Source: T. Salimans, D. Kingma, *Weight Normalization*, 2016, section 3.
+    """
+
+    name = "mobn"
+    equation = "x − mean + β"
+    paper = "Salimans & Kingma 2016"
+    exact = True
+
+    def norm(self, site: Site, num_groups: int | None) -> NormPart:
+        return Nothing() if site.frozen else MeanOnly(site.momentum, site.synchronized)
+
+    def notes(self, site: Site) -> tuple[str, ...]:
+        return ("frozen: its mean goes into the bias",) if site.frozen else ()

@@ -1,0 +1,29 @@
+"""Weight normalization with mean-only batch normalization."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from normswap.recipes.mobn import MeanOnlyBatchNormalization
+from normswap.recipes.parts import WeightNorm, WeightPart
+from normswap.records import Site
+
+__all__ = ["WeightNormMeanOnlyBatchNorm"]
+
+
+@dataclass(frozen=True)
+class WeightNormMeanOnlyBatchNorm(MeanOnlyBatchNormalization):
+    """Weight normalization of the layer and mean-only batch normalization in the BatchNorm's place.
+
+    ``W = g v/‖v‖``, ``y = W·u − mean + β``. A reparameterization: ``v = w``, signed ``g = ‖w‖ γ/σ``, running mean
+    ``γ(μ − b)/σ``, bias β.
+
+    Source: T. Salimans, D. Kingma, *Weight Normalization*, 2016, eq. 2 and section 3.
+    """
+
+    name = "wn+mobn"
+    equation = "W = g v/‖v‖, then x − mean + β"
+    paper = "Salimans & Kingma 2016"
+
+    def weight(self, site: Site) -> WeightPart:
+        return WeightNorm()

@@ -1,0 +1,44 @@
+"""Weight standardization in front of a BatchNorm."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from normswap.recipes.base import Recipe
+from normswap.recipes.parts import Keep, NormPart, WeightPart, WeightStd
+from normswap.records import Site
+
+__all__ = ["WeightStandardizationOnly"]
+
+
+@dataclass(frozen=True)
+class WeightStandardizationOnly(Recipe):
+    """Weight standardization of the layer; the BatchNorm stays.
+
+    ``W = gain (v − mean v)/sqrt(var v + eps)``.
+
+    Args:
+        gain: Whether each filter has a learnable gain, else the weight is standardized as published.
+
+    Source: S. Qiao et al., *Weight Standardization*, 2019, eq. 4-5.
+    """
+
+    gain: bool = True
+
+    name = "ws"
+    equation = "W = gain (v − mean v)/sqrt(var v + eps), the BatchNorm stays"
+    paper = "Qiao et al. 2019"
+    exact = False
+
+    def refuse(self, site: Site) -> str | None:
+        if site.layer is None:
+            return f"no layer whose weight could be standardized: {site.reason}"
+        if site.fan_in == 1:
+            return "a filter of one value has no deviation to divide by"
+        return None
+
+    def weight(self, site: Site) -> WeightPart:
+        return WeightStd(gain=self.gain)
+
+    def norm(self, site: Site, num_groups: int | None) -> NormPart:
+        return Keep()

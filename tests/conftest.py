@@ -1,0 +1,39 @@
+"""What every test has: a fixed seed, two threads, and the real data where it is present."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+torch.set_num_threads(2)  # the order of a sum, and so its last digit, depends on it
+
+# A time limit per example would make a test's result depend on the machine's load.
+settings.register_profile("normswap", deadline=None)
+settings.load_profile("normswap")
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    """Start each test from the same random numbers, whichever tests ran before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Return the folder of real data and models: NORMSWAP_DATA, or ../shared/data beside the repository.
+
+    Skips where there is none, but fails where NORMSWAP_DATA names a folder that does not exist.
+    """
+    named = os.environ.get("NORMSWAP_DATA")
+    folder = Path(named) if named else REPOSITORY.parent / "shared" / "data"
+    if folder.is_dir():
+        return folder
+    if named:
+        pytest.fail(f"NORMSWAP_DATA={named} is not a folder", pytrace=False)
+    pytest.skip(f"no real data at {folder}: set NORMSWAP_DATA to its folder")
