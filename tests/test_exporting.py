@@ -126,6 +126,11 @@ def test_group_norm_without_an_affine_needs_no_operator_for_it(tmp_path: Path, l
     )
 
 
+def normalized(x: Tensor) -> Tensor:
+    """Return ``x``, (N, 4, 4, 4), normalized: in the file an InstanceNormalization and a Reshape, no more."""
+    return nn.functional.instance_norm(x.flatten(2)).view(-1, 4, 4, 4)
+
+
 class SharedProduct(nn.Module):
     """The map between γ and β is read a second time: Mul and Add must stay apart."""
 
@@ -134,7 +139,7 @@ class SharedProduct(nn.Module):
         self.returned = returned
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        product = nn.functional.group_norm(x, 2) * torch.arange(4.0).view(4, 1, 1)
+        product = normalized(x) * torch.arange(4.0).view(4, 1, 1)
         return product + torch.ones(4, 1, 1), product if self.returned else product.relu()
 
 
@@ -142,8 +147,7 @@ class LastAxisAffine(nn.Module):
     """Mul and Add after the normalization along the last axis, which is as long as the channel axis."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y = nn.functional.instance_norm(x.flatten(2)).view(-1, 4, 4, 4)
-        return y * torch.tensor([1.0, -2.0, 0.0, 3.0]) + torch.arange(4.0)
+        return normalized(x) * torch.tensor([1.0, -2.0, 0.0, 3.0]) + torch.arange(4.0)
 
 
 @pytest.mark.parametrize(

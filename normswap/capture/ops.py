@@ -16,6 +16,7 @@ __all__ = [
     "class_of",
     "is_functional_norm",
     "is_layer",
+    "is_leaf",
     "is_norm",
     "is_other_norm",
     "norm_argument",
@@ -83,6 +84,17 @@ def is_norm(module: nn.Module) -> bool:
 def is_other_norm(module: nn.Module) -> bool:
     """Tell whether ``module`` normalizes, but is no BatchNorm."""
     return isinstance(module, _OTHER_NORMS)
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Tell whether a call of ``module`` is one step of the dataflow: a layer, a norm or another module of torch.nn."""
+    if is_layer(module) or is_norm(module):
+        return True
+    cls = class_of(module)
+    containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    ours = cls.__module__.startswith("normswap.nn.")
+    torchs = cls.__module__.startswith(("torch.nn.", "torch.ao.nn.")) and cls is not nn.Module
+    return ours or (torchs and not isinstance(module, containers))
 
 
 def is_functional_norm(node: fx.Node) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from normswap.capture.guard import set_mode, untouched
-from normswap.capture.ops import class_of, is_layer, is_norm
+from normswap.capture.ops import class_of, is_leaf
 from normswap.errors import InputError
 
 __all__ = ["Capture", "ScopeTracer", "Trace", "capture_symbolic", "hook_barrier"]
@@ -71,11 +71,15 @@ class Capture:
         return self.modules[self.aliases[trace.fqn(str(node.target))]]
 
 
-def capture_symbolic(model: nn.Module) -> Capture:
+def capture_symbolic(model: nn.Module, modes: tuple[bool, ...] = (False, True)) -> Capture:
     """Trace ``model`` in every way it may run: in eval and train mode, optional arguments left out and given; read-only.
 
     A module that cannot be traced becomes an opaque leaf and its children are traced as scopes of their own, so that
     one data-dependent branch hides its own module's dataflow and nothing else.
+
+    Args:
+        model: The model.
+        modes: The values of the train flag to trace with.
 
     Raises:
         InputError: ``model`` is a wrapper that hides its modules (DataParallel, a compiled model, TorchScript).
@@ -91,7 +95,7 @@ def capture_symbolic(model: nn.Module) -> Capture:
     opaque: dict[str, str] = {}
     with untouched(model):
         defaults = _defaults(model)
-        for run, (training, given) in enumerate(product((False, True), ({}, None) if defaults else (None,))):
+        for run, (training, given) in enumerate(product(modes, ({}, None) if defaults else (None,))):
             set_mode(model, training)
             arguments = defaults if given is None else given
             hidden: dict[str, str] = {}
@@ -151,15 +155,7 @@ def _trace_scopes(
 def _children(scope: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
     """Return the children worth a scope of their own: leaves have no dataflow to trace."""
     named = [(f"{scope}.{name}" if scope else name, child) for name, child in module.named_children()]
-    return [(fqn, child) for fqn, child in named if not _is_leaf(child)]
-
-
-def _is_leaf(module: nn.Module) -> bool:
-    if is_layer(module) or is_norm(module):
-        return True
-    cls = class_of(module)
-    containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-    return cls.__module__.startswith(("torch.nn.", "torch.ao.nn.")) and not isinstance(module, containers)
+    return [(fqn, child) for fqn, child in named if not is_leaf(child)]
 
 
 def _no_forward(module: nn.Module) -> str | None:
@@ -225,7 +221,7 @@ class ScopeTracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Tell whether a call of ``m`` is one node."""
-        return self.own_forward_only or _is_leaf(m)
+        return self.own_forward_only or is_leaf(m)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Return what the forward sees of ``node``."""

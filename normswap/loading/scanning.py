@@ -32,7 +32,7 @@ class Global(NamedTuple):
 
 @dataclass(eq=False)
 class Made:
-    """An object that the pickle makes: a container, a call's result or an instance; states are in `Scan.calls`."""
+    """An object that the pickle makes: a container, a call's result or an instance."""
 
     maker: object = None
     args: object = ()

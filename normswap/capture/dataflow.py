@@ -1,0 +1,277 @@
+"""Dataflow: who calls what, over all graphs of a capture, and which layer feeds a norm and nothing else.
+
+A pattern is proven, not guessed. A layer may be absorbed where, in every run of the model, each of its calls feeds the
+norm and nothing else, and the norm is fed by nothing else; where no one else reads its weight; and where its output
+channels are the norm's. Names and the order of registration prove nothing.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+
+from normswap.capture.functional import FunctionalNorm, read_functional_norm
+from normswap.capture.ops import (
+    class_of,
+    is_functional_norm,
+    is_layer,
+    is_leaf,
+    norm_argument,
+    passes_through,
+    rank_of,
+)
+from normswap.capture.probes import scales_with_its_parameters
+from normswap.capture.symbolic import Capture, Trace, hook_barrier
+from normswap.nn import ChannelAffine, FilterLayout
+
+__all__ = ["Dataflow", "Finding"]
+
+_FUNCTIONAL_LAYERS: frozenset[Any] = frozenset(
+    {F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear}
+)
+
+
+@dataclass(frozen=True)
+class _Call:
+    trace: Trace
+    node: fx.Node
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The layer that feeds a norm; with a reason, why it may not be absorbed; with a gap, what is not proven."""
+
+    layer: str | None = None
+    reason: str | None = None
+    gap: str | None = None
+
+
+@dataclass
+class Dataflow:
+    """The calls and reads that a capture holds, by what is called and read.
+
+    Args:
+        capture: The capture.
+        calls: The calls of each leaf module and functional norm, by run.
+        functional: The functional norms: their owner's fqn and what they are, by key.
+        refused: The functional norms that cannot be replaced, and why, by key.
+        functional_layers: The layers that a forward calls functionally, by key.
+        frozen: The functional norms that use their stored statistics in training, too.
+        order: When each is first called.
+    """
+
+    capture: Capture
+    calls: dict[str, dict[int, list[_Call]]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(list)))
+    functional: dict[str, tuple[str, FunctionalNorm]] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    functional_layers: dict[str, str] = field(default_factory=dict)
+    frozen: set[str] = field(default_factory=set)
+    order: dict[str, int] = field(default_factory=dict)
+    _reads: set[int] = field(default_factory=set)  # ids of tensors that some forward reads itself
+    _owners: dict[int, list[str]] = field(default_factory=lambda: defaultdict(list))  # of a parameter, by its id
+    _places: dict[int, list[str]] = field(default_factory=lambda: defaultdict(list))  # the same by its address
+
+    def __post_init__(self) -> None:
+        capture = self.capture
+        for fqn, module in capture.modules.items():
+            for name, parameter in module._parameters.items():
+                if parameter is not None and not is_lazy(parameter):
+                    self._owners[id(parameter)].append(f"{fqn}.{name}")
+                    if not parameter.is_meta and parameter.numel():
+                        self._places[parameter.data_ptr()].append(f"{fqn}.{name}")
+        trained: dict[str, set[bool]] = defaultdict(set)
+        for trace in capture.traces:
+            for node in trace.graph.nodes:
+                if node.op == "call_module":
+                    self._add(capture.aliases[trace.fqn(str(node.target))], trace, node)
+                elif node.op == "get_attr":
+                    self._note_read(trace, node)
+                elif is_functional_norm(node):
+                    self._add_functional(trace, node, trained)
+                elif node.target in _FUNCTIONAL_LAYERS:
+                    owner = capture.aliases[node.meta["owner"]]
+                    self.functional_layers.setdefault(f"{owner}:{node.target.__name__}", node.target.__name__)
+        for key, flags in trained.items():
+            if flags == {True}:
+                self.refused[key] = "it uses the batch's statistics in eval mode, too, so it has none to take over"
+                del self.functional[key]
+            elif flags == {False}:
+                self.frozen.add(key)
+
+    def _add(self, key: str, trace: Trace, node: fx.Node) -> None:
+        self.calls[key][trace.run].append(_Call(trace, node))
+        self.order.setdefault(key, len(self.order))
+
+    def _add_functional(self, trace: Trace, node: fx.Node, trained: dict[str, set[bool]]) -> None:
+        owner = self.capture.aliases[node.meta["owner"]]
+        prefix = node.meta["owner"].removeprefix(trace.scope).lstrip(".")
+        norm = read_functional_norm(node, self.capture.modules[owner], prefix)
+        if isinstance(norm, str):
+            self.refused.setdefault(f"{owner}:batch_norm", norm)
+            return
+        key = f"{owner}.{norm.name}".lstrip(".") if norm.holder else f"{owner}:{norm.name}"
+        self.functional.setdefault(key, (owner, norm))
+        self._add(key, trace, node)
+        trained[key].add(norm.training)
+
+    def _note_read(self, trace: Trace, node: fx.Node) -> None:
+        """Note which tensor a node reads; the functional norm that takes it is no other reader."""
+        if all(is_functional_norm(user) for user in node.users):
+            return
+        holder, _, name = trace.fqn(str(node.target)).rpartition(".")
+        value = getattr(self.capture.modules.get(self.capture.aliases.get(holder, holder)), name, None)
+        if isinstance(value, Tensor):
+            self._reads.add(id(value))
+
+    def reads(self, tensor: Tensor) -> bool:
+        """Tell whether some forward reads ``tensor`` outside of the call of the module that owns it."""
+        return id(tensor) in self._reads
+
+    def rank(self, key: str, shape: tuple[int, int] | None = None) -> int | None:
+        """Return the number of axes of the input of ``key``: by its class, by the shape seen, or by the graph."""
+        module = self.capture.modules.get(key)
+        if isinstance(module, nn.BatchNorm2d):
+            return 4
+        if isinstance(module, nn.BatchNorm3d):
+            return 5
+        if shape:
+            return shape[0]
+        ranks: set[int | None] = set()
+        for calls in self.calls.get(key, {}).values():
+            for call in calls:
+                module_of = partial(self.capture.module_of, call.trace)
+                source = _input_of(call.node)
+                ranks.add(rank_of(source, module_of) if isinstance(source, fx.Node) else None)
+        return ranks.pop() if len(ranks) == 1 else None
+
+    def layer_feeding(
+        self, key: str, channels: int, rank: int | None, is_source: Callable[[nn.Module], bool] = is_layer
+    ) -> Finding:
+        """Find the layer that feeds the norm ``key`` in every run, and whether that is proven.
+
+        Args:
+            key: The norm's fqn or key.
+            channels: The norm's channels.
+            rank: The number of axes of the norm's input, None where unknown.
+            is_source: Which modules count as a layer.
+        """
+        runs = self.calls.get(key, {})
+        if not runs:
+            hidden = self.opaque_ancestor(key)
+            return Finding(reason=f"{hidden} could not be traced" if hidden else "no traced forward calls it")
+        layers: set[str] = set()
+        for run, calls in runs.items():
+            for call in calls:
+                found = self._producer(call, is_source)
+                if found.reason or found.layer is None:
+                    return found
+                layers.add(found.layer)
+            if len(layers) > 1:
+                return Finding(reason=f"it normalizes the outputs of several layers ({', '.join(sorted(layers)[:3])})")
+            (layer,) = layers
+            made = self.calls[layer].get(run, [])
+            if len(made) != len(calls):
+                return Finding(layer, f"{layer} is called {len(made)} times and the norm {len(calls)} times")
+        (layer,) = layers
+        if set(self.calls[layer]) - set(runs):
+            return Finding(layer, f"{layer} is also called where the norm is not: in train mode or with other arguments")
+        if reason := self._unfit(layer, channels, rank):
+            return Finding(layer, reason)
+        hidden = self.opaque_ancestor(layer) or self.opaque_ancestor(key)
+        return Finding(layer, gap=f"{hidden} could not be traced and might use {layer}, too" if hidden else None)
+
+    def _producer(self, call: _Call, is_source: Callable[[nn.Module], bool]) -> Finding:
+        """Find the layer whose output is this call's input, and whether it goes nowhere else."""
+        source, consumer = _input_of(call.node), call.node
+        forks: list[str] = []
+        while isinstance(source, fx.Node):
+            module = self.capture.module_of(call.trace, source)
+            forks += [_describe(call.trace, user) for user in source.users if user is not consumer]
+            if module is not None and is_source(module):
+                layer = self.capture.aliases[call.trace.fqn(str(source.target))]
+                return Finding(layer, f"the output of {layer} is also used by {forks[0]}" if forks else None)
+            if not passes_through(source, module):
+                break
+            consumer, source = source, _input_of(source)
+        if not isinstance(source, fx.Node):
+            return Finding(reason="its input is no traced value")
+        if source.op == "placeholder":
+            return Finding(reason="its input is an input of its scope")
+        if source.target is hook_barrier:
+            return Finding(reason="a forward hook sees its input")
+        return Finding(reason=f"its input comes from {_describe(call.trace, source)}")
+
+    def _unfit(self, fqn: str, channels: int, rank: int | None) -> str | None:
+        """Return why ``fqn``, which feeds the norm, cannot take its statistics up; None if it can."""
+        layer = self.capture.modules[fqn]
+        weight = layer._parameters.get("weight")
+        if parametrize.is_parametrized(layer) or not isinstance(weight, Tensor):
+            return f"the weight of {fqn} is already parametrized"
+        if is_lazy(weight):
+            return f"{fqn} is not initialized yet: run the model once, then convert"
+        for name, parameter in layer._parameters.items():
+            if parameter is None:
+                continue
+            if owner := self._other_owner(parameter, f"{fqn}.{name}"):
+                return f"the {name} of {fqn} is tied to {owner}"
+            if self.reads(parameter):
+                return f"the model reads the {name} of {fqn} outside of its call"
+        if isinstance(layer, ChannelAffine):
+            return None
+        own = FilterLayout.of(layer).out_channels(weight)
+        if own != channels:
+            return f"{fqn} has {own} output channels and the norm {channels}"
+        if isinstance(layer, nn.Linear) and rank is None:
+            return f"whether the norm's channels are those of {fqn} hangs on its input's rank: give example inputs"
+        if rank is not None and (rank == 2) != isinstance(layer, nn.Linear):
+            return f"the norm's channels are not those of {fqn}: its input has {rank} axes"
+        if not scales_with_its_parameters(layer):
+            return f"the forward of {class_of(layer).__name__} is not linear in its weight, or could not be tried"
+        return None
+
+    def _other_owner(self, parameter: Tensor, name: str) -> str | None:
+        """Return another owner of ``parameter``, by identity or, where it has memory, by that."""
+        owners = self._owners[id(parameter)]
+        if not parameter.is_meta and parameter.numel():
+            owners = owners + self._places[parameter.data_ptr()]
+        return next((owner for owner in owners if owner != name), None)
+
+    def opaque_ancestor(self, key: str) -> str | None:
+        """Return an opaque module inside which ``key``, under any of its names, lies."""
+        for opaque in self.capture.opaque:
+            for name in self.capture.names[key.partition(":")[0]]:
+                if opaque == "" or name == opaque or name.startswith(opaque + "."):
+                    return opaque or "the model"
+        return None
+
+    def enclosing_leaf(self, fqn: str) -> str | None:
+        """Return the class of the torch module, or norm or layer subclass, inside which ``fqn`` lies."""
+        parent = fqn.rpartition(".")[0]
+        while parent:
+            module = self.capture.modules[self.capture.aliases[parent]]
+            if is_leaf(module):
+                return class_of(module).__name__
+            parent = parent.rpartition(".")[0]
+        return None
+
+
+def _input_of(node: fx.Node) -> Any:
+    if is_functional_norm(node):
+        return norm_argument(node, "input")
+    return node.args[0] if node.args else next(iter(node.kwargs.values()), None)
+
+
+def _describe(trace: Trace, node: fx.Node) -> str:
+    if node.op == "call_module":
+        return trace.fqn(str(node.target))
+    if node.op == "output":
+        return "the output"
+    return getattr(node.target, "__name__", str(node.target))
