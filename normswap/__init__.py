@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from normswap.errors import NormswapError as NormswapError
     from normswap.exporting import ExportArtifact as ExportArtifact
     from normswap.exporting import export_onnx as export_onnx
+    from normswap.folding import Folding as Folding
+    from normswap.folding import FoldRow as FoldRow
+    from normswap.folding import fold as fold
+    from normswap.folding import fold_with_report as fold_with_report
+    from normswap.initialization.data_dependent import initialize as initialize
     from normswap.recipes import Recipe as Recipe
     from normswap.recipes import all_recipes as all_recipes
     from normswap.recipes import make_recipe as make_recipe
@@ -26,6 +31,8 @@ if TYPE_CHECKING:
 # Each public name and the module that holds it: importing normswap imports none of them, and with them not torch.
 _HOMES = {
     "Conversion": "conversion",
+    "FoldRow": "folding",
+    "Folding": "folding",
     "ExportArtifact": "exporting",
     "InitReport": "records",
     "NormswapError": "errors",
@@ -34,7 +41,10 @@ _HOMES = {
     "Verification": "verification",
     "all_recipes": "recipes",
     "convert": "conversion",
+    "fold": "folding",
+    "fold_with_report": "folding",
     "export_onnx": "exporting",
+    "initialize": "initialization.data_dependent",
     "make_recipe": "recipes",
     "plan": "conversion",
     "swap_norms": "conversion",

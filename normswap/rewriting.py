@@ -123,9 +123,12 @@ def _place(
         weight_part = recipe.weight(site)
         if weight_part is not None:
             weight_part.register(layer)
+            layer.get_submodule("parametrizations").train(layer.training)
     elif norm_part.bias is not Bias.KEPT:
-        affine = ChannelAffine(state.num_features, device=state.gamma.device, dtype=state.gamma.dtype)
-    norm = old if norm_part.bias is Bias.KEPT else norm_part.build(state.num_features, state.gamma)
+        affine = ChannelAffine(
+            state.num_features, site.rank, device=state.gamma.device, dtype=state.gamma.dtype
+        )
+    norm = old if norm_part.bias is Bias.KEPT else norm_part.build(site, state.gamma)
     one = Placed(step, state, layer, weight, bias, weight_part, norm_part, affine, norm)
     if norm_part.bias is Bias.KEPT:
         return one, None

@@ -3,12 +3,12 @@
 Plain loops over filters and kernel positions, float64, no torch. Papers:
 
 - S&K: T. Salimans, D. Kingma, *Weight Normalization*, 2016
-- Qiao: S. Qiao et al., *Micro-Batch Training with Batch-Channel Normalization and Weight Standardization*, 2019
+- Qiao: S. Qiao et al., *Weight Standardization*, 2019
 - I&S: S. Ioffe, C. Szegedy, *Batch Normalization*, 2015
 - Ba: J. Ba, J. Kiros, G. Hinton, *Layer Normalization*, 2016
 - Wu: Y. Wu, K. He, *Group Normalization*, 2018
 
-``x`` is ``(N, C)`` or ``(N, C, *space)``; what belongs to a channel is ``(C,)``. Weights are as torch stores them.
+``x`` is ``(N, C)`` or ``(N, C, *space)``; what belongs to a channel is ``(C,)``; weights lie as torch's do.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Layer:
     """A linear layer, convolution or transposed convolution.
 
     Args:
-        weight: ``(out, in)``, ``(out, in/groups, *kernel)``, or ``(in, out/groups, *kernel)`` where transposed.
+        weight: ``(out, in)``, ``(out, in/groups, *kernel)`` or, transposed, ``(in, out/groups, *kernel)``.
         bias: ``(out,)``.
         transposed: Whether it is a transposed convolution.
         groups: Input and output channels fall into so many groups, connected one to one.
@@ -134,9 +134,10 @@ def weight_norm_gradients(layer: Layer, g: Array, grad_w: Array) -> tuple[Array,
 def weight_standardization(
     layer: Layer, gain: Array | None = None, offset: Array | None = None, eps: float = 1e-5
 ) -> Array:
-    """``Ŵ = (W − μ)/σ`` per filter, ``μ = 1/I ΣW``, ``σ = sqrt(1/I Σ(W − μ)² + ε)`` (Qiao, eq. 4-6).
+    """``Ŵ = (W − μ)/σ`` per filter, ``μ = 1/I ΣW``, ``σ = sqrt(1/I Σ(W − μ)² + ε)`` (Qiao, eq. 4-5).
 
-    ``gain`` and ``offset``, which the paper does not have, make it ``gain·Ŵ + offset``.
+    ε stands under the root, as in the other norms. ``gain`` and ``offset``, which the paper has not, make it
+    ``gain·Ŵ + offset``.
     """
 
     def standardized(W: Array, c: int) -> Array:
@@ -196,7 +197,7 @@ def batch_norm_eval(x: Array, gamma: Array, beta: Array, running: Running, eps: 
 
 
 def mean_only_batch_norm_train(x: Array, bias: Array, running: Running) -> tuple[Array, Running]:
-    """``t̃ = t − μ[t] + b`` with the minibatch's mean (S&K, *Mean-only Batch Normalization*, eq. 7)."""
+    """``t̃ = t − μ[t] + b`` with the minibatch's mean (S&K, *Mean-only Batch Normalization*)."""
     mean, _ = batch_moments(x)
     return x - per_channel(mean, x) + per_channel(bias, x), running.after(mean)
 
@@ -207,7 +208,7 @@ def mean_only_batch_norm_eval(x: Array, bias: Array, running: Running) -> Array:
 
 
 def mean_only_batch_norm_gradient(grad_y: Array) -> Array:
-    """``∇_t = ∇_t̃ − μ[∇_t̃]``: the gradient is centred (S&K, eq. 8)."""
+    """``∇_t = ∇_t̃ − μ[∇_t̃]``: the gradient is centred (S&K, *Mean-only Batch Normalization*)."""
     mean, _ = batch_moments(grad_y)
     return grad_y - per_channel(mean, grad_y)
 
@@ -230,7 +231,7 @@ def group_norm(x: Array, num_groups: int, gamma: Array, beta: Array, eps: float 
 def layer_norm(x: Array, gamma: Array, beta: Array, eps: float = 1e-5) -> Array:
     """``h = g/σ (a − μ) + b`` per sample, ``μ = 1/H Σa``, ``σ = sqrt(1/H Σ(a − μ)² + ε)`` (Ba, eq. 3-4).
 
-    H: all units of the layer, which on feature maps are all channels at all positions. The affine is per channel.
+    H: all units of the layer, on feature maps all channels at all positions. The affine is per channel.
     """
     return per_channel(gamma, x) * np.stack([_standardized(a, eps) for a in x]) + per_channel(beta, x)
 
@@ -254,17 +255,17 @@ def _standardized(a: Array, eps: float) -> Array:
 
 
 def data_dependent_initialization(
-    layers: Sequence[Layer], x: Array, phi: Callable[[Array], Array]
+    layers: Sequence[Layer], x: Array, phis: Sequence[Callable[[Array], Array]]
 ) -> tuple[list[tuple[Array, Array]], list[Array]]:
-    """Initialize a stack ``x ← φ(w·x + b)`` from one minibatch; the layers' weights are v.
+    """Initialize a stack ``x ← φ(w·x + b)`` from one minibatch; the layers' weights are v, and each has its φ.
 
-    ``t = v·x/‖v‖``, ``y = φ((t − μ[t])/σ[t])`` (S&K, eq. 5), so ``g = 1/σ[t]``, ``b = −μ[t]/σ[t]`` (S&K, eq. 6).
+    ``t = v·x/‖v‖``, ``y = φ((t − μ[t])/σ[t])`` (S&K, eq. 5), so ``g = 1/σ[t]``, ``b = −μ[t]/σ[t]`` (eq. 6).
 
     Returns:
         (g, b) of each layer, and each layer's pre-activation ``(t − μ[t])/σ[t]``.
     """
     parameters, activations = [], []
-    for layer in layers:
+    for layer, phi in zip(layers, phis, strict=True):
         direction = weight_norm(layer, np.ones(layer.out_channels))
         t = replace(layer, weight=direction, bias=None)(x)
         mean, var = batch_moments(t)

@@ -188,6 +188,12 @@ class Dataflow:
         hidden = self.opaque_ancestor(layer) or self.opaque_ancestor(key)
         return Finding(layer, gap=f"{hidden} could not be traced and might use {layer}, too" if hidden else None)
 
+    def sources_of(self, key: str) -> set[str]:
+        """Return the layers whose output goes into a call of ``key`` and nowhere else."""
+        calls = (call for run in self.calls.get(key, {}).values() for call in run)
+        found = (self._producer(call, is_layer) for call in calls)
+        return {finding.layer for finding in found if finding.layer and not finding.reason}
+
     def _producer(self, call: _Call, is_source: Callable[[nn.Module], bool]) -> Finding:
         """Find the layer whose output is this call's input, and whether it goes nowhere else."""
         source, consumer = _input_of(call.node), call.node

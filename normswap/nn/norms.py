@@ -23,17 +23,22 @@ class ChannelAffine(nn.Module):
     """``y = weight_c · x + bias_c`` per channel, axis 1; folds into a neighbour or to a depthwise 1×1 convolution.
 
     Shape: ``(N, C)`` or ``(N, C, ...)`` to the same.
+
+    Args:
+        num_features: C.
+        rank: The number of axes of x where it is known; folding needs it.
     """
 
     def __init__(
         self,
         num_features: int,
+        rank: int | None = None,
         *,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.num_features = num_features
+        self.num_features, self.rank = num_features, rank
         self.weight = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
 
@@ -72,6 +77,7 @@ class MeanOnlyBatchNorm(nn.Module):
     Args:
         num_features: C.
         momentum: As in BatchNorm.
+        rank: The number of axes of x where it is known; folding may need it.
         synchronized: Whether μ is the mean over all processes of the default group, as in SyncBatchNorm.
 
     Source: T. Salimans, D. Kingma, *Weight Normalization*, 2016, section 3 (eq. 9).
@@ -84,13 +90,15 @@ class MeanOnlyBatchNorm(nn.Module):
         self,
         num_features: int,
         momentum: float | None = 0.1,
+        rank: int | None = None,
         *,
         synchronized: bool = False,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.num_features, self.momentum, self.synchronized = num_features, momentum, synchronized
+        self.num_features, self.momentum, self.rank = num_features, momentum, rank
+        self.synchronized = synchronized
         self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
         self.register_buffer("running_mean", torch.zeros(num_features, device=device, dtype=dtype))
         self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long, device=device))

@@ -25,6 +25,7 @@ from normswap.nn import (
     WeightStandardization,
     parametrize_weight_norm,
 )
+from normswap.records import Site
 
 __all__ = [
     "Bias",
@@ -95,7 +96,7 @@ class NormPart:
     takes: Takes = Takes.NORMALIZATION
     bias: Bias = Bias.SET
 
-    def build(self, num_features: int, like: Tensor) -> nn.Module | None:
+    def build(self, site: Site, like: Tensor) -> nn.Module | None:
         """Return the module, on the device and with the dtype of ``like``; None for no module."""
         raise NotImplementedError
 
@@ -114,8 +115,8 @@ class Groups(NormPart):
     num_groups: int
     eps: float
 
-    def build(self, num_features: int, like: Tensor) -> nn.Module:
-        return nn.GroupNorm(self.num_groups, num_features, self.eps, device=like.device, dtype=like.dtype)
+    def build(self, site: Site, like: Tensor) -> nn.Module:
+        return nn.GroupNorm(self.num_groups, site.num_features, self.eps, device=like.device, dtype=like.dtype)
 
     def load(self, module: nn.Module | None, incoming: Incoming) -> Tensor:
         return _load_affine(module, incoming.gain(self.num_groups, self.eps), incoming)
@@ -130,8 +131,8 @@ class LayerNormChannels(NormPart):
 
     eps: float
 
-    def build(self, num_features: int, like: Tensor) -> nn.Module:
-        return ChannelLayerNorm(num_features, self.eps, device=like.device, dtype=like.dtype)
+    def build(self, site: Site, like: Tensor) -> nn.Module:
+        return ChannelLayerNorm(site.num_features, self.eps, device=like.device, dtype=like.dtype)
 
     def load(self, module: nn.Module | None, incoming: Incoming) -> Tensor:
         return _load_affine(module, incoming.gain(1, self.eps), incoming)
@@ -157,10 +158,11 @@ class MeanOnly(NormPart):
     takes = Takes.AFFINE
     bias = Bias.REMOVED
 
-    def build(self, num_features: int, like: Tensor) -> nn.Module:
+    def build(self, site: Site, like: Tensor) -> nn.Module:
         return MeanOnlyBatchNorm(
-            num_features,
+            site.num_features,
             self.momentum,
+            site.rank,
             synchronized=self.synchronized,
             device=like.device,
             dtype=like.dtype,
@@ -182,7 +184,7 @@ class Nothing(NormPart):
 
     takes = Takes.AFFINE
 
-    def build(self, num_features: int, like: Tensor) -> None:
+    def build(self, site: Site, like: Tensor) -> None:
         return None
 
     def load(self, module: nn.Module | None, incoming: Incoming) -> Tensor:
@@ -199,7 +201,7 @@ class Keep(NormPart):
     takes = Takes.NOTHING
     bias = Bias.KEPT
 
-    def build(self, num_features: int, like: Tensor) -> None:
+    def build(self, site: Site, like: Tensor) -> None:
         return None
 
     def load(self, module: nn.Module | None, incoming: Incoming) -> None:

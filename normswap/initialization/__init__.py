@@ -1,0 +1,1 @@
+"""Initialize: give the new parts their values."""

@@ -1,0 +1,317 @@
+"""What the laws are stated with: one conversion of every entry by every recipe, and the comparators.
+
+Nothing here asks the package how it did what it did: filters, sharing and expected statistics are worked out
+anew from torch's own documentation and the original model.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils import parametrize
+from zoo import ZOO, Entry, FrozenBatchNorm2d, Inputs, leaves
+
+import normswap as ns
+from normswap.errors import NothingToConvertError
+from normswap.nn import ChannelLayerNorm, WeightStandardization
+from normswap.records import Plan, Step
+
+BY_NAME = {entry.name: entry for entry in ZOO}
+RECIPES = tuple(ns.all_recipes())
+EXACT = tuple(name for name, recipe in ns.all_recipes().items() if recipe.exact)
+INEXACT = tuple(name for name in RECIPES if name not in EXACT)
+
+
+# ---------------------------------------------------------------------------------------------- conversions
+
+
+@dataclass(frozen=True)
+class Case:
+    """One conversion. Its models are shared by the tests: a test that changes one takes a copy."""
+
+    entry: Entry
+    original: nn.Module
+    inputs: Inputs
+    other_inputs: Inputs | None
+    model: nn.Module | None  # None where no norm could be converted
+    plan: Plan
+    before: dict[str, Any]
+    after: dict[str, Any]
+
+    def run(self, model: nn.Module, inputs: Inputs | None = None) -> Any:
+        """The output of ``model`` for this case's inputs, without gradients and without a trace in the model."""
+        with torch.no_grad():
+            return self.entry.run(model, inputs or self.inputs)
+
+    def fresh(self) -> nn.Module:
+        """The original once more."""
+        model = self.entry.model()
+        return model.double() if self.original_is_double else model
+
+    @property
+    def original_is_double(self) -> bool:
+        return self.inputs is not self.entry.inputs
+
+
+@cache
+def case(entry: str, recipe: str, given: bool) -> Case:
+    """The entry's conversion: in float64 and with its inputs as example inputs, or as it is and without any."""
+    what = BY_NAME[entry]
+    original = what.model().double() if given else what.model()
+    inputs, other = (
+        (doubled(what.inputs), doubled(what.other_inputs)) if given else (what.inputs, what.other_inputs)
+    )
+    assert inputs is not None
+    examples = inputs() if given else None
+    before = fingerprint(original)
+    try:
+        result = ns.convert(original, recipe, example_inputs=examples, check=False)
+        model, plan = result.model, result.plan
+    except NothingToConvertError:
+        model, plan = None, ns.plan(original, recipe, example_inputs=examples)
+    return Case(what, original, inputs, other, model, plan, before, fingerprint(original))
+
+
+@cache
+def replayed(entry: str, recipe: str) -> nn.Module:
+    """A fresh model to which the plan of ``case(entry, recipe, True)`` was applied, after a trip through JSON."""
+    known = case(entry, recipe, True)
+    fresh = known.fresh()
+    plan = Plan.from_json(known.plan.to_json())
+    result = ns.convert(fresh, plan=plan, example_inputs=known.inputs(), inplace=True, check=False)
+    assert result.model is fresh
+    assert result.plan == known.plan
+    return fresh
+
+
+def doubled(inputs: Inputs | None) -> Inputs | None:
+    return None if inputs is None else (lambda: tuple(tensor.double() for tensor in inputs()))
+
+
+# ----------------------------------------------------------------------------------------------- comparators
+
+
+def distance(found: Any, expected: Any) -> float:
+    """The largest difference of two outputs, relative to the largest value of each tensor; inf for a NaN."""
+    pairs = list(zip(leaves(found), leaves(expected), strict=True))
+    assert pairs, "nothing to compare"
+    worst = 0.0
+    for a, b in pairs:
+        assert a.shape == b.shape
+        assert a.dtype == b.dtype
+        difference = (a.double() - b.double()).abs().amax() / b.double().abs().amax().clamp(min=1e-300)
+        worst = max(worst, float(difference.nan_to_num(nan=float("inf"))))
+    return worst
+
+
+def fingerprint(model: nn.Module) -> dict[str, Any]:
+    """Everything about a model that a read-only function must leave alone, and the random generators."""
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    found: dict[str, Any] = {
+        f"tensor {name}": (id(t), t.dtype, t.stride(), t.requires_grad, t.grad is None, t.detach().clone())
+        for name, t in tensors
+    }
+    for name, module in model.named_modules(remove_duplicate=False):
+        found[f"module {name}"] = (id(module), type(module), module.training)
+        for key, value in vars(module).items():
+            if key.endswith(("_hooks", "_pre_hooks")):
+                found[f"hooks {name}.{key}"] = list(value or ())
+            elif isinstance(value, (int, float, str, bool, tuple, type(None))):
+                found[f"attribute {name}.{key}"] = value
+    found["tables"] = sorted(model.state_dict())
+    found["generators"] = (torch.get_rng_state(), random.getstate(), repr(np.random.get_state()))
+    return found
+
+
+def changed(before: dict[str, Any], after: dict[str, Any]) -> set[str]:
+    """The entries of two fingerprints that differ."""
+
+    def same(a: Any, b: Any) -> bool:
+        if isinstance(a, Tensor):
+            return isinstance(b, Tensor) and a.shape == b.shape and bool(torch.equal(a, b))
+        if isinstance(a, tuple):
+            return isinstance(b, tuple) and len(a) == len(b) and all(map(same, a, b))
+        return bool(a == b)
+
+    return {
+        k
+        for k in before.keys() | after.keys()
+        if k not in before or k not in after or not same(before[k], after[k])
+    }
+
+
+def structure(model: nn.Module) -> dict[str, Any]:
+    """Module names and classes in order, and the state dict's keys, shapes and dtypes; no value and no device."""
+    return {
+        "modules": [
+            (n, f"{type(m).__module__}.{type(m).__qualname__}", str(m)) for n, m in model.named_modules()
+        ],
+        "tensors": [(n, tuple(t.shape), t.dtype) for n, t in model.state_dict().items()],
+        "trainable": [(n, p.requires_grad) for n, p in model.named_parameters()],
+        "sharing": sharing(model),
+    }
+
+
+def sharing(model: nn.Module, among: set[str] | None = None) -> set[frozenset[str]]:
+    """The sets of names (of ``among``) under which one module goes."""
+    names: dict[int, set[str]] = defaultdict(set)
+    for name, module in model.named_modules(remove_duplicate=False):
+        if among is None or name in among:
+            names[id(module)].add(name)
+    return {frozenset(group) for group in names.values()}
+
+
+# --------------------------------------------------------------------------------------- layers, norms, names
+
+
+def layers_of(model: nn.Module) -> dict[str, nn.Module]:
+    return {fqn: m for fqn, m in model.named_modules() if isinstance(m, (_ConvNd, nn.Linear))}
+
+
+def norms_of(model: nn.Module) -> dict[str, nn.Module]:
+    return {fqn: m for fqn, m in model.named_modules() if isinstance(m, (_BatchNorm, FrozenBatchNorm2d))}
+
+
+def zoo_name(norm: str) -> str:
+    """A norm's name in a plan (``owner:running_mean`` for a functional one) as the zoo writes it."""
+    return norm.replace(":", ".").lstrip(".")
+
+
+def absorbed(plan: Plan) -> set[str]:
+    """The norms of a plan whose layer takes them up."""
+    return {zoo_name(step.site.norm) for step in plan.steps if step.site.layer is not None}
+
+
+def new_norm(model: nn.Module, step: Step) -> nn.Module:
+    """What stands in a converted model where the step's norm stood: a functional one becomes ``…norm``."""
+    owner, _, name = step.site.norm.partition(":")
+    if name:
+        parent, _, leaf = name.rpartition(".")
+        stem = leaf.replace("running_mean", "").strip("_")
+        owner = ".".join(part for part in (owner, parent, f"{stem}_norm" if stem else "norm") if part)
+    return model.get_submodule(owner)
+
+
+def old_tensor(model: nn.Module, step: Step, name: str) -> Tensor | None:
+    """The tensor ``name`` (``running_var``, ``running_mean``) of the step's norm in the original model."""
+    owner, _, functional = step.site.norm.partition(":")
+    if functional:
+        owner = ".".join(part for part in (owner, functional.rpartition(".")[0]) if part)
+        name = functional.rpartition(".")[2].replace("running_mean", name)
+    return getattr(model.get_submodule(owner), name, None)
+
+
+def filters(layer: nn.Module, weight: Tensor) -> Tensor:
+    """One row per output channel, by torch's documentation of the weights' shapes."""
+    if not isinstance(layer, _ConvTransposeNd):
+        return weight.flatten(1)
+    split = weight.reshape(layer.groups, -1, *weight.shape[1:])  # (groups, in/groups, out/groups, *kernel)
+    return split.movedim(2, 1).flatten(0, 1).flatten(1)
+
+
+def per_filter(layer: nn.Module, values: Tensor, weight: Tensor) -> Tensor:
+    """``values``, one per output channel, broadcast to the shape of ``weight``."""
+    tail = (1,) * (weight.ndim - 2)
+    if not isinstance(layer, _ConvTransposeNd):
+        return values.view(-1, 1, *tail).expand_as(weight)
+    rows = values.view(layer.groups, 1, -1, *tail).expand(
+        -1, weight.shape[0] // layer.groups, -1, *weight.shape[2:]
+    )
+    return rows.reshape(weight.shape)
+
+
+# ------------------------------------------------------------------------------------------ expected statistics
+
+
+class AtExpectedStatistics(nn.Module):
+    """A per-sample norm's own affine with the mean 0 and the variance that its input has over the data."""
+
+    def __init__(self, norm: nn.GroupNorm | ChannelLayerNorm, variance: Tensor) -> None:
+        super().__init__()
+        groups = norm.num_groups if isinstance(norm, nn.GroupNorm) else 1
+        expected = variance.view(groups, -1).mean(1, keepdim=True).expand(groups, variance.numel() // groups)
+        self.scale = norm.weight.detach() / (expected.flatten() + norm.eps).sqrt().to(norm.weight)
+        self.shift = norm.bias.detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = (1, -1, *(1,) * (x.ndim - 2))
+        return (x.to(self.scale) * self.scale.view(shape) + self.shift.view(shape)).to(x.dtype)
+
+
+def at_expected_statistics(
+    case: Case, model: nn.Module, excess: Callable[[Step], Tensor | float] = lambda step: 1.0
+) -> nn.Module:
+    """A copy of a converted model with each new norm at the statistics that the BatchNorm's own let it expect.
+
+    BatchNorm's statistics say that ``(x − μ)/σ`` has the mean 0 and the variance ``var/(var + eps)``; ``excess`` is
+    the factor per channel by which the layer's output is larger than that, where its form keeps no scale.
+    """
+    model = copy.deepcopy(model)
+    for step in case.plan.steps:
+        found = new_norm(model, step)
+        norms = [
+            part for part in (found, *found.children()) if isinstance(part, (nn.GroupNorm, ChannelLayerNorm))
+        ]
+        for norm in norms:
+            var = old_tensor(case.original, step, "running_var")
+            assert var is not None
+            ratio = var.double() / (var.double() + step.site.eps)
+            replacement = AtExpectedStatistics(norm, ratio * excess(step) ** 2)
+            for parent in list(model.modules()):
+                for name, child in parent._modules.items():
+                    if child is norm:
+                        parent._modules[name] = replacement
+    return model
+
+
+def standardized(model: nn.Module) -> Iterator[tuple[str, nn.Module, WeightStandardization]]:
+    """The layers whose weight is standardized."""
+    for name, layer in layers_of(model).items():
+        if parametrize.is_parametrized(layer, "weight") and isinstance(
+            layer.parametrizations["weight"][0], WeightStandardization
+        ):
+            yield name, layer, layer.parametrizations["weight"][0]
+
+
+@torch.no_grad()
+def without_centring_(model: nn.Module) -> nn.Module:
+    """Give standardized layers the plain weight ``gain_c/std_c · v``: standardization but for the mean."""
+    for _, layer, ws in list(standardized(model)):
+        originals = layer.parametrizations["weight"]
+        v = originals.original0 if ws.gain else originals.original
+        std = (filters(layer, v).var(1, correction=0) + ws.eps).sqrt()
+        gain = originals.original1 if ws.gain else torch.ones_like(std)
+        weight = v * per_filter(layer, gain / std, v)
+        assert weight.dtype == v.dtype
+        del layer._modules["parametrizations"]
+        layer.__class__ = type(layer).__mro__[1]
+        layer.register_parameter("weight", nn.Parameter(weight))
+    return model
+
+
+def loss(output: Any) -> Tensor:
+    """A number that depends on every value of the output, differently."""
+    generator = torch.Generator().manual_seed(3)
+    terms = [(t.float() * torch.randn(t.shape, generator=generator)).sum() for t in leaves(output)]
+    return torch.stack(terms).sum()
+
+
+def not_finite(model: nn.Module) -> set[str]:
+    """The parameters whose value or gradient holds NaN or infinity."""
+    return {
+        name
+        for name, p in model.named_parameters()
+        if not bool(torch.isfinite(p).all())
+        or (p.grad is not None and not bool(torch.isfinite(p.grad).all()))
+    }
