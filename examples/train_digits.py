@@ -93,12 +93,8 @@ def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> N
 
 def main() -> None:
     """Train, score once on the held-out digits, and write the file if asked to."""
-    parser = argparse.ArgumentParser(
-        description="Train the demo network on scikit-learn's handwritten digits."
-    )
-    parser.add_argument(
-        "--output", type=Path, help="file to write (safetensors); without it nothing is written"
-    )
+    parser = argparse.ArgumentParser(description="Train the demo network on scikit-learn's handwritten digits.")
+    parser.add_argument("--output", type=Path, help="file to write (safetensors); without it nothing is written")
     output = parser.parse_args().output
     if output is not None and not output.parent.is_dir():
         parser.error(f"--output: the folder {str(output.parent)!r} does not exist")

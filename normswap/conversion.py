@@ -19,6 +19,7 @@ from normswap.initialization.absorb import absorb
 from normswap.initialization.moments import Moments, input_moments, measure_statistics, noise_like
 from normswap.inputs import Inputs, as_inputs, bind_batches, make_up_inputs
 from normswap.matching import match
+from normswap.origin import Origin, remember, skeleton_of
 from normswap.planning import make_plan
 from normswap.recipes import Recipe, make_recipe
 from normswap.records import InitReport, InitRow, Plan
@@ -131,8 +132,10 @@ def convert(
     statistics = _missing_statistics(model, plan, batches)
     moments, assumption = ({}, "") if init == "none" else _moments(model, plan, recipe, batches, example)
     reference = _reference(model, recipe, example, check and init != "none")
+    skeleton = skeleton_of(model)
     target = model if inplace else _copy(model)
     placed = [_with_statistics(p, statistics) for p in rewrite(target, plan, recipe)]
+    remember(target, Origin(plan, recipe, skeleton))
     rows = tuple(InitRow(p.step.site.norm, "fresh") if init == "none" else absorb(p, moments) for p in placed)
     report = InitReport(init, rows, tuple(n for n in (*notes, assumption) if n))
     return Conversion(target, plan, report, _self_check(target, reference))
@@ -150,9 +153,7 @@ def _plan(
     if example is not None:
         capture = dataclasses.replace(capture, shapes=norm_input_shapes(model, example))
     matches = match(capture, example, has_data=has_data)
-    return make_plan(
-        type(model).__name__, matches, recipe, include=include, exclude=exclude, has_data=has_data
-    )
+    return make_plan(type(model).__name__, matches, recipe, include=include, exclude=exclude, has_data=has_data)
 
 
 def _refuse_unfit(model: nn.Module) -> None:

@@ -201,9 +201,7 @@ def _refuse(model: nn.Module, path: Path, opset: int) -> None:
     import onnx
 
     if not isinstance(model, nn.Module):
-        raise InputError(
-            f"model is a {type(model).__name__}", code="export-model", hint="give a torch.nn.Module"
-        )
+        raise InputError(f"model is a {type(model).__name__}", code="export-model", hint="give a torch.nn.Module")
     if training := training_modules(model):
         raise ExportError(
             f"the model is in train mode ({training[0]!r} and {len(training) - 1} more modules)",
@@ -263,9 +261,7 @@ def _bind(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
                 hint="wrap the model in a module whose forward names each input",
             )
     if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(bound.arguments)):
-        raise InputError(
-            "the example inputs hold no tensor", code="export-inputs", hint="give at least one tensor"
-        )
+        raise InputError("the example inputs hold no tensor", code="export-inputs", hint="give at least one tensor")
     return dict(bound.arguments)
 
 
@@ -343,8 +339,7 @@ def _to_onnx(model: nn.Module, inputs: dict[str, Any], dims: Any, opset: int) ->
             ]
     except Exception as cause:
         raise InputError(
-            f"{type(model).__name__} failed on the example inputs: "
-            f"{type(cause).__name__}: {first_line(cause)}",
+            f"{type(model).__name__} failed on the example inputs: {type(cause).__name__}: {first_line(cause)}",
             code="export-forward",
             hint="give inputs that model(...) accepts in eval mode, and with 2 samples for dynamic_batch",
         ) from cause
@@ -441,9 +436,7 @@ def _merge_affine(model: ir.Model, x: ir.Value, multiply: ir.Node, add: ir.Node)
     }.items():
         if name not in graph.initializers:
             tensor, shape = ir.tensor(array, name=name), ir.Shape(array.shape)
-            graph.register_initializer(
-                ir.Value(None, name=name, shape=shape, type=x.type, const_value=tensor)
-            )
+            graph.register_initializer(ir.Value(None, name=name, shape=shape, type=x.type, const_value=tensor))
         constants.append(graph.initializers[name])
     affine = ir.node("BatchNormalization", [x, *constants], {"epsilon": 0.0}, name=add.name)
     affine.metadata_props.update(add.metadata_props)

@@ -1,8 +1,8 @@
 """Fold: reparameterized weights become plain weights, and what is affine in evaluation goes into a neighbour.
 
-In evaluation a mean-only BatchNorm, a remaining BatchNorm and a per-channel affine all are ``y = a_c x + b_c``. Where the
-graph proves that a convolution or linear layer feeds one and nothing else, ``W ← a W``, ``c ← a c + b``. Elsewhere two in
-a row become one, and what is left becomes a depthwise 1×1 convolution.
+In evaluation a mean-only BatchNorm, a remaining BatchNorm and a per-channel affine all are ``y = a_c x + b_c``. Where
+the graph proves that a convolution or linear layer feeds one and nothing else, ``W ← a W``, ``c ← a c + b``. Elsewhere
+two in a row become one, and what is left becomes a depthwise 1×1 convolution.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Folding:
     check: Verification | None
 
     def __str__(self) -> str:
-        lines = [(row.name, row.result, row.reason) for row in (*self.rows, *self.left)]
+        lines: list[tuple[str, ...]] = [(row.name, row.result, row.reason) for row in (*self.rows, *self.left)]
         return text_table(("what", "became", "why"), lines) if lines else "nothing to fold"
 
 
@@ -95,7 +95,8 @@ def fold_with_report(model: nn.Module, *, example_inputs: Any = None) -> Folding
     inputs = None if example_inputs is None else as_inputs(example_inputs)
     if inputs is not None:
         _note_ranks(folded, inputs)
-    rows, left = [], []
+    rows: list[FoldRow] = []
+    left: list[FoldRow] = []
     for name, reason in make_plain(folded):
         (left if reason else rows).append(FoldRow(name, "as it was" if reason else "a plain weight", reason))
     while done := _fold_affines(folded):
@@ -170,8 +171,7 @@ def _rank(flow: Dataflow, fqn: str) -> int | None:
 
 
 def _into(layer: nn.Module, affine: _Affine) -> None:
-    weight, bias = layer.weight, layer.bias
-    assert isinstance(weight, Tensor)
+    weight, bias = FilterLayout.weight(layer), layer.bias
     old = bias.detach().double() if isinstance(bias, Tensor) else torch.zeros_like(affine.shift)
     shift = affine.scale * old + affine.shift
     with torch.no_grad():
@@ -216,7 +216,7 @@ def _simplify(model: nn.Module) -> None:
         if len(kept) == len(module._modules) or hooked or not fqn:
             continue
         only = next(iter(kept.values()), nn.Identity())
-        _replace(model, fqn, only if len(kept) < 2 else nn.Sequential(kept))  # type: ignore[arg-type]
+        _replace(model, fqn, only if len(kept) < 2 else nn.Sequential(kept))
 
 
 def _replace_the_rest(model: nn.Module) -> list[FoldRow]:
@@ -265,7 +265,7 @@ def _depthwise(affine: _Affine, rank: int | None, like: Tensor) -> nn.Module | N
 
 
 def _plain_forwards(model: nn.Module) -> nn.Module:
-    """Turn modules whose forward was rewritten, and whose class no file defines, into GraphModules of their eval graph."""
+    """Turn modules whose forward was rewritten, whose class no file defines, into GraphModules of their eval graph."""
     rewritten = [name for name, module in model.named_modules() if is_rewritten(module)]
     for name in sorted(rewritten, key=lambda name: -name.count(".") - bool(name)):
         owner = model.get_submodule(name)

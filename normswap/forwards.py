@@ -1,8 +1,8 @@
 """Forwards that call a norm functionally: found, and rewritten to call a module instead.
 
 Note [Two forwards]
-A symbolic trace fixes ``self.training`` at the value that it finds. So the forward is traced twice, in train and in eval
-mode, and the owner becomes an instance of a subclass of its own class, made for it, that runs the one or the other.
+A symbolic trace fixes ``self.training`` at the value that it finds. So the forward is traced twice, in train and in
+eval mode, and the owner's class becomes a subclass of itself, made for it, that runs the one or the other.
 Its state dict keys, its methods and ``isinstance`` stay as they are. A GraphModule is edited in place instead.
 """
 
@@ -49,7 +49,7 @@ def find_functional_norms(owner: nn.Module) -> dict[str, FunctionalNorm]:
 def replace_functional_norms(
     owner: nn.Module, replacements: Mapping[str, nn.Module], found: Mapping[str, FunctionalNorm]
 ) -> None:
-    """Make ``owner``'s forward call ``replacements`` instead of ``batch_norm``, and drop the tensors that it no longer reads.
+    """Make ``owner``'s forward call ``replacements`` instead of ``batch_norm``; drop the tensors it no longer reads.
 
     Args:
         owner: The module; its class changes, or its graph if it is a GraphModule.
@@ -148,5 +148,3 @@ def _subclass(cls: type[nn.Module], graphs: Mapping[str, fx.Graph]) -> type[nn.M
     namespace["forward"] = scope["forward"]
     namespace["forward"].__doc__ = inspect.getdoc(cls.forward)
     return type(cls.__name__, (cls,), namespace)
-
-

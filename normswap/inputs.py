@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from normswap.capture.guard import set_mode, untouched
 from normswap.capture.observed import run_on
 from normswap.capture.ops import is_layer
 from normswap.errors import InputError
+from normswap.nn import FilterLayout
 
 __all__ = ["Inputs", "as_inputs", "bind_batches", "make_up_inputs"]
 
@@ -71,7 +72,9 @@ def bind_batches(model: nn.Module, data: Any, notes: list[str] | None = None) ->
         count += 1
         yield inputs
     if not count:
-        raise InputError("the data holds no batch", code="no-data", hint="give a fresh iterable with at least one batch")
+        raise InputError(
+            "the data holds no batch", code="no-data", hint="give a fresh iterable with at least one batch"
+        )
 
 
 def _required(model: nn.Module) -> int | None:
@@ -105,12 +108,13 @@ def make_up_inputs(model: nn.Module, batch: int = 2) -> tuple[Tensor, ...] | Non
     if not layers or any(p.is_meta for p in model.parameters()):
         return None
     first, generator = layers[0], torch.Generator().manual_seed(0)
-    like = next(iter(first.parameters()))
+    like = FilterLayout.of(first).weight(first)
     if isinstance(first, nn.Linear):
         shapes: list[tuple[int, ...]] = [(batch, first.in_features)]
     else:
-        axes = first.weight.ndim - 2  # type: ignore[union-attr,operator]
-        shapes = [(batch, int(first.in_channels), *(side,) * axes) for side in _SIDES[axes]]  # type: ignore[arg-type]
+        axes = like.ndim - 2
+        channels = cast(int, first.in_channels)
+        shapes = [(batch, channels, *(side,) * axes) for side in _SIDES[axes]]
     with untouched(model, values=True):
         set_mode(model, False)
         for shape in shapes:
@@ -121,5 +125,3 @@ def make_up_inputs(model: nn.Module, batch: int = 2) -> tuple[Tensor, ...] | Non
                 continue
             return (x,)
     return None
-
-

@@ -49,8 +49,11 @@ def match(
     for fqn, module in capture.modules.items():
         if not is_norm(module) or fqn in holders:
             continue
-        found = _module_site(capture, flow, fqn, module)
-        (skips if isinstance(found, Skip) else sites).append(found)  # type: ignore[arg-type]
+        site_or_skip = _module_site(capture, flow, fqn, module)
+        if isinstance(site_or_skip, Skip):
+            skips.append(site_or_skip)
+        else:
+            sites.append(site_or_skip)
     for key in flow.functional:
         sites.append(_functional_site(capture, flow, key))
     for key, why in flow.refused.items():
@@ -74,7 +77,7 @@ def match(
                 site,
                 layer=found.layer,
                 layer_type=class_of(layer).__name__,
-                fan_in=FilterLayout.of(layer).fan_in(layer.weight),  # type: ignore[arg-type]
+                fan_in=FilterLayout.of(layer).fan_in(FilterLayout.weight(layer)),
                 proof=Proof.PROVEN,
             )
         )
@@ -83,7 +86,10 @@ def match(
     matched = _close_gaps(capture, matched, conditional, example_inputs)
     matched.sort(key=lambda site: flow.order.get(site.norm, len(flow.order)))
     skips.extend(_layer_skips(capture, flow, matched, refused))
-    skips.extend(Skip(fqn, "scope", class_of(capture.modules[capture.aliases[fqn]]).__name__, "opaque", why) for fqn, why in capture.opaque.items())
+    skips.extend(
+        Skip(fqn, "scope", class_of(capture.modules[capture.aliases[fqn]]).__name__, "opaque", why)
+        for fqn, why in capture.opaque.items()
+    )
     return Matches(tuple(matched), tuple(skips))
 
 
@@ -164,17 +170,15 @@ def _close_gaps(
             if (site.layer, site.norm) in confirmed:
                 site = replace(site, proof=Proof.CHECKED)
             else:
-                tail = "example inputs show that it does" if example_inputs else "give example inputs to have it checked"
-                site = replace(
-                    site, layer=None, layer_type=None, fan_in=0, proof=Proof.NONE, reason=f"{gap}: {tail}"
+                tail = (
+                    "example inputs show that it does" if example_inputs else "give example inputs to have it checked"
                 )
+                site = replace(site, layer=None, layer_type=None, fan_in=0, proof=Proof.NONE, reason=f"{gap}: {tail}")
         closed.append(site)
     return closed
 
 
-def _layer_skips(
-    capture: Capture, flow: Dataflow, sites: list[Site], refused: Mapping[str, str]
-) -> list[Skip]:
+def _layer_skips(capture: Capture, flow: Dataflow, sites: list[Site], refused: Mapping[str, str]) -> list[Skip]:
     """Return a skip for each layer, and for each norm that is no BatchNorm, that no site holds."""
     taken = {site.layer for site in sites}
     skips = []
@@ -190,11 +194,15 @@ def _layer_skips(
                 code, reason = "not-absorbed", f"its weight is left as it is: {refused[fqn]}"
             elif not flow.calls.get(fqn):
                 code, reason = (
-                    ("opaque", f"{hidden} could not be traced") if hidden else ("never-called", "no traced forward calls it")
+                    ("opaque", f"{hidden} could not be traced")
+                    if hidden
+                    else ("never-called", "no traced forward calls it")
                 )
             else:
                 code, reason = "no-norm", "no BatchNorm follows it directly"
             skips.append(Skip(fqn, "layer", kind, code, reason))
     for key, name in flow.functional_layers.items():
-        skips.append(Skip(key, "layer", name, "functional-layer", "it is called functionally: its weight is left as it is"))
+        skips.append(
+            Skip(key, "layer", name, "functional-layer", "it is called functionally: its weight is left as it is")
+        )
     return skips

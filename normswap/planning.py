@@ -59,7 +59,10 @@ def _refusal(
         if any(fnmatchcase(name, glob) for name in names):
             return "excluded", f"the pattern {glob!r} excludes it"
     if not site.has_statistics and not has_data:
-        return "no-statistics", "it stores no running statistics, so there is nothing to take over: give calibration data"
+        return (
+            "no-statistics",
+            "it stores no running statistics, so there is nothing to take over: give calibration data",
+        )
     reason = recipe.refuse(site)
     return None if reason is None else ("recipe-refuses", reason)
 
@@ -83,5 +86,3 @@ def _check_globs(matches: Matches, globs: Sequence[str]) -> None:
                 code="pattern-matches-nothing",
                 hint=f"norms are named like {names[0]!r}" if names else "the model has no norms",
             )
-
-

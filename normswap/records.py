@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -199,9 +199,7 @@ class Plan:
                     code="plan-format",
                     hint="make the plan anew with this version",
                 )
-            steps = tuple(
-                _read(Step, {**step, "site": _read(Site, step["site"])}) for step in record["steps"]
-            )
+            steps = tuple(_read(Step, {**step, "site": _read(Site, step["site"])}) for step in record["steps"])
             skips = tuple(_read(Skip, skip) for skip in record["skips"])
             return cls(record["model"], record["recipe"], record["options"], steps, skips)
         except (ValueError, KeyError, TypeError) as cause:
@@ -236,7 +234,9 @@ class InitReport:
     assumptions: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        table = text_table(("module", "initialized", "notes"), [(r.name, r.method, "; ".join(r.notes)) for r in self.rows])
+        table = text_table(
+            ("module", "initialized", "notes"), [(r.name, r.method, "; ".join(r.notes)) for r in self.rows]
+        )
         return "\n\n".join([f"initialization: {self.method}", table, *self.assumptions])
 
     def to_json(self, indent: int | None = 2) -> str:
@@ -252,7 +252,7 @@ def _read(cls: type[Any], record: Mapping[str, Any]) -> Any:
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in record.items()})
 
 
-def text_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def text_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     """Return a plain table, columns separated by two spaces and as wide as their longest cell."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = [header, tuple("─" * w for w in widths), *rows]

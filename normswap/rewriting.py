@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import OrderedDict, defaultdict
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from normswap.capture.batch_norms import BatchNormState, after_norm, read_batch_norm
@@ -17,7 +16,7 @@ from normswap.capture.functional import FunctionalNorm
 from normswap.capture.ops import is_norm
 from normswap.errors import PlanError
 from normswap.forwards import find_functional_norms, replace_functional_norms
-from normswap.nn import ChannelAffine
+from normswap.nn import ChannelAffine, FilterLayout
 from normswap.recipes import Recipe
 from normswap.recipes.parts import Bias, NormPart, WeightPart
 from normswap.records import NormKind, Plan, Step
@@ -117,17 +116,15 @@ def _place(
     layer, weight, bias, weight_part, affine = None, None, None, None, None
     if site.layer is not None:
         layer = _submodule(model, site.layer, plan)
-        weight, bias = layer.weight.detach(), layer.bias  # type: ignore[operator]
-        bias = bias.detach() if isinstance(bias, Tensor) else None
+        weight = FilterLayout.weight(layer).detach()
+        bias = None if layer._parameters["bias"] is None else layer._parameters["bias"].detach()
         _prepare_bias(layer, norm_part.bias)
         weight_part = recipe.weight(site)
         if weight_part is not None:
             weight_part.register(layer)
             layer.get_submodule("parametrizations").train(layer.training)
     elif norm_part.bias is not Bias.KEPT:
-        affine = ChannelAffine(
-            state.num_features, site.rank, device=state.gamma.device, dtype=state.gamma.dtype
-        )
+        affine = ChannelAffine(state.num_features, site.rank, device=state.gamma.device, dtype=state.gamma.dtype)
     norm = old if norm_part.bias is Bias.KEPT else norm_part.build(site, state.gamma)
     one = Placed(step, state, layer, weight, bias, weight_part, norm_part, affine, norm)
     if norm_part.bias is Bias.KEPT:
@@ -139,13 +136,11 @@ def _place(
 
 
 def _prepare_bias(layer: nn.Module, bias: Bias) -> None:
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
+    weight = FilterLayout.weight(layer)
     if bias is Bias.REMOVED:
         layer.register_parameter("bias", None)
-    elif bias is Bias.SET and layer.bias is None:
-        size = getattr(layer, "out_channels", None) or getattr(layer, "out_features", None)
-        zeros = torch.zeros(int(size or 0), dtype=weight.dtype, device=weight.device)
+    elif bias is Bias.SET and layer._parameters["bias"] is None:
+        zeros = weight.new_zeros(FilterLayout.of(layer).out_channels(weight))
         layer.register_parameter("bias", nn.Parameter(zeros, requires_grad=weight.requires_grad))
 
 
@@ -168,9 +163,9 @@ def _carry_over(old: nn.Module, new: nn.Module) -> None:
         if id(module) not in own:
             module.training = old.training
     for name, value in vars(old).items():
-        if name.endswith(("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")):
-            vars(new)[name].update(value)
-        elif name.startswith(("_forward_hooks_", "_forward_pre_hooks_")):  # which hooks take keywords or always run
+        if name.endswith(
+            ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+        ) or name.startswith(("_forward_hooks_", "_forward_pre_hooks_")):
             vars(new)[name].update(value)
         elif name not in _NORM_FIELDS and name not in vars(new):
             vars(new)[name] = value

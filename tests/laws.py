@@ -69,9 +69,7 @@ def case(entry: str, recipe: str, given: bool) -> Case:
     """The entry's conversion: in float64 and with its inputs as example inputs, or as it is and without any."""
     what = BY_NAME[entry]
     original = what.model().double() if given else what.model()
-    inputs, other = (
-        (doubled(what.inputs), doubled(what.other_inputs)) if given else (what.inputs, what.other_inputs)
-    )
+    inputs, other = (doubled(what.inputs), doubled(what.other_inputs)) if given else (what.inputs, what.other_inputs)
     assert inputs is not None
     examples = inputs() if given else None
     before = fingerprint(original)
@@ -130,7 +128,8 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
             elif isinstance(value, (int, float, str, bool, tuple, type(None))):
                 found[f"attribute {name}.{key}"] = value
     found["tables"] = sorted(model.state_dict())
-    found["generators"] = (torch.get_rng_state(), random.getstate(), repr(np.random.get_state()))
+    _, key, *rest = np.random.get_state()
+    found["generators"] = (torch.get_rng_state(), random.getstate(), key.tobytes(), *rest)
     return found
 
 
@@ -145,18 +144,20 @@ def changed(before: dict[str, Any], after: dict[str, Any]) -> set[str]:
         return bool(a == b)
 
     return {
-        k
-        for k in before.keys() | after.keys()
-        if k not in before or k not in after or not same(before[k], after[k])
+        k for k in before.keys() | after.keys() if k not in before or k not in after or not same(before[k], after[k])
     }
+
+
+def class_name(module: nn.Module) -> str:
+    """The module's class; of a GraphModule, which has a class of its own and any name, that it is one."""
+    cls = torch.fx.GraphModule if isinstance(module, torch.fx.GraphModule) else type(module)
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def structure(model: nn.Module) -> dict[str, Any]:
     """Module names and classes in order, and the state dict's keys, shapes and dtypes; no value and no device."""
     return {
-        "modules": [
-            (n, f"{type(m).__module__}.{type(m).__qualname__}", str(m)) for n, m in model.named_modules()
-        ],
+        "modules": [(n, class_name(m), m.extra_repr()) for n, m in model.named_modules()],
         "tensors": [(n, tuple(t.shape), t.dtype) for n, t in model.state_dict().items()],
         "trainable": [(n, p.requires_grad) for n, p in model.named_parameters()],
         "sharing": sharing(model),
@@ -225,9 +226,7 @@ def per_filter(layer: nn.Module, values: Tensor, weight: Tensor) -> Tensor:
     tail = (1,) * (weight.ndim - 2)
     if not isinstance(layer, _ConvTransposeNd):
         return values.view(-1, 1, *tail).expand_as(weight)
-    rows = values.view(layer.groups, 1, -1, *tail).expand(
-        -1, weight.shape[0] // layer.groups, -1, *weight.shape[2:]
-    )
+    rows = values.view(layer.groups, 1, -1, *tail).expand(-1, weight.shape[0] // layer.groups, -1, *weight.shape[2:])
     return rows.reshape(weight.shape)
 
 
@@ -260,9 +259,7 @@ def at_expected_statistics(
     model = copy.deepcopy(model)
     for step in case.plan.steps:
         found = new_norm(model, step)
-        norms = [
-            part for part in (found, *found.children()) if isinstance(part, (nn.GroupNorm, ChannelLayerNorm))
-        ]
+        norms = [part for part in (found, *found.children()) if isinstance(part, (nn.GroupNorm, ChannelLayerNorm))]
         for norm in norms:
             var = old_tensor(case.original, step, "running_var")
             assert var is not None
@@ -312,6 +309,5 @@ def not_finite(model: nn.Module) -> set[str]:
     return {
         name
         for name, p in model.named_parameters()
-        if not bool(torch.isfinite(p).all())
-        or (p.grad is not None and not bool(torch.isfinite(p.grad).all()))
+        if not bool(torch.isfinite(p).all()) or (p.grad is not None and not bool(torch.isfinite(p.grad).all()))
     }

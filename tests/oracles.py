@@ -80,8 +80,7 @@ def _convolution(layer: Layer, x: Array) -> Array:
     t = np.zeros((len(x), n_out, *size))
     for at in np.ndindex(*kernel):
         window = tuple(
-            slice(a * d, a * d + s * (m - 1) + 1, s)
-            for a, m, (_, _, s, d) in zip(at, size, steps, strict=True)
+            slice(a * d, a * d + s * (m - 1) + 1, s) for a, m, (_, _, s, d) in zip(at, size, steps, strict=True)
         )
         for c in range(n_out):
             first = c // (n_out // layer.groups) * n_in
@@ -96,9 +95,7 @@ def _transposed_convolution(layer: Layer, x: Array) -> Array:
     size = [(n - 1) * s + d * (k - 1) + 1 + o for n, k, s, d, o in steps]
     t = np.zeros((len(x), n_out * layer.groups, *size))
     for at in np.ndindex(*kernel):
-        window = tuple(
-            slice(a * d, a * d + s * (n - 1) + 1, s) for a, (n, _, s, d, _) in zip(at, steps, strict=True)
-        )
+        window = tuple(slice(a * d, a * d + s * (n - 1) + 1, s) for a, (n, _, s, d, _) in zip(at, steps, strict=True))
         for i in range(n_in):
             first = i // (n_in // layer.groups) * n_out
             for o in range(n_out):
@@ -177,9 +174,7 @@ def batch_moments(x: Array) -> tuple[Array, Array]:
     )
 
 
-def batch_norm_train(
-    x: Array, gamma: Array, beta: Array, running: Running, eps: float = 1e-5
-) -> tuple[Array, Running]:
+def batch_norm_train(x: Array, gamma: Array, beta: Array, running: Running, eps: float = 1e-5) -> tuple[Array, Running]:
     """``y = γ (x − μ_B)/sqrt(σ_B² + ε) + β`` (I&S, algorithm 1).
 
     The running variance follows the unbiased estimate ``m/(m − 1) σ_B²`` (I&S, algorithm 2, step 10).
@@ -222,9 +217,7 @@ def group_norm(x: Array, num_groups: int, gamma: Array, beta: Array, eps: float 
     size = x.shape[1] // num_groups
     for n in range(len(x)):
         for group in range(num_groups):
-            normal[n, group * size : (group + 1) * size] = _standardized(
-                x[n, group * size : (group + 1) * size], eps
-            )
+            normal[n, group * size : (group + 1) * size] = _standardized(x[n, group * size : (group + 1) * size], eps)
     return per_channel(gamma, x) * normal + per_channel(beta, x)
 
 
@@ -257,7 +250,7 @@ def _standardized(a: Array, eps: float) -> Array:
 def data_dependent_initialization(
     layers: Sequence[Layer], x: Array, phis: Sequence[Callable[[Array], Array]]
 ) -> tuple[list[tuple[Array, Array]], list[Array]]:
-    """Initialize a stack ``x ← φ(w·x + b)`` from one minibatch; the layers' weights are v, and each has its φ.
+    """Initialize a stack ``x ← φ(w·x + b)`` from one minibatch; the layers' weights are v, each has its φ.
 
     ``t = v·x/‖v‖``, ``y = φ((t − μ[t])/σ[t])`` (S&K, eq. 5), so ``g = 1/σ[t]``, ``b = −μ[t]/σ[t]`` (eq. 6).
 

@@ -88,7 +88,7 @@ def dataset_rescaling(subject: Subject) -> Subject:
 
 def dataset_recentring(subject: Subject) -> Subject:
     """``x' = x + γ``, the same γ for all cases: one value per input unit, at all positions of a channel."""
-    shift = random(1, subject.x.shape[1], *(1,) * (subject.x.ndim - 2))
+    shift = 1 + random(1, subject.x.shape[1], *(1,) * (subject.x.ndim - 2)).abs()
     return replace(subject, x=subject.x + shift)
 
 
@@ -263,9 +263,7 @@ def standardized(layer: Any, **options: Any) -> nn.Module:
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-@pytest.mark.parametrize(
-    "options", [{"gain": False}, {}, {"offset": True}], ids=["published", "gain", "offset"]
-)
+@pytest.mark.parametrize("options", [{"gain": False}, {}, {"offset": True}], ids=["published", "gain", "offset"])
 def test_a_standardized_filter_may_be_scaled_and_shifted(kind: str, options: dict[str, bool]) -> None:
     layer, x = LAYERS[kind]()
     model = standardized(layer, **options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import laws
@@ -49,7 +49,41 @@ from normswap.records import Plan
 NAMES = [entry.name for entry in ZOO]
 ENTRIES = pytest.mark.parametrize("name", NAMES)
 ALL = pytest.mark.parametrize("recipe", RECIPES)
-GIVEN = pytest.mark.parametrize("given", [True, False], ids=["inputs", "no-inputs"])
+
+
+def every(recipes: Sequence[str], given: Sequence[bool] | None = None) -> Callable[[Callable[..., None]], Any]:
+    """Make a check of (entry, recipe) a test of each entry that tries all recipes and names those that break it.
+
+    With ``given`` the check gets a third argument: whether the entry's inputs are given as example inputs.
+    """
+
+    def decorate(check: Callable[..., None]) -> Any:
+        def test(name: str) -> None:
+            broken: dict[str, Exception | AssertionError] = {}
+            for recipe in recipes:
+                for extra in [()] if given is None else [(value,) for value in given]:
+                    try:
+                        check(name, recipe, *extra)
+                    except Exception as error:
+                        broken[recipe + ("" if extra != (False,) else " without inputs")] = error
+            if broken:
+                what = "\n".join(f"{recipe}: {type(e).__name__}: {e}" for recipe, e in broken.items())
+                raise AssertionError(f"{name} breaks the law under\n{what}") from next(iter(broken.values()))
+
+        test.__name__, test.__doc__ = check.__name__, check.__doc__
+        return ENTRIES(test)
+
+    return decorate
+
+
+def test_a_law_names_the_recipes_that_break_it() -> None:
+    def check(name: str, recipe: str, given: bool) -> None:
+        assert recipe == "gn" or given
+
+    every(["gn"], [True, False])(check)("chain")
+    with pytest.raises(AssertionError, match="chain breaks the law under\nln without inputs: AssertionError"):
+        every(["gn", "ln"], [True, False])(check)("chain")
+
 
 # ---------------------------------------------------------------------------------- what is refused, and left
 
@@ -147,9 +181,7 @@ def skipped_norms(plan: Plan) -> dict[str, str]:
     return {skip.name: skip.code for skip in plan.skips if skip.what == "norm"}
 
 
-@GIVEN
-@ALL
-@ENTRIES
+@every(RECIPES, given=(True, False))
 def test_only_the_norms_of_the_table_are_refused(name: str, recipe: str, given: bool) -> None:
     table = REFUSALS if given else REFUSALS_WITHOUT_INPUTS
     expected = table.get((name, "*"), {}) | table.get((name, recipe), {})
@@ -172,9 +204,7 @@ def test_a_model_of_which_nothing_can_be_converted_is_refused_with_the_reason(re
 # ----------------------------------------------------------------------------------------- the original, the plan
 
 
-@GIVEN
-@ALL
-@ENTRIES
+@every(RECIPES, given=(True, False))
 def test_the_original_and_the_random_generators_are_untouched(name: str, recipe: str, given: bool) -> None:
     known = case(name, recipe, given)
     assert not changed(known.before, known.after)
@@ -212,7 +242,7 @@ def accounted_for(plan: Plan, model: nn.Module, norms: int) -> bool:
     layers += Counter(s.name for s in plan.skips if s.what == "layer" and s.code != "functional-layer")
     functional = set(in_plan) - set(norms_of(model))
     return (
-        layers == Counter(layers_of(model))
+        layers == Counter(list(layers_of(model)))
         and set(norms_of(model)) <= set(in_plan)
         and set(in_plan.values()) <= {1}
         and len(in_plan) == norms
@@ -220,9 +250,7 @@ def accounted_for(plan: Plan, model: nn.Module, norms: int) -> bool:
     )
 
 
-@GIVEN
-@ALL
-@ENTRIES
+@every(RECIPES, given=(True, False))
 def test_every_layer_and_norm_stands_exactly_once_in_the_plan(name: str, recipe: str, given: bool) -> None:
     known = case(name, recipe, given)
     assert accounted_for(known.plan, known.original, known.entry.norms)
@@ -243,9 +271,7 @@ def test_a_plan_that_forgets_or_repeats_something_is_found() -> None:
     assert not accounted_for(Plan("", "", {}, open_ended.plan.steps, ()), open_ended.original, 1)
 
 
-@GIVEN
-@ALL
-@ENTRIES
+@every(RECIPES, given=(True, False))
 def test_a_layer_is_absorbed_only_where_the_zoo_says_it_can_be(name: str, recipe: str, given: bool) -> None:
     known = case(name, recipe, given)
     allowed = known.entry.absorbable | known.entry.conditional
@@ -256,8 +282,7 @@ def test_a_layer_is_absorbed_only_where_the_zoo_says_it_can_be(name: str, recipe
     assert absorbed(known.plan) <= allowed
 
 
-@ALL
-@ENTRIES
+@every(RECIPES)
 def test_a_norm_is_absorbed_wherever_it_can_be_but_for_the_named_ones(name: str, recipe: str) -> None:
     for given in (True, False):
         known = case(name, recipe, given)
@@ -275,8 +300,7 @@ def test_a_norm_is_absorbed_wherever_it_can_be_but_for_the_named_ones(name: str,
             )
 
 
-@ALL
-@ENTRIES
+@every(RECIPES)
 def test_the_layer_that_is_absorbed_is_the_one_that_feeds_the_norm(name: str, recipe: str) -> None:
     """Replaying hooks on the original: at every call of the norm its input is what the layer has just returned."""
     known = case(name, recipe, True)
@@ -287,9 +311,7 @@ def test_the_layer_that_is_absorbed_is_the_one_that_feeds_the_norm(name: str, re
         returned: list[Tensor] = []
         received: list[Tensor] = []
         model.get_submodule(step.site.layer).register_forward_hook(lambda m, a, y: returned.append(y.clone()))
-        model.get_submodule(step.site.norm).register_forward_pre_hook(
-            lambda m, a: received.append(a[0].clone())
-        )
+        model.get_submodule(step.site.norm).register_forward_pre_hook(lambda m, a: received.append(a[0].clone()))
         known.run(model)
         if name == "norm_as_holder":  # its norm is read, not called
             assert not received
@@ -311,12 +333,11 @@ def tolerance(known: Case) -> float:
 
 
 def is_wrongly_absorbed(name: str, recipe: str, given: bool) -> bool:
-    return not given and name in WRONGLY_TAKEN_TO_BE_BATCHED
+    """Under `ws` the BatchNorm stays and no scale moves, so that nothing goes wrong."""
+    return not given and name in WRONGLY_TAKEN_TO_BE_BATCHED and recipe != "ws"
 
 
-@GIVEN
-@pytest.mark.parametrize("recipe", EXACT)
-@ENTRIES
+@every(EXACT, given=(True, False))
 def test_an_exact_recipe_keeps_the_eval_output(name: str, recipe: str, given: bool) -> None:
     known = case(name, recipe, given)
     if known.model is None:
@@ -362,9 +383,7 @@ def test_an_exact_recipe_keeps_the_train_output_of_a_frozen_norm(name: str, reci
 
 @pytest.mark.parametrize("recipe", EXACT)
 @pytest.mark.parametrize("name", ["no_running_statistics"])
-def test_statistics_that_a_norm_does_not_store_are_measured_on_the_calibration_data(
-    name: str, recipe: str
-) -> None:
+def test_statistics_that_a_norm_does_not_store_are_measured_on_the_calibration_data(name: str, recipe: str) -> None:
     """In eval mode such a norm uses the batch's own mean and variance: on that batch nothing may move."""
     known = case(name, recipe, True)
     model = ns.swap_norms(known.original, recipe, calibration=known.inputs(), check=False)
@@ -374,9 +393,7 @@ def test_statistics_that_a_norm_does_not_store_are_measured_on_the_calibration_d
 
 
 @pytest.mark.parametrize("recipe", EXACT)
-@pytest.mark.parametrize(
-    "name", ["residual_block", "linear_after_flatten", "functional_and_module_mix", "bfloat16"]
-)
+@pytest.mark.parametrize("name", ["residual_block", "linear_after_flatten", "functional_and_module_mix", "bfloat16"])
 def test_an_exact_recipe_checks_itself(name: str, recipe: str) -> None:
     entry = BY_NAME[name]
     result = ns.convert(entry.model(), recipe, example_inputs=entry.inputs())
@@ -405,18 +422,15 @@ def at_statistics_before_centring(known: Case, monkeypatch: pytest.MonkeyPatch) 
     return at_expected_statistics(known, model)
 
 
-@GIVEN
-@pytest.mark.parametrize("recipe", INEXACT)
-@ENTRIES
-def test_at_the_expected_statistics_an_inexact_recipe_is_the_original(
-    name: str, recipe: str, given: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@every(INEXACT, given=(True, False))
+def test_at_the_expected_statistics_an_inexact_recipe_is_the_original(name: str, recipe: str, given: bool) -> None:
     """Each new norm replaced by its affine at mean 0 and variance r_g; a BatchNorm that stays is left as it is."""
     known = case(name, recipe, given)
     if known.model is None:
         return
-    found = at_statistics_before_centring(known, monkeypatch)
-    assert not any(isinstance(new_norm(found, s), (nn.GroupNorm, ChannelLayerNorm)) for s in known.plan.steps)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        found = at_statistics_before_centring(known, monkeypatch)
+    assert not any(isinstance(norm_of(found, s), (nn.GroupNorm, ChannelLayerNorm)) for s in known.plan.steps)
     error = distance(known.run(found), known.run(known.original))
     if is_wrongly_absorbed(name, recipe, given):
         assert error > 1e-2, "now it is right: shorten the table"
@@ -434,12 +448,8 @@ def test_the_law_of_the_expected_statistics_sees_a_wrong_value(recipe: str, name
     for _, tensor in known.model.named_parameters():
         broken = copy.deepcopy(known.model)
         dict(broken.named_parameters())[_].data.flatten()[0] += 1e-4
-        assert (
-            distance(known.run(at_expected_statistics(known, broken)), expected) > 1e-9 or not tensor.numel()
-        )
-    assert distance(known.run(known.model), expected) > 1e-2, (
-        "at the sample's own statistics it is not the original"
-    )
+        assert distance(known.run(at_expected_statistics(known, broken)), expected) > 1e-9 or not tensor.numel()
+    assert distance(known.run(known.model), expected) > 1e-2, "at the sample's own statistics it is not the original"
 
 
 @pytest.mark.parametrize(
@@ -454,9 +464,7 @@ def test_the_law_of_the_expected_statistics_sees_a_wrong_value(recipe: str, name
     ],
     ids=str,
 )
-@pytest.mark.parametrize(
-    "name", ["residual_block", "dead_channels", "large_eps", "norm_first", "transposed_conv2d"]
-)
+@pytest.mark.parametrize("name", ["residual_block", "dead_channels", "large_eps", "norm_first", "transposed_conv2d"])
 def test_the_law_of_the_expected_statistics_holds_under_options(
     name: str, recipe: str, options: dict[str, Any]
 ) -> None:
@@ -498,9 +506,7 @@ def test_without_a_gain_the_norm_makes_the_lost_scale_good(
 # ----------------------------------------------------------------------------------------------------- centring
 
 
-@GIVEN
-@ALL
-@ENTRIES
+@every(RECIPES, given=(True, False))
 def test_the_filters_of_a_standardized_layer_have_the_mean_zero(name: str, recipe: str, given: bool) -> None:
     known = case(name, recipe, given)
     if known.model is None:
@@ -517,7 +523,7 @@ def test_the_filters_of_a_standardized_layer_have_the_mean_zero(name: str, recip
 
 def test_filters_with_a_mean_are_seen() -> None:
     layer = BY_NAME["residual_block"].model().conv1
-    assert float(filters(layer, layer.weight).mean(1).abs().amax()) > 1e-3
+    assert float(filters(layer, layer.weight.detach()).mean(1).abs().amax()) > 1e-3
 
 
 CENTRED = [
@@ -541,7 +547,11 @@ CENTRED = [
 def first_layer_outputs(recipe: str, name: str, **options: Any) -> tuple[Tensor, Tensor]:
     """What reaches the first norm, converted with the entry's inputs as data, and the normalized value asked for."""
     entry = BY_NAME[name]
-    original, inputs = entry.model().double(), laws.doubled(entry.inputs)
+    original = entry.model().double()
+
+    def inputs() -> tuple[Tensor, ...]:  # neighbours are correlated, as a camera's pixels are
+        return tuple(tensor.double().cumsum(-1) for tensor in entry.inputs())
+
     result = ns.convert(original, recipe, calibration=inputs(), example_inputs=inputs(), **options)
     step = result.plan.steps[0]
     values: list[Tensor] = []
@@ -583,8 +593,7 @@ def test_centring_in_the_data_moves_the_output_less_than_centring_evenly(
 # ----------------------------------------------------------------------------------------------------- training
 
 
-@ALL
-@ENTRIES
+@every(RECIPES)
 def test_training_gives_finite_gradients_everywhere_and_none_is_lost(name: str, recipe: str) -> None:
     """In the model's own dtype: no zero filter, zero γ or dead channel makes a NaN, nor does a step of SGD."""
     known = case(name, recipe, False)
@@ -626,8 +635,7 @@ def test_a_plain_weight_norm_of_a_zero_filter_would_fail_the_law() -> None:
 # ---------------------------------------------------------------------------------- plans, copies, state dicts
 
 
-@ALL
-@ENTRIES
+@every(RECIPES)
 def test_a_plan_survives_json_and_replays_in_place_to_the_same_model(name: str, recipe: str) -> None:
     known = case(name, recipe, True)
     assert Plan.from_json(known.plan.to_json()) == known.plan
@@ -656,17 +664,14 @@ def test_the_comparison_of_structures_sees_a_change(touch: Callable[[nn.Module],
     assert structure(model) != structure(BY_NAME["residual_block"].model())
 
 
-@pytest.mark.parametrize(
-    "damage", [{"normswap_plan": 0}, {"steps": [{"site": {}}]}, {"steps": None}], ids=str
-)
+@pytest.mark.parametrize("damage", [{"normswap_plan": 0}, {"steps": [{"site": {}}]}, {"steps": None}], ids=str)
 def test_a_damaged_plan_is_refused(damage: dict[str, Any]) -> None:
     record = json.loads(case("residual_block", "gn", True).plan.to_json())
     with pytest.raises(NormswapError):
         Plan.from_json(json.dumps(record | damage))
 
 
-@ALL
-@ENTRIES
+@every(RECIPES)
 def test_a_state_dict_carries_everything_into_another_converted_model(name: str, recipe: str) -> None:
     known = case(name, recipe, True)
     if known.model is None:
@@ -681,8 +686,7 @@ def test_a_state_dict_carries_everything_into_another_converted_model(name: str,
     assert distance(known.run(other), expected) <= 1e-14
 
 
-@ALL
-@ENTRIES
+@every(RECIPES)
 def test_a_deep_copy_computes_the_same_and_shares_nothing(name: str, recipe: str) -> None:
     known = case(name, recipe, True)
     if known.model is None:
@@ -697,8 +701,7 @@ def test_a_deep_copy_computes_the_same_and_shares_nothing(name: str, recipe: str
     assert not {id(m) for m in twin.modules()} & {id(m) for m in known.model.modules()}
 
 
-@ALL
-@ENTRIES
+@every(RECIPES)
 def test_the_converted_model_shares_no_tensor_with_the_original(name: str, recipe: str) -> None:
     known = case(name, recipe, True)
     if known.model is None:
@@ -710,8 +713,7 @@ def test_the_converted_model_shares_no_tensor_with_the_original(name: str, recip
 # ------------------------------------------------------------------------------------------- what is carried over
 
 
-@ALL
-@ENTRIES
+@every(RECIPES)
 def test_dtype_device_and_memory_format_are_carried_over(name: str, recipe: str) -> None:
     known = case(name, recipe, False)
     if known.model is None:
@@ -719,16 +721,23 @@ def test_dtype_device_and_memory_format_are_carried_over(name: str, recipe: str)
     for fqn, layer in layers_of(known.original).items():
         new = known.model.get_submodule(fqn)
         assert new.weight.dtype == layer.weight.dtype
-        assert new.weight.stride() == layer.weight.stride()
-        for _, parameter in new.named_parameters():
+        for parameter in new.parameters():
             assert parameter.dtype == layer.weight.dtype
             assert parameter.device == layer.weight.device
-            assert parameter.shape != layer.weight.shape or parameter.stride() == layer.weight.stride()
+            assert parameter.shape != layer.weight.shape or formats(parameter) == formats(layer.weight)
+    for fqn, layer, _ in standardized(known.model):
+        assert formats(layer.weight) == formats(known.original.get_submodule(fqn).weight)
     for step in known.plan.steps:
         like = old_tensor(known.original, step, "running_mean")
         if isinstance(norm_of(known.model, step), nn.Module):
             for tensor in norm_of(known.model, step).parameters():
                 assert tensor.dtype == like.dtype
+
+
+def formats(weight: Tensor) -> tuple[bool, bool]:
+    """Whether the weight is contiguous, and whether it is so in channels-last order; a 1x1 kernel may be both."""
+    last = weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last)
+    return weight.is_contiguous(), last
 
 
 def norm_of(model: nn.Module, step: Any) -> nn.Module | None:
@@ -739,8 +748,7 @@ def norm_of(model: nn.Module, step: Any) -> nn.Module | None:
         return None
 
 
-@ALL
-@ENTRIES
+@every(RECIPES)
 def test_frozen_parameters_and_the_modes_of_modules_are_carried_over(name: str, recipe: str) -> None:
     known = case(name, recipe, True)
     if known.model is None:
@@ -752,9 +760,7 @@ def test_frozen_parameters_and_the_modes_of_modules_are_carried_over(name: str, 
     converted = ns.convert(model, plan=known.plan, init="none", check=False).model
     assert not [n for n, p in converted.named_parameters() if p.requires_grad]
     found = {n: m.training for n, m in converted.named_modules(remove_duplicate=False)}
-    assert {n: found[n] for n in modes.keys() & found.keys()} == {
-        n: modes[n] for n in modes.keys() & found.keys()
-    }
+    assert {n: found[n] for n in modes.keys() & found.keys()} == {n: modes[n] for n in modes.keys() & found.keys()}
     for step in known.plan.steps:
         if step.site.norm in modes and norm_of(converted, step) is not None:
             inside = dict(norm_of(converted, step).named_children())
@@ -762,8 +768,7 @@ def test_frozen_parameters_and_the_modes_of_modules_are_carried_over(name: str, 
             assert all(part.training == modes[step.site.norm] for part in parts)
 
 
-@ALL
-@ENTRIES
+@every(RECIPES)
 def test_modules_and_weights_that_were_one_stay_one(name: str, recipe: str) -> None:
     known = case(name, recipe, True)
     if known.model is None:
@@ -775,8 +780,7 @@ def test_modules_and_weights_that_were_one_stay_one(name: str, recipe: str) -> N
         assert known.model.conv1.weight is known.model.conv2.weight
 
 
-@ALL
-@ENTRIES
+@every(RECIPES)
 def test_the_users_classes_and_hooks_stay(name: str, recipe: str) -> None:
     known = case(name, recipe, True)
     if known.model is None:
@@ -786,10 +790,11 @@ def test_the_users_classes_and_hooks_stay(name: str, recipe: str) -> None:
         if any(fqn == norm or fqn.startswith(f"{norm}.") for norm in replaced):
             continue
         new = known.model.get_submodule(fqn)
+        if isinstance(module, torch.fx.GraphModule):  # each has a class of its own
+            assert isinstance(new, torch.fx.GraphModule)
+            continue
         assert isinstance(new, type(module))
-        assert type(new).__name__.removeprefix("Parametrized") == type(module).__name__.removeprefix(
-            "Parametrized"
-        )
+        assert type(new).__name__.removeprefix("Parametrized") == type(module).__name__.removeprefix("Parametrized")
         assert [*new._forward_hooks.values()] == [*module._forward_hooks.values()]
 
 
@@ -797,10 +802,10 @@ def test_the_users_classes_and_hooks_stay(name: str, recipe: str) -> None:
 def test_a_hook_on_a_norm_goes_on_counting(recipe: str) -> None:
     known = case("hooked_norm", recipe, True)
     model = copy.deepcopy(known.model)
+    before = model[1].count
     known.run(model)
     known.run(model)
-    assert model[1].count == 2
-    assert known.model[1].count == known.original[1].count
+    assert model[1].count == before + 2
 
 
 @pytest.mark.parametrize("recipe", [name for name in RECIPES if "mobn" in name])
@@ -830,16 +835,23 @@ def test_a_graph_module_stays_one_that_lints_and_recompiles(name: str, recipe: s
 # ------------------------------------------------------------------------------------------------ the meta device
 
 
-@ALL
-@ENTRIES
+# Whether a user's layer is linear in its weight is tried by running it, which the meta device cannot: it is left alone.
+UNTRIED_ON_META = {"same_pad_subclass"}
+
+
+@every(RECIPES)
 def test_on_the_meta_device_the_plan_and_the_structure_are_the_same(name: str, recipe: str) -> None:
     known = case(name, recipe, False)
     with torch.device("meta"):
         model = known.entry.build().eval()
-    if known.model is None:
-        assert ns.plan(model, recipe) == known.plan
+    if known.model is None or (name in UNTRIED_ON_META and recipe == "ws"):
+        found = ns.plan(model, recipe)
+        assert found == known.plan or (name in UNTRIED_ON_META and not found.steps)
         return
     result = ns.convert(model, recipe)
+    if name in UNTRIED_ON_META:
+        assert absorbed(result.plan) < absorbed(known.plan)
+        return
     assert result.plan == known.plan
     assert structure(result.model) == structure(known.model)
     tensors = [*result.model.parameters(), *result.model.buffers()]
@@ -852,25 +864,22 @@ def test_on_the_meta_device_the_plan_and_the_structure_are_the_same(name: str, r
 NEEDS_NORMSWAP = (ChannelLayerNorm, MeanOnlyBatchNorm)  # torch.nn has no such layer
 
 
-@ALL
-@ENTRIES
+@every(RECIPES)
 def test_folding_keeps_the_eval_output_and_leaves_plain_torch_layers(name: str, recipe: str) -> None:
     known = case(name, recipe, True)
     if known.model is None:
         return
     before = fingerprint(known.model)
-    folded = ns.fold(known.model)
+    folded = ns.fold(known.model, example_inputs=known.inputs())
     assert not changed(before, fingerprint(known.model))
     expected = known.run(known.model)
     assert distance(known.run(folded), expected) <= 1e-9
     kept = {n for n, m in known.original.named_modules() if parametrize.is_parametrized(m)}
     parametrized = {n for n, m in folded.named_modules() if parametrize.is_parametrized(m)}
     assert not parametrized - kept
-    ours = {
-        n: type(m).__name__ for n, m in folded.named_modules() if type(m).__module__.startswith("normswap.")
-    }
+    ours = {n: type(m).__name__ for n, m in folded.named_modules() if type(m).__module__.startswith("normswap.")}
     assert not ours
-    again = ns.fold(folded)
+    again = ns.fold(folded, example_inputs=known.inputs())
     assert structure(again) == structure(folded)
     assert distance(known.run(again), known.run(folded)) == 0
 

@@ -101,7 +101,7 @@ def batch_norm_state(
 # Note [After the norm]
 # timm's BatchNormAct2d and its like normalize, drop and activate in one forward: what follows the normalization must
 # survive. The forward is traced and its end taken apart: submodules and plain activations, up to the normalization
-# itself, and whether that part is the affine map of the statistics is then checked by running it. What fails is refused.
+# itself, and whether that part is the affine map of the statistics is checked by running it. What fails is refused.
 
 _ACTIVATIONS: dict[Any, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
     F.relu: (nn.ReLU, ()),
@@ -162,7 +162,9 @@ def _tail(module: nn.Module, graph: fx.Graph) -> tuple[nn.Module, ...] | str:
                 after.append(child)
         elif node.target in _ACTIVATIONS:
             make, names = _ACTIVATIONS[node.target]
-            given = dict(zip(names, node.args[1:], strict=False)) | {n: node.kwargs[n] for n in names if n in node.kwargs}
+            given = dict(zip(names, node.args[1:], strict=False)) | {
+                n: node.kwargs[n] for n in names if n in node.kwargs
+            }
             after.append(make(**given))
         else:
             break  # a frozen BatchNorm's arithmetic: whether it is one is checked by running it

@@ -182,7 +182,9 @@ class Dataflow:
                 return Finding(layer, f"{layer} is called {len(made)} times and the norm {len(calls)} times")
         (layer,) = layers
         if set(self.calls[layer]) - set(runs):
-            return Finding(layer, f"{layer} is also called where the norm is not: in train mode or with other arguments")
+            return Finding(
+                layer, f"{layer} is also called where the norm is not: in train mode or with other arguments"
+            )
         if reason := self._unfit(layer, channels, rank):
             return Finding(layer, reason)
         hidden = self.opaque_ancestor(layer) or self.opaque_ancestor(key)
@@ -219,9 +221,9 @@ class Dataflow:
         """Return why ``fqn``, which feeds the norm, cannot take its statistics up; None if it can."""
         layer = self.capture.modules[fqn]
         weight = layer._parameters.get("weight")
-        if parametrize.is_parametrized(layer) or not isinstance(weight, Tensor):
+        if weight is None or parametrize.is_parametrized(layer):
             return f"the weight of {fqn} is already parametrized"
-        if is_lazy(weight):
+        if any(is_lazy(p) for p in layer._parameters.values() if p is not None):
             return f"{fqn} is not initialized yet: run the model once, then convert"
         for name, parameter in layer._parameters.items():
             if parameter is None:

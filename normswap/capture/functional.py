@@ -37,9 +37,7 @@ class FunctionalNorm:
     def state(self, owner: nn.Module, *, frozen: bool = False) -> BatchNormState:
         """Return the norm's values, read from ``owner``."""
         gamma, beta, mean, var = (None if name is None else _attribute(owner, name) for name in self.tensors)
-        return batch_norm_state(
-            None, (gamma, beta, mean, var), eps=self.eps, momentum=self.momentum, frozen=frozen
-        )
+        return batch_norm_state(None, (gamma, beta, mean, var), eps=self.eps, momentum=self.momentum, frozen=frozen)
 
 
 def read_functional_norm(node: fx.Node, owner: nn.Module, prefix: str) -> FunctionalNorm | str:

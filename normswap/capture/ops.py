@@ -60,7 +60,7 @@ def class_of(module: nn.Module) -> type[nn.Module]:
     """Return the user's or torch's class of ``module``, seen through torch's parametrized classes."""
     for cls in type(module).__mro__:
         if cls.__module__ != "torch.nn.utils.parametrize":
-            return cls  # type: ignore[no-any-return]
+            return cls
     raise AssertionError("a module's classes end in nn.Module")
 
 

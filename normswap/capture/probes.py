@@ -49,14 +49,16 @@ def scales_with_its_parameters(layer: nn.Module) -> bool:
     if isinstance(layer, nn.Linear):
         x = noise(2, layer.in_features)
     else:
-        kernel, dilation = tuple(layer.kernel_size), tuple(layer.dilation)  # type: ignore[arg-type]
-        spans = [(k - 1) * d + 4 for k, d in zip(kernel, dilation, strict=True)]
-        x = noise(2, int(layer.in_channels), *spans)  # type: ignore[call-overload]
+        assert isinstance(layer, _ConvNd)
+        spans = [(k - 1) * d + 4 for k, d in zip(layer.kernel_size, layer.dilation, strict=True)]
+        x = noise(2, layer.in_channels, *spans)
     scale, shift = noise(channels).abs() + 0.5, noise(channels)
     bias = layer.bias if isinstance(layer.bias, Tensor) else torch.zeros_like(shift)
     axis = -1 if isinstance(layer, nn.Linear) else 1
     with untouched(layer, values=True), torch.no_grad():
         set_mode(layer, False)
+        layer._forward_hooks.clear()
+        layer._forward_pre_hooks.clear()
         try:
             before = functional_call(layer, {"weight": weight, "bias": bias}, (x,)).movedim(axis, -1)
             moved = {"weight": layout.scale(weight, scale), "bias": bias * scale + shift}
@@ -88,9 +90,8 @@ def confirm_feeds(
             try:
                 for name, norm in subset:
                     layer = clone.get_submodule(name)
-                    weight, bias = layer.weight, layer.bias
-                    assert isinstance(weight, Tensor)
                     layout = FilterLayout.of(layer)
+                    weight, bias = layout.weight(layer), layer._parameters["bias"]
                     n = layout.out_channels(weight)
                     scale = (torch.rand(n, generator=generator) + 0.5).to(weight)
                     shift = torch.randn(n, generator=generator).to(weight)
@@ -107,8 +108,8 @@ def confirm_feeds(
                 for handle in handles:
                     handle.remove()
                 for layer, weight_before, bias in saved:
-                    layer.weight.copy_(weight_before)
-                    layer.bias = bias
+                    FilterLayout.weight(layer).copy_(weight_before)
+                    layer._parameters["bias"] = bias
             return len(moved) == len(reference) and all(map(_close, moved, reference))
 
         def search(subset: Sequence[tuple[str, str]]) -> frozenset[tuple[str, str]]:

@@ -72,7 +72,7 @@ class Capture:
 
 
 def capture_symbolic(model: nn.Module, modes: tuple[bool, ...] = (False, True)) -> Capture:
-    """Trace ``model`` in every way it may run: in eval and train mode, optional arguments left out and given; read-only.
+    """Trace ``model`` in every way it may run: in eval and train mode, with and without optional arguments; read-only.
 
     A module that cannot be traced becomes an opaque leaf and its children are traced as scopes of their own, so that
     one data-dependent branch hides its own module's dataflow and nothing else.
@@ -95,9 +95,10 @@ def capture_symbolic(model: nn.Module, modes: tuple[bool, ...] = (False, True)) 
     opaque: dict[str, str] = {}
     with untouched(model):
         defaults = _defaults(model)
-        for run, (training, given) in enumerate(product(modes, ({}, None) if defaults else (None,))):
+        # Optional arguments given come first: where such a trace fails, it is no evidence, and the run is dropped.
+        ways: tuple[dict[str, Any], ...] = ({}, defaults) if defaults else ({},)
+        for run, (training, arguments) in enumerate(product(modes, ways)):
             set_mode(model, training)
-            arguments = defaults if given is None else given
             hidden: dict[str, str] = {}
             scopes = list(_trace_scopes(model, run, arguments, hidden))
             if arguments or not defaults or "" not in hidden:
@@ -121,9 +122,7 @@ def _defaults(module: nn.Module) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.default is not p.empty and isinstance(p.default, constants)}
 
 
-def _trace_scopes(
-    model: nn.Module, run: int, arguments: dict[str, Any], opaque: dict[str, str]
-) -> Iterator[Trace]:
+def _trace_scopes(model: nn.Module, run: int, arguments: dict[str, Any], opaque: dict[str, str]) -> Iterator[Trace]:
     pending = [("", model)]
     done: set[int] = set()
     while pending:

@@ -2,10 +2,10 @@
 
 With BatchNorm in evaluation, per channel, ``y = γ (x − μ)/σ + β``, ``σ = sqrt(var + eps)``, ``x = W·u + b``:
 
-- a recipe without division (``wn+mobn``, ``wn``, ``mobn``, ``none``) takes γ/σ into the weight and is the same function;
-- a per-sample norm gets (x − μ)/σ out of the layer, whose channels have mean 0 and variance ``r = var/(var + eps)`` over
-  the data, and takes ``γ·sqrt(r_g + eps')`` and β: with each new norm replaced by its own affine at those expected
-  statistics, the converted model *is* the original.
+- a recipe without division (``wn+mobn``, ``wn``, ``mobn``, ``none``) takes γ/σ into the weight: the same function;
+- a per-sample norm gets (x − μ)/σ out of the layer, of mean 0 and variance ``r = var/(var + eps)`` over the data, and
+  takes ``γ·sqrt(r_g + eps')`` and β: with each new norm replaced by its own affine at those expected statistics, the
+  converted model *is* the original.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def absorb(placed: Placed, moments: Mapping[str, Moments]) -> InitRow:
     site, state, part = placed.step.site, placed.state, placed.norm_part
     if state.gamma.is_meta:
         return InitRow(site.norm, "nothing", ("on the meta device: structure only",))
-    assert state.mean is not None and state.var is not None
+    assert state.mean is not None
+    assert state.var is not None
     gamma, beta, mean = state.gamma.double(), state.beta.double(), state.mean.double()
     inverse_std = state.inverse_std
     scale = {
@@ -54,7 +55,9 @@ def absorb(placed: Placed, moments: Mapping[str, Moments]) -> InitRow:
         if placed.weight_part is not None and placed.weight_part.centres:
             known = moments.get(site.layer or "")
             if known is None:
-                notes.append("no inputs could be had: the filters' means were removed evenly, which loses most of the model")
+                notes.append(
+                    "no inputs could be had: the filters' means were removed evenly, which loses most of the model"
+                )
                 known = _even(placed.layer, weight)
             weight, shift = centre(FilterLayout.of(placed.layer), weight, known)
             mean = mean - shift
@@ -85,7 +88,8 @@ def _copy(target: Tensor | nn.Module, value: Tensor) -> None:
 
 def _follow(state: BatchNormState, incoming: Incoming) -> None:
     """Let a BatchNorm that stays follow its layer's new weight: its mean and, where no scale is kept, its variance."""
-    assert state.mean is not None and state.var is not None
+    assert state.mean is not None
+    assert state.var is not None
     var = state.var.double()
     gain = (var * incoming.scale.square() + state.eps).sqrt() / (incoming.scale * (var + state.eps).sqrt())
     _copy(state.mean, incoming.mean)

@@ -68,12 +68,11 @@ def patches(layer: nn.Module, x: Tensor) -> Tensor:
     are all the layer's own.
     """
     layout = FilterLayout.of(layer)
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
+    weight = layout.weight(layer)
     probe = copy.copy(layer)
     probe.__dict__.update(_parameters={"weight": nn.Parameter(layout.unit_filters(weight)), "bias": None})
     probe.__dict__.update(_forward_hooks=OrderedDict(), _forward_pre_hooks=OrderedDict())
-    rows = probe(x)
+    rows: Tensor = probe(x)
     rows = rows.movedim(1, -1) if not isinstance(layer, nn.Linear) else rows
     return rows.reshape(-1, layout.groups, layout.fan_in(weight))
 
@@ -149,9 +148,8 @@ def input_moments(
 
 def _sample(layer: nn.Module, x: Tensor, have: int, generator: torch.Generator) -> Tensor:
     """Return a random choice of the patches of ``x``, as many as are still wanted."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
     layout = FilterLayout.of(layer)
+    weight = layout.weight(layer)
     width = layout.groups * layout.fan_in(weight)
     limit = min(_MAX_SAMPLES, max(64, _MAX_VALUES // width))
     wanted = limit - have
@@ -186,7 +184,8 @@ class _ShapedByStatistics(TorchFunctionMode):
 
 def _shape_frozen(norm: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     state = read_batch_norm(norm)
-    assert state.mean is not None and state.var is not None
+    if state.mean is None or state.var is None:
+        return args
     return (_shaped(args[0], state.mean, state.var), *args[1:])
 
 
@@ -199,7 +198,7 @@ def _shaped(x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
 
 
 def noise_like(example: Any, batch: int = 32) -> Any:
-    """Return ``batch`` samples of smoothed Gaussian noise of the example's shapes; what is no float tensor is repeated."""
+    """Return ``batch`` samples of smoothed Gaussian noise shaped as the example; what is no float is repeated."""
     generator = torch.Generator().manual_seed(0)
 
     def noise(value: Any) -> Any:

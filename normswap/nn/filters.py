@@ -15,7 +15,7 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 @dataclass(frozen=True)
 class FilterLayout:
-    """How the weight of a convolution, transposed convolution or linear layer splits into one filter per output channel.
+    """How the weight of a convolution, transposed convolution or linear layer splits into one filter per channel.
 
     A weight is ``(out, in/groups, *kernel)``, or ``(in, out/groups, *kernel)`` where transposed: output channel
     ``g·out/groups + o`` of a transposed convolution owns ``weight[g·in/groups : (g+1)·in/groups, o]``, so with
@@ -33,6 +33,14 @@ class FilterLayout:
     def of(cls, layer: nn.Module) -> FilterLayout:
         """Return the layout of ``layer``, an instance of a torch convolution or linear layer or of a subclass."""
         return cls(isinstance(layer, _TRANSPOSED), int(getattr(layer, "groups", 1)))
+
+    @staticmethod
+    def weight(layer: nn.Module) -> Tensor:
+        """Return the weight that ``layer`` computes with, parametrized or not."""
+        weight = layer.weight
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"{type(layer).__name__} has no weight")
+        return weight
 
     @property
     def axis(self) -> int | None:
@@ -52,10 +60,12 @@ class FilterLayout:
     def flatten(self, weight: Tensor) -> Tensor:
         """Return the filters as rows, ``(out, fan_in)``; the order within a row is this layout's own affair."""
         if not self.transposed:
-            return _channels_last_view(weight).flatten(1)
+            filters: Tensor = _channels_last_view(weight).flatten(1)
+            return filters
         g = self.groups
         split = weight.unflatten(0, (g, weight.shape[0] // g))  # (g, in/g, out/g, *kernel)
-        return split.transpose(1, 2).flatten(2).flatten(0, 1)
+        rows: Tensor = split.transpose(1, 2).flatten(2).flatten(0, 1)
+        return rows
 
     def unflatten(self, filters: Tensor, like: Tensor) -> Tensor:
         """Undo :meth:`flatten`: ``(out, fan_in)`` back to a weight of the shape and memory format of ``like``."""
@@ -85,7 +95,7 @@ class FilterLayout:
         n = self.fan_in(weight)
         eye = torch.eye(n, dtype=weight.dtype, device=weight.device).repeat(self.groups, 1)
         if not self.transposed:
-            kernel = weight.shape[1:]
+            kernel = list(weight.shape[1:])
             if _channels_last_view(weight) is not weight:
                 return eye.view(-1, *kernel[1:], kernel[0]).movedim(-1, 1)
             return eye.view(-1, *kernel)

@@ -80,7 +80,7 @@ class MeanOnlyBatchNorm(nn.Module):
         rank: The number of axes of x where it is known; folding may need it.
         synchronized: Whether μ is the mean over all processes of the default group, as in SyncBatchNorm.
 
-    Source: T. Salimans, D. Kingma, *Weight Normalization*, 2016, section 3 (eq. 9).
+    Source: T. Salimans, D. Kingma, *Weight Normalization*, 2016, section 3.
     """
 
     running_mean: Tensor
@@ -110,7 +110,8 @@ class MeanOnlyBatchNorm(nn.Module):
         mean = self._batch_mean(x)
         with torch.no_grad():
             self.num_batches_tracked.add_(1)
-            momentum = self.momentum if self.momentum is not None else 1.0 / self.num_batches_tracked
+            count = self.num_batches_tracked.to(self.running_mean.dtype)
+            momentum = 1.0 / count if self.momentum is None else self.momentum
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
         return x + per_channel(self.bias - mean, x)
 
@@ -121,8 +122,9 @@ class MeanOnlyBatchNorm(nn.Module):
         from torch.distributed.nn.functional import all_reduce  # differentiable
 
         total = torch.cat([x.sum(axes), x.new_tensor([float(x.numel() // x.shape[1])])])
-        total = all_reduce(total)  # type: ignore[no-untyped-call]
-        return total[:-1] / total[-1]
+        total = all_reduce(total)
+        mean: Tensor = total[:-1] / total[-1]
+        return mean
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, momentum={self.momentum}"

@@ -62,9 +62,7 @@ class WeightStandardization(nn.Module):
     eq. 4-5, which have neither gain nor offset.
     """
 
-    def __init__(
-        self, layout: FilterLayout, *, gain: bool = True, offset: bool = False, eps: float = 1e-5
-    ) -> None:
+    def __init__(self, layout: FilterLayout, *, gain: bool = True, offset: bool = False, eps: float = 1e-5) -> None:
         super().__init__()
         if offset and not gain:
             raise ValueError("an offset needs the gain: without it the weight's scale is not kept anyway")

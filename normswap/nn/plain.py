@@ -2,8 +2,8 @@
 
 Note [Shared injected classes]
 torch parametrizes a module by giving it a class made for it, and a deep copy shares that class: removing the
-parametrization with torch's own function edits the class and breaks the other copy. Here the module gets its former class
-back and the injected one is left alone.
+parametrization with torch's own function edits the class and breaks the other copy. Here the module gets its former
+class back and the injected one is left alone.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def make_plain(model: nn.Module) -> Iterator[tuple[str, str]]:
                 remove_weight_norm(module, hook.name)
                 yield f"{prefix}{hook.name}", ""
         if parametrize.is_parametrized(module):
-            names = list(module.parametrizations)  # type: ignore[arg-type]
+            names = [name for name, _ in module.get_submodule("parametrizations").named_children()]
             random = [name for name in names if not torch.equal(getattr(module, name), getattr(module, name))]
             if not random:
                 _unparametrize(module, names)
@@ -44,10 +44,8 @@ def make_plain(model: nn.Module) -> Iterator[tuple[str, str]]:
 
 def _unparametrize(module: nn.Module, names: list[str]) -> None:
     values: dict[str, Tensor] = {name: getattr(module, name).detach().clone() for name in names}
-    trainable = {
-        name: any(p.requires_grad for p in module.parametrizations[name].parameters())  # type: ignore[index,operator]
-        for name in names
-    }
+    lists = {name: module.get_submodule(f"parametrizations.{name}") for name in names}
+    trainable = {name: any(p.requires_grad for p in originals.parameters()) for name, originals in lists.items()}
     module.__class__ = type(module).__bases__[0]  # Note [Shared injected classes]
     del module._modules["parametrizations"]
     # torch's weight norm leaves a hook behind that cannot be pickled.

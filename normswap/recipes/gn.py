@@ -13,7 +13,8 @@ __all__ = ["GroupNormalization"]
 class GroupNormalization(GroupedRecipe):
     """Group normalization in the BatchNorm's place; the weights stay plain.
 
-    ``y = γ (x − mean_g x)/sqrt(var_g x + eps) + β``, mean and variance per sample over each group of channels and space.
+    ``y = γ (x − mean_g x)/sqrt(var_g x + eps) + β``, mean and variance per sample over each group of channels
+    and space.
 
     Source: Y. Wu, K. He, *Group Normalization*, 2018, eq. 1-7.
     """

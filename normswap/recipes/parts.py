@@ -237,7 +237,7 @@ class WeightPart:
 
 
 def _originals(layer: nn.Module) -> parametrize.ParametrizationList:
-    found = layer.parametrizations["weight"]  # type: ignore[index,operator]
+    found = layer.get_submodule("parametrizations.weight")
     assert isinstance(found, parametrize.ParametrizationList)
     return found
 
@@ -255,17 +255,20 @@ class WeightNorm(WeightPart):
         layout = FilterLayout.of(layer)
         filters = layout.flatten(weight)
         norm = filters.norm(dim=1)
-        dead = norm == 0
-        # A zero v has no direction: g = 0 makes the filter zero for any other v, in value and finitely in gradient.
-        v = layout.unflatten(torch.where(dead[:, None], torch.ones_like(filters), filters), weight)
-        g = torch.where(dead, torch.zeros_like(norm), norm * scale)
+        # v = w, but for two kinds of filter. A zero v has no direction: g = 0 makes the filter zero for any other v, in
+        # value and finitely in gradient. And the squares of a tiny v vanish in its dtype: it is stretched to length 1.
         originals = _originals(layer)
+        dtype = FilterLayout.weight(layer).dtype
+        tiny = norm < 1e3 * torch.finfo(dtype).tiny ** 0.5
+        v = torch.where(tiny[:, None], filters / norm.clamp(min=1e-300)[:, None], filters)
+        v = layout.unflatten(torch.where((norm == 0)[:, None], torch.ones_like(filters), v), weight)
+        g = norm * scale
         with torch.no_grad():
             originals.original1.copy_(v)  # type: ignore[operator]
             if isinstance(originals[0], FilterWeightNorm):
                 originals.original0.copy_(g)  # type: ignore[operator]
             else:
-                originals.original0.copy_(g.view_as(originals.original0))  # type: ignore[operator,arg-type]
+                originals.original0.copy_(g.view_as(originals.original0))  # type: ignore[operator]
         return torch.ones_like(scale)
 
 
@@ -286,9 +289,7 @@ class WeightStd(WeightPart):
         return not self.offset
 
     def register(self, layer: nn.Module) -> None:
-        ws = WeightStandardization(
-            FilterLayout.of(layer), gain=self.gain, offset=self.offset, eps=self.eps
-        )
+        ws = WeightStandardization(FilterLayout.of(layer), gain=self.gain, offset=self.offset, eps=self.eps)
         parametrize.register_parametrization(layer, "weight", ws)
 
     def load(self, layer: nn.Module, weight: Tensor, scale: Tensor) -> Tensor:
@@ -298,7 +299,7 @@ class WeightStd(WeightPart):
         originals = _originals(layer)
         with torch.no_grad():
             if not self.gain:
-                originals.original.copy_(weight)  # type: ignore[operator]
+                originals.original.copy_(weight)
                 return 1 / (std * scale)
             originals.original0.copy_(weight)  # type: ignore[operator]
             originals.original1.copy_(std * scale)  # type: ignore[operator]

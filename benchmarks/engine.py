@@ -1,0 +1,182 @@
+"""Measure what a conversion costs, as ratios to torch's own work on the same model in the same run.
+
+    python benchmarks/engine.py                       # everything, about two minutes
+    python benchmarks/engine.py planning --profile    # one part, and where its time goes
+
+Both sides of a ratio run in turn, so that a machine's load falls on both; a ratio is one of medians. The exit code is 1
+if a required ratio is not met.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import cProfile
+import gc
+import pstats
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+import normswap as ns
+from normswap.loading.importing import import_quietly
+from normswap.recipes import make_recipe
+from normswap.records import text_table
+from normswap.rewriting import rewrite
+
+PLANNING, REWRITING, INITIALIZING, GROWING = 5.0, 3.0, 1.5, 1.5
+RECIPES = ("gn+ws", "wn+mobn")
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """What was measured against what; the times are medians in seconds."""
+
+    what: str
+    against: str
+    seconds: float
+    reference: float
+    allowed: float | None = None
+
+    @property
+    def ratio(self) -> float:
+        return self.seconds / self.reference
+
+    @property
+    def ok(self) -> bool:
+        return self.allowed is None or self.ratio <= self.allowed
+
+    def cells(self) -> tuple[str, ...]:
+        required = "–" if self.allowed is None else f"≤ {self.allowed:g}"
+        times = f"{self.seconds * 1e3:.1f} ms", f"{self.reference * 1e3:.1f} ms"
+        return self.what, self.against, *times, f"{self.ratio:.2f}", required, "ok" if self.ok else "MISSED"
+
+
+def medians(repetitions: int, *works: Callable[[], Callable[[], Any]]) -> list[float]:
+    """Return the median seconds of each work, run in turn after one warm-up; a work returns what is to be timed."""
+    times: list[list[float]] = [[] for _ in works]
+    for repetition in range(repetitions + 1):
+        for work, measured in zip(works, times, strict=True):
+            timed = work()
+            gc.collect()
+            gc.disable()  # or one side pays for the other's garbage
+            start = time.process_time()
+            timed()
+            if repetition:
+                measured.append(time.process_time() - start)
+            gc.enable()
+    return [statistics.median(measured) for measured in times]
+
+
+def resnet50() -> nn.Module:
+    model: nn.Module = import_quietly("torchvision.models").resnet50(weights=None)
+    return model.eval()
+
+
+def chain(pairs: int) -> nn.Sequential:
+    """Return a chain of ``pairs`` tiny convolutions, each with its BatchNorm."""
+    return nn.Sequential(*(layer for _ in range(pairs) for layer in (nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2))))
+
+
+def planning(repetitions: int) -> Iterator[Ratio]:
+    """Planning against one symbolic trace of torch's."""
+    model = resnet50()
+    plan, trace = medians(repetitions, lambda: lambda: ns.plan(model), lambda: lambda: fx.symbolic_trace(model))
+    yield Ratio("plan of ResNet-50", "torch.fx.symbolic_trace", plan, trace, PLANNING)
+
+
+def rewriting(repetitions: int) -> Iterator[Ratio]:
+    """Putting the new modules in against copying the model; the copy that is rewritten is not counted in."""
+    model = resnet50()
+    for name in RECIPES:
+        plan, recipe = ns.plan(model, name), make_recipe(name)
+
+        def prepared(plan: ns.Plan = plan, recipe: ns.Recipe = recipe) -> Callable[[], Any]:
+            target = copy.deepcopy(model)
+            return lambda: rewrite(target, plan, recipe)
+
+        change, copying = medians(repetitions, prepared, lambda: lambda: copy.deepcopy(model))
+        yield Ratio(f"rewrite of ResNet-50 to {name}", "copy.deepcopy", change, copying, REWRITING)
+
+
+def initializing(repetitions: int) -> Iterator[Ratio]:
+    """Data-dependent initialization against one forward pass of the same batch."""
+    for name in ("BatchNorm", *RECIPES):
+        model = resnet50()
+        model = model if name == "BatchNorm" else ns.swap_norms(model, name, init="none", inplace=True)
+        for side in (64, 112):
+            batch = torch.randn(8, 3, side, side)
+            work, forward = medians(
+                repetitions,
+                lambda model=model, batch=batch: lambda: ns.initialize(model, batch),  # type: ignore[misc]
+                lambda model=model, batch=batch: lambda: evaluate(model, batch),  # type: ignore[misc]
+            )
+            what = f"initialize of ResNet-50 with {name}, 8×3×{side}×{side}"
+            yield Ratio(what, "one forward pass", work, forward, INITIALIZING)
+
+
+def evaluate(model: nn.Module, batch: Tensor) -> None:
+    with torch.no_grad():
+        model(batch)
+
+
+def growing(repetitions: int) -> Iterator[Ratio]:
+    """Planning per conv-bn pair: of long chains against a chain of 100."""
+    sizes = (100, 1_000, 10_000)
+    models = [chain(pairs) for pairs in sizes]
+    times = medians(max(2, repetitions // 5), *(lambda m=m: lambda: ns.plan(m) for m in models))  # type: ignore[misc]
+    first, *others = (seconds / pairs for seconds, pairs in zip(times, sizes, strict=True))
+    for pairs, seconds in zip(sizes[1:], others, strict=True):
+        yield Ratio(f"plan of {pairs:,} conv-bn pairs, per pair", "of 100 pairs, per pair", seconds, first, GROWING)
+
+
+def training(repetitions: int) -> Iterator[Ratio]:
+    """A training step's forward and backward, the weights' reparameterization with it, against BatchNorm's."""
+    model = resnet50().train()
+    batch = torch.randn(8, 3, 64, 64)
+    models = [model, *(ns.swap_norms(model, name, init="none") for name in RECIPES)]
+    works = [lambda m=m: lambda: m(batch).square().mean().backward() for m in models]  # type: ignore[misc]
+    reference, *others = medians(repetitions, *works)
+    for name, seconds in zip(RECIPES, others, strict=True):
+        yield Ratio(f"training step of ResNet-50 with {name}, 8×3×64×64", "with BatchNorm", seconds, reference)
+
+
+PARTS = {part.__name__: part for part in (planning, rewriting, initializing, growing, training)}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"only {', '.join(PARTS)}")
+    parser.add_argument("--repetitions", type=int, default=11)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--profile", action="store_true", help="show where the time of each part goes")
+    options = parser.parse_args(arguments)
+    if unknown := set(options.parts) - set(PARTS):
+        parser.error(f"there is no part {sorted(unknown)[0]!r}; choose from {', '.join(PARTS)}")
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    ratios: list[Ratio] = []
+    for part in options.parts or PARTS:
+        profile = cProfile.Profile()
+        if options.profile:
+            profile.enable()
+        ratios += PARTS[part](options.repetitions)
+        if options.profile:
+            profile.disable()
+            pstats.Stats(profile).sort_stats("tottime").print_stats(25)
+    print(text_table(("what", "against", "median", "its median", "ratio", "required", ""), [r.cells() for r in ratios]))
+    print(
+        f"\nratios of medians of {options.repetitions} interleaved runs after a warm-up (chains: "
+        f"{max(2, options.repetitions // 5)}); seed {options.seed}, {options.threads} threads, torch {torch.__version__}"
+    )
+    return 0 if all(ratio.ok for ratio in ratios) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

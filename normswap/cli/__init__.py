@@ -1,0 +1,58 @@
+"""The command line: parse, call, print. torch, NumPy and onnx are imported only inside the commands."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from normswap import __version__
+from normswap.cli.checking import show_demo, show_recipes, verify_pair
+from normswap.cli.console import ErrorBoundary, survive_any_encoding
+from normswap.cli.converting import convert_model, inspect_model
+from normswap.cli.deploying import export_model, fold_model
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    cls=ErrorBoundary,
+    name="normswap",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,  # ErrorBoundary prints them
+    rich_markup_mode="rich" if sys.stdout.isatty() else None,  # no boxes in a pipe
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Example:  normswap convert model.pt --to gn+ws --onnx model.onnx",
+)
+
+app.command("inspect", epilog="Example:  normswap inspect model.pt --to gn+ws")(inspect_model)
+app.command("convert", epilog="Example:  normswap convert model.pt --to gn+ws -o model.gn+ws.safetensors")(
+    convert_model
+)
+app.command("fold", epilog="Example:  normswap fold model.gn+ws.safetensors -o deploy.pt")(fold_model)
+app.command("export", epilog="Example:  normswap export deploy.pt -o deploy.onnx --input-shape 1x3x32x32")(export_model)
+app.command("verify", epilog="Example:  normswap verify deploy.pt deploy.onnx --input-shape 4x3x32x32")(verify_pair)
+app.command("recipes", epilog="Example:  normswap recipes")(show_recipes)
+app.command("demo", epilog="Example:  normswap demo --output results")(show_demo)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"normswap {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
+) -> None:
+    """Replace the BatchNorm layers of a PyTorch network without losing what it has learnt."""
+
+
+def main() -> None:
+    """Run the command line and end the process with its exit code."""
+    survive_any_encoding()
+    app()

@@ -1,0 +1,99 @@
+"""``normswap verify``, ``normswap recipes`` and ``normswap demo``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import normswap as ns
+from normswap.cli import files, options
+from normswap.cli.console import print_json, say, table, working
+from normswap.errors import InputError
+
+__all__ = ["show_demo", "show_recipes", "verify_pair"]
+
+
+def verify_pair(
+    a: Annotated[Path, typer.Argument(metavar="A", help="the reference: a model file or an .onnx file")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="what is compared with it")],
+    input_shape: options.InputShape = None,
+    input_file: options.InputFile = None,
+    rtol: Annotated[
+        float | None, typer.Option(min=0, help="allowed difference, relative to the output's magnitude")
+    ] = None,
+    trust: options.Trust = None,
+    arch: options.Arch = None,
+    arch_kwargs: options.ArchKwargs = None,
+    as_json: options.Json = False,
+) -> None:
+    """Compare the outputs of two models or ONNX files.
+
+    The exit code is 1 where they differ.
+    """
+    shapes = options.read_shapes(input_shape)
+    kwargs = options.read_arch_kwargs(arch_kwargs)
+    source = files.Source(tuple(trust or ()), arch, kwargs, arch_if_needed=True)
+    sides: list[Any] = [path if path.suffix == ".onnx" else source.open(path).eval() for path in (a, b)]
+    network = next((side for side in sides if not isinstance(side, Path)), None)
+    inputs = files.required_inputs(network, shapes, input_file)
+    with working("comparing"):
+        check = dataclasses.replace(ns.verify(sides[0], sides[1], inputs, rtol=rtol), a=str(a), b=str(b))
+    if as_json:
+        print_json(check.to_json())
+    else:
+        say(str(check))
+    if not check.ok:
+        raise typer.Exit(1)
+
+
+def show_recipes(as_json: options.Json = False) -> None:
+    """List what a BatchNorm can be swapped for.
+
+    An exact recipe keeps the model's eval output.
+    """
+    with working("reading the recipes"):
+        recipes = ns.all_recipes()
+    chosen = {name: {field.name: field.default for field in dataclasses.fields(cls)} for name, cls in recipes.items()}
+    if as_json:
+        record = [
+            {"name": n, "equation": c.equation, "exact": c.exact, "paper": c.paper, "options": chosen[n]}
+            for n, c in recipes.items()
+        ]
+        print_json(json.dumps(record, indent=2, ensure_ascii=False))
+        return
+    table(
+        ("recipe", "equation", "exact", "paper", "options"),
+        [
+            (n, c.equation, "yes" if c.exact else "no", c.paper, ", ".join(f"{k}={v}" for k, v in chosen[n].items()))
+            for n, c in recipes.items()
+        ],
+    )
+
+
+def show_demo(
+    output: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="keep the files in this folder (default: keep none)")
+    ] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Run every recipe on a small trained network, to ONNX files."""
+    with tempfile.TemporaryDirectory() as scratch, working("running the demo"):
+        folder = Path(scratch) if output is None else output
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as cause:
+            raise InputError(
+                f"cannot write to {str(folder)!r}: {cause.strerror}", code="output-path", hint="choose another folder"
+            ) from None
+        from normswap.demo.report import run_demo
+
+        record = run_demo(folder)
+    if as_json:
+        print_json(record.to_json())
+    else:
+        say(str(record))

@@ -1,0 +1,186 @@
+"""What the commands print: results on stdout, progress, notes and errors on stderr.
+
+On a terminal tables fit its width and a spinner shows what is going on; elsewhere everything is plain text whose
+lines are as long as they are, for ``grep`` and ``less -S``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import typer
+from typer.core import TyperGroup
+
+from normswap.errors import NormswapError
+from normswap.records import text_table
+
+__all__ = ["ErrorBoundary", "facts", "note", "print_json", "say", "survive_any_encoding", "table", "working"]
+
+# typer has a copy of click since 0.20 and click itself before: the base of the usage errors in either is this one.
+UsageError = cast("type[Exception]", typer.BadParameter.__mro__[2])
+
+SPELLED = {
+    "dynamic_batch=False": "--no-dynamic-batch",
+    "dynamic_spatial=False": "--no-dynamic-spatial",
+    "normswap.fold(model)": "normswap fold MODEL",
+    "calibration=": "--calibration",
+    "give calibration data": "give calibration data (--calibration FILE)",
+    "give example_inputs": "give --input-shape",
+    "give example inputs": "give --input-shape",
+}
+"""Arguments of the Python functions, as they stand in messages, and how the command line writes them."""
+
+
+class ErrorBoundary(TyperGroup):
+    """The one place that catches errors: it prints them and ends with their exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; see ``NormswapError.exit_code``, 2 for an unexpected error, 130 after Ctrl+C."""
+        try:
+            with _notes_shown():
+                return super().invoke(ctx)
+        except (BrokenPipeError, UsageError, typer.Exit, typer.Abort):
+            raise
+        except KeyboardInterrupt:
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(130) from None
+        except NormswapError as error:
+            _show_traceback(ctx)
+            typer.echo(_spelled(str(error)), err=True)
+            raise typer.Exit(error.exit_code) from None
+        except Exception as error:
+            _show_traceback(ctx)
+            lines = str(error).strip().splitlines()
+            text = f"error[unexpected]: {type(error).__name__}" + (f": {lines[0]}" if lines else "")
+            if not ctx.params["debug"]:
+                text += "\n  hint: report this, with the traceback that `normswap --debug …` shows"
+            typer.echo(text, err=True)
+            raise typer.Exit(2) from None
+
+
+def _show_traceback(ctx: Any) -> None:
+    if ctx.params["debug"]:
+        typer.echo(traceback.format_exc(), err=True)
+
+
+def _spelled(text: str) -> str:
+    """Return a message of the package in the words of the command line."""
+    for python, option in SPELLED.items():
+        text = text.replace(python, option)
+    return text
+
+
+def survive_any_encoding() -> None:
+    """Let a terminal or pipe that has no ``→`` or ``γ`` show a question mark instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+@contextlib.contextmanager
+def working(what: str) -> Iterator[None]:
+    """Show ``what`` while the block runs; what libraries and models print goes to stderr, warnings nowhere."""
+    with contextlib.ExitStack() as stack:
+        if sys.stderr.isatty():
+            from rich.console import Console
+
+            stack.enter_context(Console(stderr=True).status(f"{what} …"))
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        yield
+
+
+class _Notes(logging.Handler):
+    """Shows what the package logs."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        note(record.getMessage())
+
+
+@contextlib.contextmanager
+def _notes_shown() -> Iterator[None]:
+    logger, handler = logging.getLogger("normswap"), _Notes(logging.INFO)
+    level, propagate = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
+
+
+def note(text: str) -> None:
+    """Tell on stderr what a person should know and did not ask for."""
+    typer.echo(f"note: {_spelled(text)}", err=True)
+
+
+def say(text: str = "") -> None:
+    """Print a line of the result, in the words of the command line."""
+    typer.echo(_spelled(text))
+
+
+def print_json(text: str) -> None:
+    """Print the result for a machine; nothing else may go to stdout."""
+    typer.echo(text)
+
+
+def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    """Print a table; on a terminal the columns with one value alone stand in a line above it."""
+    if not rows:
+        return
+    cells = [tuple(map(_spelled, row)) for row in rows]
+    if not sys.stdout.isatty():
+        say(text_table(header, cells))
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    same = {i for i in range(1, len(header)) if len(cells) > 1 and len({row[i] for row in cells}) == 1}
+    if common := [f"{header[i]} {cells[0][i]}" for i in sorted(same) if cells[0][i] not in ("", "–")]:
+        say(f"every row: {', '.join(common)}")
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), header_style="bold")
+    for i, name in enumerate(header):
+        if i not in same:
+            grid.add_column(name, overflow="fold")
+    for row in cells:
+        grid.add_row(*(_literal(cell) for i, cell in enumerate(row) if i not in same))
+    Console(highlight=False).print(grid)
+
+
+def facts(pairs: Sequence[tuple[str, str]]) -> None:
+    """Print labelled lines; on a terminal they wrap beside their label."""
+    if not pairs:
+        return
+    width = max(len(label) for label, _ in pairs)
+    if not sys.stdout.isatty():
+        for label, text in pairs:
+            say(f"  {label.ljust(width)}  {text}".rstrip())
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(width=width + 2, style="bold")
+    grid.add_column(overflow="fold")
+    for label, text in pairs:
+        grid.add_row(f"  {label}", _literal(_spelled(text)))
+    Console(highlight=False).print(grid)
+
+
+def _literal(text: str) -> Any:
+    """Return text that rich takes as it is: ``[0]`` is no style."""
+    from rich.text import Text
+
+    return Text(text)

@@ -1,0 +1,230 @@
+"""``normswap inspect`` and ``normswap convert``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import normswap as ns
+from normswap.cli import files, options
+from normswap.cli.console import note, print_json, say, table, working
+from normswap.cli.reporting import as_record, show_conversion, show_plan
+from normswap.errors import InputError, NothingToConvertError
+from normswap.records import Plan
+
+if TYPE_CHECKING:
+    from normswap.conversion import Conversion
+    from normswap.exporting import ExportArtifact
+
+__all__ = ["convert_model", "inspect_model"]
+
+DEFAULT = "gn+ws"
+
+To = Annotated[str | None, typer.Option(metavar="RECIPE", help="the recipe, see `normswap recipes`")]
+GroupSize = Annotated[int | None, typer.Option(help="channels per group, where that divides (16)")]
+Eps = Annotated[float | None, typer.Option(help="added to the variance (the BatchNorm's own)")]
+Include = Annotated[list[str] | None, typer.Option(metavar="GLOB", help="convert only these norms; repeatable")]
+Exclude = Annotated[list[str] | None, typer.Option(metavar="GLOB", help="leave these norms as they are; repeatable")]
+
+
+def inspect_model(
+    model: options.Model,
+    to: To = None,
+    input_shape: options.InputShape = None,
+    input_file: options.InputFile = None,
+    trust: options.Trust = None,
+    arch: options.Arch = None,
+    arch_kwargs: options.ArchKwargs = None,
+    as_json: options.Json = False,
+) -> None:
+    """Show a model's norms and layers, and why some form no site.
+
+    With --to the plan of a conversion.
+    """
+    shapes = options.read_shapes(input_shape)
+    network = files.Source(tuple(trust or ()), arch, options.read_arch_kwargs(arch_kwargs)).open(model)
+    inputs = files.example_inputs(network, shapes, input_file)
+    if to is not None:
+        with working("planning"):
+            plan = ns.plan(network, to, example_inputs=inputs)
+        print_json(plan.to_json()) if as_json else show_plan(plan)
+        return
+    with working("reading the dataflow"):
+        from normswap.capture import capture_symbolic
+        from normswap.inputs import as_inputs
+        from normswap.matching import match
+
+        matches = match(capture_symbolic(network), None if inputs is None else as_inputs(inputs))
+        parameters = sum(p.numel() for p in network.parameters())
+    name = type(network).__name__
+    if as_json:
+        record = {"model": name, "parameters": parameters, **dataclasses.asdict(matches)}
+        print_json(json.dumps(record, indent=2, ensure_ascii=False))
+        return
+    say(f"{name}: {parameters:,} parameters, {len(matches.sites)} BatchNorm sites\n")
+    rows = [
+        (s.norm, s.norm_type, str(s.num_features), s.layer or "–", s.layer_type or "–", s.proof, s.reason or "")
+        for s in matches.sites
+    ]
+    table(("norm", "is", "channels", "layer", "is", "proof", "notes"), rows)
+    if rows and matches.skips:
+        say()
+    table(("in no site", "what", "is", "reason"), [(s.name, s.what, s.type, s.reason) for s in matches.skips])
+
+
+def convert_model(
+    model: options.Model,
+    to: To = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", help="a .safetensors file; with --fold a .pt (default: MODEL.RECIPE.safetensors)"
+        ),
+    ] = None,
+    fold: Annotated[bool, typer.Option("--fold", help="write plain weights, for deployment")] = False,
+    onnx: Annotated[Path | None, typer.Option(help="fold, export to this .onnx file, and verify it")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="unlabelled inputs: .npz, .npy, .pt or .safetensors; 500-1000 are enough")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="calibration inputs that run at once")] = 32,
+    init: Annotated[str, typer.Option(help="absorb: keep what the model has learnt; none: fresh norms")] = "absorb",
+    num_groups: options.NumGroups = None,
+    group_size: GroupSize = None,
+    eps: Eps = None,
+    option: options.RecipeOption = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    input_shape: options.InputShape = None,
+    input_file: options.InputFile = None,
+    plan: Annotated[Path | None, typer.Option(metavar="FILE", help="carry out this plan (.json)")] = None,
+    save_plan: Annotated[Path | None, typer.Option(metavar="FILE", help="write the plan (.json)")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show the plan; write nothing but --save-plan")] = False,
+    opset: options.Opset = 18,
+    trust: options.Trust = None,
+    arch: options.Arch = None,
+    arch_kwargs: options.ArchKwargs = None,
+    as_json: options.Json = False,
+) -> None:
+    """Swap a model's BatchNorms and keep what it has learnt.
+
+    Without -o and --onnx the output stands beside the model, as MODEL.RECIPE.safetensors.
+    """
+    shapes = options.read_shapes(input_shape)
+    source = files.Source(tuple(trust or ()), arch, options.read_arch_kwargs(arch_kwargs))
+    replayed = None if plan is None else Plan.from_json(files.read_text(plan))
+    given = {"num_groups": num_groups, "group_size": group_size, "eps": eps}
+    if replayed is None:
+        recipe = to or DEFAULT
+        chosen = options.read_recipe_options(recipe, given, option)
+    else:
+        if to or option or include or exclude or any(value is not None for value in given.values()):
+            raise InputError(
+                "--plan says which norms become what; --to, --include, --exclude or an option is given beside it",
+                code="plan-options",
+                hint="leave them out, or make the plan anew",
+            )
+        recipe, chosen = replayed.recipe, dict(replayed.options)
+    target = None if dry_run else _target(model, recipe, output, fold=fold, onnx=onnx)
+    onnx = None if dry_run else onnx
+
+    with files.staged(target, onnx, save_plan, inputs=(model,)) as place:
+        network = source.open(model)
+        inputs = example = files.example_inputs(network, shapes, input_file)
+        if (
+            onnx is not None and example is None
+        ):  # they show nothing of the user's sizes, so that the plan does not see them
+            example = files.required_inputs(network, (), None, use=", and the file takes no other height and width")
+        batches = files.calibration_batches(network, calibration, batch_size)
+        selected: dict[str, Any] = {"include": include or (), "exclude": exclude or ()}
+        if dry_run:
+            with working("planning"):
+                made = replayed or ns.plan(
+                    network, recipe, example_inputs=inputs, calibration=batches, **selected, **chosen
+                )
+            _save_plan(made, save_plan, place)
+        else:
+            with working(f"converting to {recipe}"):
+                result = ns.convert(
+                    network,
+                    recipe,
+                    example_inputs=inputs,
+                    calibration=batches,
+                    init=init,
+                    plan=replayed,
+                    inplace=True,  # it was read from a file and is nobody else's
+                    **selected,
+                    **({} if replayed else chosen),
+                )
+            artifact = _write(result, place, target, onnx, example, fold=fold, opset=opset)
+            _save_plan(result.plan, save_plan, place)
+    if dry_run:
+        print_json(made.to_json()) if as_json else show_plan(made)
+        if not made.steps:
+            raise NothingToConvertError(
+                f"no norm of the {made.model} can be converted by '{made.recipe}'",
+                code="nothing-to-convert",
+                hint="the table above has the reasons",
+            )
+        return
+    outputs = [path for path in (target, onnx, save_plan) if path is not None]
+    if as_json:
+        print_json(as_record(result, artifact, outputs))
+        return
+    show_conversion(result, artifact, outputs)
+    if output is None and target is not None:
+        note("no -o was given: the output stands beside the model")
+
+
+def _target(model: Path, recipe: str, output: Path | None, *, fold: bool, onnx: Path | None) -> Path | None:
+    """Return where the converted model goes; None where the ONNX file alone is wanted."""
+    if onnx is not None and onnx.suffix != ".onnx":
+        raise InputError(f"--onnx {onnx} does not end with .onnx", code="output-kind", hint=f"write {onnx.stem}.onnx")
+    suffix = ".pt" if fold else ".safetensors"
+    if output is None:
+        return None if onnx is not None and not fold else model.with_name(f"{model.stem}.{recipe}{suffix}")
+    if output.suffix == suffix or (fold and output.suffix == ".pth"):
+        return output
+    hints = {
+        ".pt": f"add --fold for plain weights in a .pt, or write {output.stem}.safetensors",
+        ".pth": f"add --fold for plain weights in a .pth, or write {output.stem}.safetensors",
+        ".onnx": f"write --onnx {output.name}",
+        ".safetensors": f"a folded model is a plain module: write {output.stem}.pt, or leave --fold out",
+    }
+    what = "a folded model" if fold else "a converted model, which may be trained on,"
+    raise InputError(
+        f"{what} is not written to {output.suffix or 'a file without suffix'} ({output})",
+        code="output-kind",
+        hint=hints.get(output.suffix, f"write {output.stem}{suffix}"),
+    )
+
+
+def _write(
+    result: Conversion, place: Any, target: Path | None, onnx: Path | None, example: Any, *, fold: bool, opset: int
+) -> ExportArtifact | None:
+    if target is not None and not fold:
+        with working(f"writing {target}"):
+            from normswap import storage
+
+            storage.save(result.model, place(target))
+    if not fold and onnx is None:
+        return None
+    result.model.eval()
+    with working("folding"):
+        folded = ns.fold_with_report(result.model, example_inputs=example).model
+    if fold and target is not None:
+        with working(f"writing {target}"):
+            files.save_whole(folded, place(target))
+    if onnx is None:
+        return None
+    with working(f"writing {onnx} and verifying it"):
+        artifact = ns.export_onnx(folded, place(onnx), example_inputs=example, opset=opset)
+    return dataclasses.replace(artifact, path=onnx)
+
+
+def _save_plan(plan: Plan, path: Path | None, place: Any) -> None:
+    if path is not None:
+        place(path).write_text(plan.to_json() + "\n", encoding="utf-8")

@@ -1,0 +1,118 @@
+"""``normswap fold`` and ``normswap export``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import normswap as ns
+from normswap.cli import files, options
+from normswap.cli.console import facts, note, print_json, say, table, working
+from normswap.cli.reporting import describe_check, written
+from normswap.errors import InputError
+
+__all__ = ["export_model", "fold_model"]
+
+
+def fold_model(
+    model: options.Model,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="a .pt file (default: MODEL.folded.pt)")] = None,
+    input_shape: options.InputShape = None,
+    input_file: options.InputFile = None,
+    trust: options.Trust = None,
+    arch: options.Arch = None,
+    arch_kwargs: options.ArchKwargs = None,
+    as_json: options.Json = False,
+) -> None:
+    """Turn reparameterized weights into plain ones, for deployment."""
+    shapes = options.read_shapes(input_shape)
+    target = output or model.with_name(f"{model.stem}.folded.pt")
+    if target.suffix not in (".pt", ".pth"):
+        raise InputError(
+            f"a folded model is not written to {target}", code="output-kind", hint=f"write {target.stem}.pt"
+        )
+    source = files.Source(tuple(trust or ()), arch, options.read_arch_kwargs(arch_kwargs))
+    with files.staged(target, inputs=(model,)) as place:
+        network = source.open(model).eval()
+        inputs = files.example_inputs(network, shapes, input_file)
+        with working("folding"):
+            folding = ns.fold_with_report(network, example_inputs=inputs)
+        with working(f"writing {target}"):
+            files.save_whole(folding.model, place(target))
+    if as_json:
+        record = {
+            "rows": [dataclasses.asdict(row) for row in folding.rows],
+            "left": [dataclasses.asdict(row) for row in folding.left],
+            "check": None if folding.check is None else json.loads(folding.check.to_json()),
+            "written": [str(target)],
+        }
+        print_json(json.dumps(record, indent=2, ensure_ascii=False))
+        return
+    became = Counter("part of a layer" if r.result.startswith("part of") else r.result for r in folding.rows)
+    check = "not compared: give --input-shape" if folding.check is None else describe_check(folding.check)
+    say(type(network).__name__)
+    facts(
+        [
+            ("folded", ", ".join(f"{n} became {what}" for what, n in became.items()) or "nothing: it was plain"),
+            ("checked", check),
+            *written([target]),
+        ]
+    )
+    if folding.left:
+        say()
+        table(("left", "why"), [(row.name, row.reason) for row in folding.left])
+    if output is None:
+        note("no -o was given: the output stands beside the model")
+
+
+def export_model(
+    model: options.Model,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="an .onnx file (default: MODEL.onnx)")] = None,
+    input_shape: options.InputShape = None,
+    input_file: options.InputFile = None,
+    opset: options.Opset = 18,
+    dynamic_batch: Annotated[bool, typer.Option(help="whether the file takes any batch size")] = True,
+    dynamic_spatial: Annotated[bool, typer.Option(help="whether the file takes any height and width")] = False,
+    trust: options.Trust = None,
+    arch: options.Arch = None,
+    arch_kwargs: options.ArchKwargs = None,
+    as_json: options.Json = False,
+) -> None:
+    """Write a folded model to an ONNX file and verify that file."""
+    shapes = options.read_shapes(input_shape)
+    target = output or model.with_suffix(".onnx")
+    if target.suffix != ".onnx":
+        raise InputError(f"{target} does not end with .onnx", code="output-kind", hint=f"write {target.stem}.onnx")
+    source = files.Source(tuple(trust or ()), arch, options.read_arch_kwargs(arch_kwargs))
+    with files.staged(target, inputs=(model,)) as place:
+        network = source.open(model).eval()
+        inputs = files.required_inputs(
+            network, shapes, input_file, use="" if dynamic_spatial else ", and the file takes no other height and width"
+        )
+        with working(f"writing {target} and verifying it"):
+            artifact = ns.export_onnx(
+                network,
+                place(target),
+                example_inputs=inputs,
+                opset=opset,
+                dynamic_batch=dynamic_batch,
+                dynamic_spatial=dynamic_spatial,
+            )
+    artifact = dataclasses.replace(artifact, path=target)
+    if as_json:
+        check = artifact.verification
+        record = {
+            **dataclasses.asdict(dataclasses.replace(artifact, verification=None)),
+            "path": str(target),
+            "verification": None if check is None else json.loads(check.to_json()),
+        }
+        print_json(json.dumps(record, indent=2, ensure_ascii=False))
+        return
+    say(str(artifact))
+    if output is None:
+        note("no -o was given: the output stands beside the model")

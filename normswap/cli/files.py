@@ -1,0 +1,269 @@
+"""The command line's files: models and inputs that are read, outputs that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FunctionType
+from typing import TYPE_CHECKING, Any
+
+from normswap.cli.console import note, working
+from normswap.cli.options import Shapes
+from normswap.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["Source", "calibration_batches", "example_inputs", "read_text", "required_inputs", "save_whole", "staged"]
+
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Source:
+    """How to read a model file.
+
+    Args:
+        trust: Packages and scripts whose classes the file may use.
+        arch: What a state dict belongs to.
+        arch_kwargs: Arguments of ``arch``.
+        arch_if_needed: Whether ``arch`` is for those files only that need one.
+    """
+
+    trust: tuple[str, ...] = ()
+    arch: str | None = None
+    arch_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    arch_if_needed: bool = False
+
+    def open(self, path: Path) -> nn.Module:
+        """Return the model in ``path``: stored by normswap, a whole model, or a state dict."""
+        with working(f"reading {path}"):
+            from normswap import storage
+            from normswap.loading import load_model
+
+            if path.is_file() and storage.is_stored(path):
+                return storage.load(path, trust=self.trust)
+            try:
+                arch = None if self.arch_if_needed else self.arch
+                return load_model(path, trust=self.trust, arch=arch, arch_kwargs=self.arch_kwargs)
+            except InputError as error:
+                if error.code != "arch-missing" or self.arch is None or not self.arch_if_needed:
+                    raise
+            return load_model(path, trust=self.trust, arch=self.arch, arch_kwargs=self.arch_kwargs)
+
+
+def example_inputs(model: nn.Module | None, shapes: Shapes, path: Path | None) -> Any:
+    """Return the inputs in ``path``, or seeded noise of ``shapes``, or None where neither is given.
+
+    Raises:
+        InputError: The model does not take them.
+    """
+    if shapes and path is not None:
+        raise InputError("--input-shape and --input-file are both given", code="inputs-twice", hint="give one of them")
+    if not shapes and path is None:
+        return None
+    with working("reading the inputs" if path else "making the inputs"):
+        if path is not None:
+            from normswap.loading import load_inputs
+
+            inputs: Any = load_inputs(path)
+        else:
+            inputs = _noise(model, shapes)
+        if model is not None:
+            _check_inputs(model, inputs, "--input-file" if path else "--input-shape")
+    return inputs
+
+
+def required_inputs(model: nn.Module | None, shapes: Shapes, path: Path | None, use: str = "") -> Any:
+    """Return :func:`example_inputs`, or made-up ones with a note where none are given.
+
+    Args:
+        model: What takes the inputs, where it is no ONNX file.
+        shapes: Their shapes.
+        path: Their file.
+        use: What a person should know about the use of made-up ones.
+
+    Raises:
+        InputError: None are given and none could be made up.
+    """
+    if (inputs := example_inputs(model, shapes, path)) is not None:
+        return inputs
+    with working("making inputs up"):
+        from normswap.inputs import make_up_inputs
+
+        made_up = None if model is None else make_up_inputs(model)
+    if made_up is None:
+        raise InputError(
+            "no inputs are given, and none could be made up that the model takes",
+            code="inputs-missing",
+            hint="give --input-shape 1x3x224x224, once for each input, or --input-file FILE",
+        )
+    shape = "x".join(map(str, made_up[0].shape))
+    note(f"the input shape {shape} was made up{use}: give --input-shape for the size that you use")
+    return made_up
+
+
+def _noise(model: nn.Module | None, shapes: Shapes) -> tuple[Any, ...]:
+    import torch
+
+    dtypes = (p.dtype for p in model.parameters() if p.is_floating_point()) if model is not None else iter(())
+    dtype, generator = next(dtypes, torch.float32), torch.Generator().manual_seed(SEED)
+    try:
+        return tuple(torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    except (RuntimeError, MemoryError) as cause:
+        raise InputError(
+            f"no memory for inputs of the shape {'x'.join(map(str, shapes[0]))}",
+            code="input-shape",
+            hint="give a smaller --input-shape",
+        ) from cause
+
+
+def _check_inputs(model: nn.Module, inputs: Any, option: str) -> None:
+    """Run the model once: a misfit shall be told before the long work and in terms of the option."""
+    from normswap.capture.guard import set_mode, untouched
+    from normswap.capture.observed import run_on
+    from normswap.loading import explain_dtype
+    from normswap.loading.importing import first_line
+
+    try:
+        with untouched(model, values=True):
+            set_mode(model, False)
+            run_on(model, inputs)
+    except Exception as cause:
+        raise InputError(
+            f"{type(model).__name__} fails on the inputs of {option}: {type(cause).__name__}: {first_line(cause)}",
+            code="inputs-do-not-fit",
+            hint=explain_dtype(inputs, model) or _signature_hint(model, inputs),
+        ) from cause
+
+
+def _signature_hint(model: nn.Module, inputs: Any) -> str:
+    import inspect
+
+    takes = f"forward takes {inspect.signature(model.forward)}"
+    return f"{takes}, the file holds {', '.join(inputs)}" if isinstance(inputs, Mapping) else takes
+
+
+def calibration_batches(model: nn.Module, path: Path | None, size: int) -> list[Any] | None:
+    """Return the inputs in ``path``, cut along their first axis into batches of ``size``."""
+    if path is None:
+        return None
+    with working("reading the calibration data"):
+        from torch import Tensor
+
+        from normswap.inputs import bind_batches
+        from normswap.loading import load_inputs
+
+        inputs = load_inputs(path)
+        named = isinstance(inputs, Mapping)
+        values: list[Any] = list(inputs.values()) if isinstance(inputs, Mapping) else list(inputs)
+        lengths = {len(v) if isinstance(v, Tensor) and v.ndim else 0 for v in values}
+        batches: list[Any] = [inputs]
+        if len(lengths) == 1 and (length := lengths.pop()):
+            cuts = [[v[i : i + size] for v in values] for i in range(0, length, size)]
+            batches = [dict(zip(inputs, cut, strict=True)) if named else tuple(cut) for cut in cuts]
+        _check_inputs(model, next(bind_batches(model, batches)), "--calibration")
+        return batches
+
+
+def read_text(path: Path) -> str:
+    """Return a text file's content."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as cause:
+        why = (cause.strerror or str(cause)) if isinstance(cause, OSError) else "it is no text file"
+        raise InputError(f"cannot read {str(path)!r}: {why}", code="file-unreadable", hint="check the path") from None
+
+
+@contextlib.contextmanager
+def staged(*outputs: Path | None, inputs: tuple[Path, ...] = ()) -> Iterator[Callable[[Path], Path]]:
+    """Give, for each output, a place to write it; the files move to where they belong when the block has succeeded.
+
+    Until then, and after any exception, what was there before stays. The place is a hidden folder beside the output:
+    making it shows, before the long work, whether the output can be written, and moving from it is atomic.
+
+    Args:
+        outputs: The files that are going to be written; None is passed over.
+        inputs: Files that no output may replace.
+
+    Raises:
+        InputError: An output cannot be written there.
+    """
+    wanted = [path for path in outputs if path is not None]
+    folders: dict[Path, Path] = {}
+    with contextlib.ExitStack() as stack:
+        for path in wanted:
+            _refuse_output(path, inputs)
+            if wanted.count(path) > 1:
+                raise _unwritable(path, "two outputs have this name")
+            if path.parent not in folders:
+                try:
+                    folder = tempfile.TemporaryDirectory(dir=path.parent, prefix=".normswap-")
+                except OSError as cause:
+                    raise _unwritable(path, cause.strerror or str(cause)) from None
+                folders[path.parent] = Path(stack.enter_context(folder))
+        yield lambda path: folders[path.parent] / path.name
+        for parent, hidden in folders.items():
+            # The weights beside an .onnx file go first: it refers to them.
+            for file in sorted(hidden.iterdir(), key=lambda file: file.suffix == ".onnx"):
+                os.replace(file, parent / file.name)
+
+
+def _refuse_output(path: Path, inputs: tuple[Path, ...]) -> None:
+    if path.is_dir():
+        raise _unwritable(path, "it is a folder")
+    if not path.parent.is_dir():
+        raise _unwritable(path, f"there is no folder {str(path.parent)!r}")
+    if path.exists() and not os.access(path, os.W_OK):
+        raise _unwritable(path, "it is read-only")
+    if path.exists() and any(file.exists() and path.samefile(file) for file in inputs):
+        raise _unwritable(path, "it is what is read")
+
+
+def _unwritable(path: Path, why: str) -> InputError:
+    return InputError(f"cannot write {str(path)!r}: {why}", code="output-path", hint="choose another output")
+
+
+def save_whole(model: nn.Module, path: Path) -> None:
+    """Write a folded model with ``torch.save``, such that :func:`normswap.loading.load_model` reads it."""
+    import torch
+
+    with _as_main():
+        try:
+            torch.save(model, path)
+        except (OSError, RuntimeError) as cause:  # torch's writer raises RuntimeError on a full disk
+            raise _unwritable(path, str(cause).splitlines()[0]) from cause
+        except Exception as cause:
+            raise InputError(
+                f"the {type(model).__name__} cannot be pickled: {type(cause).__name__}: {cause}",
+                code="not-picklable",
+                hint="write the .onnx file instead (--onnx), or fold it in Python and save its state dict",
+            ) from cause
+
+
+@contextlib.contextmanager
+def _as_main() -> Iterator[None]:
+    """Let what ``--trust SCRIPT.py`` defines be pickled as ``__main__``'s, which it was in the file read."""
+    main = vars(sys.modules["__main__"])
+    scripts = [module for name, module in sys.modules.items() if name.startswith("_normswap_script_")]
+    own = [
+        (name, value, module.__name__)
+        for module in scripts
+        for name, value in vars(module).items()
+        if isinstance(value, type | FunctionType) and value.__module__ == module.__name__
+    ]
+    hidden = {name: main[name] for name, _, _ in own if name in main}
+    try:
+        for name, value, _ in own:
+            value.__module__, main[name] = "__main__", value
+        yield
+    finally:
+        for name, value, module in own:
+            value.__module__ = module
+            main.pop(name, None)
+        main.update(hidden)

@@ -1,0 +1,707 @@
+"""The command line: every command, its exit codes, its output on a terminal, in a pipe and as JSON, and its files."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import pty
+import re
+import shlex
+import shutil
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import typer
+from click.testing import Result
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+import normswap as ns
+from normswap.cli import app, console, files, options
+from normswap.errors import InputError
+from normswap.loading import load_model
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+MODULE = [sys.executable, "-m", "normswap"]
+ANSI = "\x1b["
+
+SCRIPT = """
+import torch
+from torch import nn
+print("a script may print")
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32)
+    def forward(self, x):
+        return self.bn(self.conv(x))
+if __name__ == "__main__":
+    torch.save(Net().eval(), "net.pt")
+"""
+
+
+def make_model() -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(32, 10),
+    )
+    for _ in range(20):
+        model(torch.randn(8, 3, 12, 12))
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a trained model, one without norms, and a broken file; it is only copied."""
+    folder = tmp_path_factory.mktemp("models")
+    torch.save(make_model(), folder / "model.pt")
+    torch.save(nn.Sequential(nn.Linear(3, 2)), folder / "plain.pt")
+    (folder / "text.pt").write_text("no model", encoding="utf-8")
+    (folder / "save.py").write_text(SCRIPT, encoding="utf-8")
+    subprocess.run(
+        [sys.executable, "save.py"],
+        cwd=folder,
+        check=True,
+        stdout=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    return folder
+
+
+@pytest.fixture
+def folder(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a copy of the models' folder, which is the current directory."""
+    shutil.copytree(models, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def succeed(*arguments: str) -> Result:
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def environment(**changes: str) -> dict[str, str]:
+    plain = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES", "TERM")}
+    path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
+    return {**plain, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **changes}
+
+
+def run_on_terminal(width: int, *arguments: str, **changes: str) -> str:
+    """Return what the command shows on a terminal of ``width`` columns."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, width, 0, 0))
+    env = environment(TERM="xterm-256color", **changes)
+    process = subprocess.Popen([*MODULE, *arguments], stdin=theirs, stdout=theirs, stderr=theirs, env=env)
+    os.close(theirs)
+    shown = b""
+    try:
+        while chunk := os.read(ours, 4096):
+            shown += chunk
+    except OSError:  # Linux says EIO where the other side is closed
+        pass
+    finally:
+        os.close(ours)
+    assert process.wait() == 0, shown
+    return shown.decode()
+
+
+def visible(shown: str) -> list[str]:
+    """Return the lines without control sequences, as they stand once everything is printed."""
+    return [
+        re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line).split("\r")[-1] for line in shown.replace("\r\n", "\n").split("\n")
+    ]
+
+
+# The commands
+
+
+def test_the_examples_in_the_help_texts_work_one_after_another(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = {command.name: command for command in app.registered_commands}
+    shown = [
+        app.info.epilog,
+        *(commands[n].epilog for n in ("inspect", "convert", "fold", "export", "verify", "recipes")),
+    ]
+    assert set(commands) == {"inspect", "convert", "fold", "export", "verify", "recipes", "demo"}
+    for epilog in shown:
+        assert epilog is not None
+        program, *arguments = shlex.split(epilog.removeprefix("Example:"))
+        assert program == "normswap"
+        succeed(*arguments)
+
+
+def test_every_command_and_option_is_described() -> None:
+    group: Any = typer.main.get_command(app)
+    for name, command in group.commands.items():
+        assert command.help, name
+        assert f"Example:  normswap {name}" in command.epilog
+        for parameter in command.params:
+            assert parameter.help, f"{name} {parameter.name}"
+
+
+def test_version_and_the_python_module_agree() -> None:
+    assert succeed("--version").stdout == f"normswap {ns.__version__}\n"
+
+
+def test_inspect_names_every_norm_layer_and_reason(folder: Path) -> None:
+    result = succeed("inspect", "model.pt")
+    assert result.stdout.splitlines()[0] == "Sequential: 5,514 parameters, 2 BatchNorm sites"
+    rows = [line.split() for line in result.stdout.splitlines()]
+    assert ["1", "BatchNorm2d", "16", "0", "Conv2d", "proven"] in rows
+    assert ["4", "BatchNorm2d", "32", "3", "Conv2d", "proven"] in rows
+    assert "8" in [row[0] for row in rows if row[1:3] == ["layer", "Linear"]]
+
+
+def test_inspect_with_a_recipe_prints_its_plan(folder: Path) -> None:
+    result = succeed("inspect", "model.pt", "--to", "ln")
+    assert "GroupNorm, 1 groups of 32" in result.stdout
+    assert result.stdout.splitlines()[-1] == "2 of 2 norms convert, 2 together with their layer"
+
+
+def test_convert_stores_a_model_that_computes_what_the_api_gives(folder: Path) -> None:
+    result = succeed("convert", "model.pt", "--to", "wn+mobn", "-o", "out.safetensors")
+    lines = result.stdout.splitlines()
+    assert lines[:2] == ["Sequential → wn+mobn", "  converted  2 of 2 norms, 2 together with their layer"]
+    assert re.fullmatch(r"  wrote      out.safetensors \([\d.]+ kB\)", lines[-1])
+    assert run("verify", "model.pt", "out.safetensors").exit_code == 0
+    assert run("verify", "model.pt", "out.safetensors", "--rtol", "0").exit_code == 1  # rounding, which is seen
+
+
+def test_convert_without_an_output_writes_beside_the_model_and_says_so(folder: Path) -> None:
+    result = succeed("convert", "model.pt")
+    assert (folder / "model.gn+ws.safetensors").is_file()
+    assert result.stderr == "note: no -o was given: the output stands beside the model\n"
+    assert "wrote      model.gn+ws.safetensors" in result.stdout
+    assert "assumed    no data was given" in result.stdout
+    assert "(--calibration)" in result.stdout
+
+
+def test_convert_fold_writes_a_whole_plain_model(folder: Path) -> None:
+    succeed("convert", "model.pt", "--to", "wn", "--fold", "-o", "out.pt")
+    folded = load_model(folder / "out.pt")
+    assert {type(m).__module__.split(".")[0] for m in folded.modules()} == {"torch"}
+    x = torch.randn(2, 3, 12, 12)
+    assert ns.verify(make_model(), folded, x).ok
+
+
+def test_convert_onnx_alone_writes_only_the_onnx_file(folder: Path) -> None:
+    before = set(contents(folder))
+    result = succeed("convert", "model.pt", "--to", "ln", "--onnx", "net.onnx", "--input-shape", "2x3x12x12")
+    assert set(contents(folder)) - before == {"net.onnx"}
+    assert "net.onnx (opset 18)" in result.stdout
+    assert "verified   " in result.stdout
+    assert result.stderr == ""
+
+
+def test_convert_takes_a_recipes_options_by_either_spelling(folder: Path) -> None:
+    plan = json.loads(succeed("convert", "model.pt", "--to", "gn", "--num-groups", "2", "--dry-run", "--json").stdout)
+    assert [step["num_groups"] for step in plan["steps"]] == [2, 2]
+    plan = json.loads(
+        succeed("convert", "model.pt", "--to", "gn+ws", "--option", "gain=false", "--dry-run", "--json").stdout
+    )
+    assert plan["options"] == {"gain": False}
+    plan = json.loads(
+        succeed("convert", "model.pt", "--to", "ln", "--option", "axes=channel", "--dry-run", "--json").stdout
+    )
+    assert plan["options"] == {"axes": "channel"}
+
+
+def test_include_and_exclude_choose_norms(folder: Path) -> None:
+    for choice in (["--include", "4"], ["--exclude", "1"]):
+        plan = json.loads(succeed("convert", "model.pt", *choice, "--dry-run", "--json").stdout)
+        assert [step["site"]["norm"] for step in plan["steps"]] == ["4"]
+
+
+def test_a_dry_run_writes_nothing_but_the_plan_it_is_asked_for(folder: Path) -> None:
+    before = contents(folder)
+    succeed("convert", "model.pt", "-o", "out.safetensors", "--onnx", "out.onnx", "--dry-run")
+    assert contents(folder) == before
+    result = succeed("convert", "model.pt", "--dry-run", "--save-plan", "plan.json", "--json")
+    assert set(contents(folder)) - set(before) == {"plan.json"}
+    assert (folder / "plan.json").read_text(encoding="utf-8") == result.stdout
+
+
+def test_a_saved_plan_is_carried_out(folder: Path) -> None:
+    succeed(
+        "convert", "model.pt", "--to", "gn", "--num-groups", "2", "--include", "4", "--dry-run", "--save-plan", "p.json"
+    )
+    result = succeed("convert", "model.pt", "--plan", "p.json", "-o", "out.safetensors", "--json")
+    assert json.loads(result.stdout)["plan"] == json.loads((folder / "p.json").read_text(encoding="utf-8"))
+
+
+def test_calibration_is_read_in_batches_without_its_labels(folder: Path) -> None:
+    np.savez("data.npz", np.random.default_rng(0).normal(size=(10, 3, 12, 12)).astype("float32"), np.arange(10))
+    result = succeed("convert", "model.pt", "--calibration", "data.npz", "--batch-size", "4", "-o", "out.safetensors")
+    assert "assumed    of each batch the first 1 of 2 entries were used" in result.stdout
+    batches = files.calibration_batches(make_model(), Path("data.npz"), 4)
+    assert batches is not None
+    assert [len(x) for x, _ in batches] == [4, 4, 2]
+
+
+def test_fold_and_export_make_a_file_that_verify_accepts(folder: Path) -> None:
+    succeed("convert", "model.pt", "-o", "m.safetensors")
+    result = succeed("fold", "m.safetensors", "-o", "m.pt", "--input-shape", "1x3x12x12")
+    assert "folded   2 became a plain weight" in result.stdout
+    succeed("export", "m.pt", "-o", "m.onnx", "--input-shape", "1x3x12x12", "--dynamic-spatial")
+    result = succeed("verify", "m.safetensors", "m.onnx", "--input-shape", "5x3x17x12")
+    assert result.stdout.startswith("m.safetensors and m.onnx agree: ")
+
+
+def test_verify_tells_two_different_models_apart(folder: Path) -> None:
+    other = make_model()
+    other[-1].bias.data[3] += 0.1  # type: ignore[union-attr]
+    torch.save(other, "other.pt")
+    assert run("verify", "model.pt", "model.pt").exit_code == 0
+    result = run("verify", "model.pt", "other.pt")
+    assert result.exit_code == 1
+    assert result.stdout.startswith("model.pt and other.pt DIFFER: ")
+    assert json.loads(run("verify", "model.pt", "other.pt", "--json").stdout)["ok"] is False
+    assert run("verify", "model.pt", "other.pt", "--rtol", "1").exit_code == 0
+
+
+def test_recipes_lists_every_recipe_with_its_options(folder: Path) -> None:
+    listed = json.loads(succeed("recipes", "--json").stdout)
+    assert {r["name"]: r["exact"] for r in listed} == {name: cls.exact for name, cls in ns.all_recipes().items()}
+    text = succeed("recipes").stdout
+    assert all(r["equation"] in text and r["paper"] in text for r in listed)
+
+
+def test_demo_prints_the_report_and_keeps_files_only_in_the_folder_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = pytest.importorskip("normswap.demo.report")
+    used: list[Path] = []
+
+    class Record:
+        def __str__(self) -> str:
+            return "a report"
+
+        def to_json(self) -> str:
+            return '{"rows": []}'
+
+    def run_demo(output: Path) -> Record:
+        assert output.is_dir()
+        used.append(output)
+        return Record()
+
+    monkeypatch.setattr(report, "run_demo", run_demo)
+    assert succeed("demo").stdout == "a report\n"
+    assert json.loads(succeed("demo", "--output", "results", "--json").stdout) == {"rows": []}
+    assert not used[0].exists()
+    assert used[1] == Path("results")
+
+
+def test_a_model_of_a_script_comes_back_as_one_of_main(folder: Path) -> None:
+    succeed("convert", "net.pt", "--trust", "save.py", "--to", "wn", "--fold", "-o", "folded.pt")
+    assert not hasattr(sys.modules["__main__"], "Net")
+    assert type(load_model(folder / "folded.pt", trust=["save.py"])).__name__ == "Net"
+    script = "import torch; from save import Net; import __main__; __main__.Net = Net\n"
+    script += "print(type(torch.load('folded.pt', weights_only=False)).__name__)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment(PYTHONPATH=str(folder)),
+    )
+    assert loaded.stdout.splitlines()[-1] == "Net"
+
+
+def test_a_state_dict_needs_its_architecture_and_takes_its_arguments(folder: Path) -> None:
+    (folder / "mine.py").write_text(
+        "from torch import nn\ndef net(width): return nn.Sequential(nn.Conv2d(3, width, 3), nn.BatchNorm2d(width))\n",
+        encoding="utf-8",
+    )
+    torch.save(nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32)).state_dict(), "state.pt")
+    assert "error[arch-missing]" in run("inspect", "state.pt").stderr
+    for text in ("width=32", '{"width": 32}'):
+        assert (
+            "2 BatchNorm sites"
+            not in succeed("inspect", "state.pt", "--arch", "mine:net", "--arch-kwargs", text).stdout
+        )
+    succeed("verify", "state.pt", "state.pt", "--arch", "mine:net", "--arch-kwargs", "width=32")
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "text"),
+    [
+        (
+            "convert model.pt --to gn+wz",
+            2,
+            f"error[unknown-recipe]: there is no recipe 'gn+wz'\n  hint: choose from {', '.join(ns.all_recipes())}\n",
+        ),
+        (
+            "convert plain.pt",
+            3,
+            "error[nothing-to-convert]: no norm of the Sequential can be converted by 'gn+ws'\n"
+            "  hint: the model has no BatchNorm\n",
+        ),
+        (
+            "convert plain.pt --dry-run",
+            3,
+            "error[nothing-to-convert]: no norm of the Sequential can be converted by 'gn+ws'\n"
+            "  hint: the table above has the reasons\n",
+        ),
+        (
+            "convert model.pt -o out.pt",
+            2,
+            "error[output-kind]: a converted model, which may be trained on, is not written to .pt (out.pt)\n"
+            "  hint: add --fold for plain weights in a .pt, or write out.safetensors\n",
+        ),
+        (
+            "convert model.pt --fold -o out.safetensors",
+            2,
+            "error[output-kind]: a folded model is not written to .safetensors (out.safetensors)\n"
+            "  hint: a folded model is a plain module: write out.pt, or leave --fold out\n",
+        ),
+        (
+            "convert model.pt -o no/out.safetensors",
+            2,
+            "error[output-path]: cannot write 'no/out.safetensors': there is no folder 'no'\n"
+            "  hint: choose another output\n",
+        ),
+        (
+            "fold model.pt -o model.pt",
+            2,
+            "error[output-path]: cannot write 'model.pt': it is what is read\n  hint: choose another output\n",
+        ),
+        (
+            "convert model.pt --input-shape 1x3xa",
+            2,
+            "error[input-shape]: --input-shape '1x3xa' is no shape\n  hint: write --input-shape 1x3x224x224\n",
+        ),
+        (
+            "convert model.pt --option gain=perhaps",
+            2,
+            "error[option-value]: --option gain=perhaps does not fit\n  hint: give true or false\n",
+        ),
+        (
+            "convert model.pt --to ln --num-groups 2",
+            2,
+            "error[unknown-option]: recipe 'ln' has no option 'num_groups'\n  hint: its options are axes, eps\n",
+        ),
+        (
+            "inspect text.pt",
+            2,
+            "error[file-text]: 'text.pt' is a text file\n"
+            "  hint: give the checkpoint; a download may have saved a web page instead\n",
+        ),
+        (
+            "convert model.pt --plan save.py",
+            2,
+            "error[plan-unreadable]: not a plan: JSONDecodeError: Expecting value: line 2 column 1 (char 1)\n"
+            "  hint: give the JSON that Plan.to_json() or 'normswap convert --dry-run --json' wrote\n",
+        ),
+        (
+            "convert model.pt --plan none.json",
+            2,
+            "error[file-unreadable]: cannot read 'none.json': No such file or directory\n  hint: check the path\n",
+        ),
+        (
+            "convert model.pt --arch-kwargs width",
+            2,
+            "error[arch-kwargs]: --arch-kwargs 'width' cannot be read: 'width' is no NAME=VALUE\n"
+            """  hint: write --arch-kwargs num_classes=10 or --arch-kwargs '{"num_classes": 10}'\n""",
+        ),
+        (
+            "verify a.onnx b.onnx",
+            2,
+            "error[inputs-missing]: no inputs are given, and none could be made up that the model takes\n"
+            "  hint: give --input-shape 1x3x224x224, once for each input, or --input-file FILE\n",
+        ),
+        (
+            "export model.pt -o out.onnx --input-shape 1x4x12x12",
+            2,
+            "error[inputs-do-not-fit]: Sequential fails on the inputs of --input-shape: RuntimeError: "
+            "Given groups=1, weight of size [16, 3, 3, 3], expected input[1, 4, 12, 12] to have 3 channels, but got 4 channels instead\n"
+            "  hint: forward takes (input)\n",
+        ),
+    ],
+)
+def test_an_error_is_one_message_with_its_exit_code_and_writes_nothing(
+    folder: Path, arguments: str, exit_code: int, text: str
+) -> None:
+    before = contents(folder)
+    result = run(*arguments.split())
+    assert (result.exit_code, result.stderr) == (exit_code, text)
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("arguments", [["convert"], ["conver", "model.pt"], ["convert", "model.pt", "--two", "gn"], []])
+def test_wrong_usage_exits_with_2(folder: Path, arguments: list[str]) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert "Usage: normswap" in result.output
+
+
+def test_images_that_were_not_prepared_are_explained(folder: Path) -> None:
+    np.save("images.npy", np.zeros((4, 12, 12, 3), dtype="uint8"))
+    for option in ("--calibration", "--input-file"):
+        result = run("convert", "model.pt", option, "images.npy")
+        assert result.exit_code == 2
+        assert f"error[inputs-do-not-fit]: Sequential fails on the inputs of {option}" in result.stderr
+        assert "images are not scaled on loading" in result.stderr
+
+
+def test_both_kinds_of_inputs_at_once_are_refused(folder: Path) -> None:
+    np.save("x.npy", np.zeros((1, 3, 12, 12), dtype="float32"))
+    result = run("export", "model.pt", "--input-file", "x.npy", "--input-shape", "1x3x12x12")
+    assert (result.exit_code, result.stderr.splitlines()[0]) == (
+        2,
+        "error[inputs-twice]: --input-shape and --input-file are both given",
+    )
+
+
+def test_a_plan_beside_other_choices_is_refused(folder: Path) -> None:
+    succeed("convert", "model.pt", "--dry-run", "--save-plan", "p.json")
+    assert "error[plan-options]" in run("convert", "model.pt", "--plan", "p.json", "--to", "ln").stderr
+    assert "error[plan-" in run("convert", "net.pt", "--trust", "save.py", "--plan", "p.json").stderr
+
+
+def test_an_unexpected_exception_is_one_line_and_a_traceback_on_request(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError("seven\nby nought")
+
+    monkeypatch.setattr(ns, "convert", fail, raising=False)
+    result = run("convert", "model.pt")
+    assert (result.exit_code, result.stderr) == (
+        2,
+        "error[unexpected]: ZeroDivisionError: seven\n"
+        "  hint: report this, with the traceback that `normswap --debug …` shows\n",
+    )
+    result = run("--debug", "convert", "model.pt")
+    assert result.exit_code == 2
+    assert "Traceback (most recent call last)" in result.stderr
+    assert result.stderr.splitlines()[-1] == "error[unexpected]: ZeroDivisionError: seven"
+
+
+def test_messages_name_options_in_place_of_python_arguments() -> None:
+    assert console._spelled("pass dynamic_batch=False") == "pass --no-dynamic-batch"
+
+
+# What is written
+
+
+@pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt, InputError])
+def test_a_failure_while_writing_keeps_what_was_there(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, failure: type[BaseException]
+) -> None:
+    def half(model: nn.Module, path: Path, **_: Any) -> None:
+        Path(path).write_text("half")
+        raise InputError("no", code="no") if failure is InputError else failure("no")
+
+    for name in ("out.pt", "out.onnx"):
+        (folder / name).write_text("kept")
+    before = contents(folder)
+    monkeypatch.setattr(ns, "export_onnx", half, raising=False)
+    result = run("convert", "model.pt", "--fold", "-o", "out.pt", "--onnx", "out.onnx", "--save-plan", "plan.json")
+    assert result.exit_code == (130 if failure is KeyboardInterrupt else 2)
+    assert contents(folder) == before  # the folded model, which had been written, did not take its place
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    succeed("convert", "model.pt", "--fold", "-o", "out.pt", "--onnx", "out.onnx", "--save-plan", "plan.json")
+    after = contents(folder)
+    assert set(after) == {*before, "plan.json"}
+    assert after["out.pt"] != before["out.pt"]
+    assert after["out.onnx"] != before["out.onnx"]
+
+
+def test_two_outputs_of_one_name_are_refused() -> None:
+    with pytest.raises(InputError, match="two outputs have this name"), files.staged(Path("a.json"), Path("a.json")):
+        pass
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_write_access_is_told_before_the_model_is_read(folder: Path) -> None:
+    (folder / "closed").mkdir(mode=0o500)
+    result = run("convert", "no-such-model.pt", "-o", "closed/out.safetensors")
+    assert "error[output-path]: cannot write 'closed/out.safetensors': Permission denied" in result.stderr
+
+
+def test_an_output_is_checked_before_the_model_is_read(folder: Path) -> None:
+    assert "error[output-path]" in run("convert", "no-such-model.pt", "-o", "no/out.safetensors").stderr
+    assert "error[file-missing]" in run("convert", "no-such-model.pt", "-o", "out.safetensors").stderr
+
+
+# JSON
+
+
+def test_json_is_all_that_stands_on_stdout(folder: Path) -> None:
+    commands = {
+        "inspect net.pt --trust save.py": "sites",
+        "inspect net.pt --trust save.py --to ln": "steps",
+        "convert net.pt --trust save.py -o n.safetensors": "plan",
+        "convert net.pt --trust save.py --onnx n.onnx --input-shape 1x3x8x8": "verification",
+        "fold n.safetensors --trust save.py -o n.pt": "rows",
+        "export n.pt --trust save.py -o n.onnx --input-shape 1x3x8x8": "verification",
+        "verify n.pt n.onnx --trust save.py --input-shape 1x3x8x8": "ok",
+    }
+    for name in [name for name in sys.modules if name.startswith("_normswap_script_save_")]:
+        del sys.modules[name]
+    for command, key in commands.items():
+        assert key in json.loads(succeed(*command.split(), "--json").stdout), command
+
+
+def test_a_script_that_prints_does_print_to_stderr(folder: Path) -> None:
+    command = [*MODULE, "inspect", "net.pt", "--trust", "save.py", "--json"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment())
+    assert json.loads(result.stdout)["model"] == "Net"
+    assert "a script may print" in result.stderr
+
+
+# Terminals and pipes
+
+
+def test_a_pipe_gets_plain_text_whose_lines_are_whole(folder: Path) -> None:
+    outputs = []
+    for columns in ("40", "200"):
+        command = [*MODULE, "inspect", "model.pt", "--to", "gn+ws"]
+        result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment(COLUMNS=columns))
+        assert ANSI not in result.stdout + result.stderr
+        assert "…" not in result.stdout
+        outputs.append(result.stdout)
+    assert outputs[0] == outputs[1]
+
+
+def test_help_in_a_pipe_has_neither_boxes_nor_colours() -> None:
+    for arguments in (["--help"], ["convert", "--help"], ["convert", "--wrong"]):
+        result = subprocess.run([*MODULE, *arguments], capture_output=True, text=True, check=False, env=environment())
+        assert ANSI not in result.stdout + result.stderr
+        assert not re.search("[╭│╰─]", result.stdout + result.stderr)
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_a_terminal_gets_tables_that_fit_it(folder: Path, width: int) -> None:
+    shown = run_on_terminal(width, "inspect", "model.pt", "--to", "gn+ws")
+    lines = visible(shown)
+    assert ANSI in shown
+    assert max(map(len, lines)) <= width
+    assert "every row: is BatchNorm2d, weight ws, proof proven" in [line.rstrip() for line in lines]
+    rows = [line.split() for line in lines]
+    assert ["4", "3", "GroupNorm,", "2", "groups", "of", "16"] in rows
+    assert not any("…" in line and "reading" not in line and "planning" not in line for line in lines)
+
+
+def test_no_color_is_respected(folder: Path) -> None:
+    colour = re.compile(r"\x1b\[[\d;]*(3[0-7]|38|9[0-7])[\d;]*m")
+    assert colour.search(run_on_terminal(80, "--help"))
+    for arguments in (["--help"], ["inspect", "model.pt"], ["recipes"]):
+        assert not colour.search(run_on_terminal(80, *arguments, NO_COLOR="1"))
+
+
+def test_an_encoding_without_the_characters_shows_question_marks() -> None:
+    result = subprocess.run(
+        [*MODULE, "recipes"], capture_output=True, check=True, env=environment(PYTHONIOENCODING="ascii")
+    )
+    assert b"sqrt(var" in result.stdout
+    assert b"?" in result.stdout
+
+
+def test_a_pipe_that_closes_early_is_no_error() -> None:
+    process = subprocess.Popen([*MODULE, "recipes"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    message = process.stderr.read().decode()
+    process.stderr.close()
+    process.wait()
+    assert "Traceback" not in message
+    assert "error" not in message
+
+
+def test_ctrl_c_ends_with_130_and_leaves_nothing(folder: Path) -> None:
+    (folder / "stop.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n", encoding="utf-8")
+    before = contents(folder)
+    command = [*MODULE, "convert", "net.pt", "--trust", "stop.py", "-o", "out.safetensors"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
+    assert (result.returncode, result.stderr) == (130, "interrupted\n")
+    assert contents(folder) == before
+    assert not list(folder.glob(".normswap-*"))
+
+
+def test_the_choice_of_a_checkpoints_entry_is_told(folder: Path) -> None:
+    torch.save({"model": make_model(), "ema": make_model()}, "checkpoint.pt")
+    level = logging.getLogger("normswap").level
+    result = succeed("inspect", "checkpoint.pt")
+    assert result.stderr == "note: checkpoint.pt: the weights are taken from 'model' (there are also 'ema')\n"
+    assert logging.getLogger("normswap").level == level
+    assert not logging.getLogger("normswap").handlers
+
+
+def test_made_up_inputs_are_told(folder: Path) -> None:
+    result = succeed("export", "model.pt", "-o", "m.onnx")
+    assert result.stderr == (
+        "note: the input shape 2x3x64x64 was made up, and the file takes no other height and width: "
+        "give --input-shape for the size that you use\n"
+    )
+
+
+# Values
+
+
+@pytest.mark.parametrize(
+    ("text", "shape"), [("1x3x8x8", (1, 3, 8, 8)), ("4", (4,)), ("2×3", (2, 3)), ("2,30", (2, 30)), ("2X3", (2, 3))]
+)
+def test_a_shape_is_read(text: str, shape: tuple[int, ...]) -> None:
+    assert options.read_shapes([text]) == (shape,)
+
+
+@pytest.mark.parametrize("text", ["", "0x3", "1x", "x3", "1x-3", "1.5x3", "1 3"])
+def test_what_is_no_shape_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match="is no shape"):
+        options.read_shapes([text])
+
+
+def test_a_recipes_options_get_their_own_types() -> None:
+    texts = ["eps=1e-3", "group-size=4", "num_groups=none", "gain=no"]
+    found = options.read_recipe_options("gn+ws", {}, texts)
+    assert found == {"eps": 1e-3, "group_size": 4, "num_groups": None, "gain": False}
+    for wrong in ("group_size=4.5", "eps=small", "gain=2", "gain", "=3"):
+        with pytest.raises(InputError):
+            options.read_recipe_options("gn+ws", {}, [wrong])
+    with pytest.raises(InputError, match="eps is given twice"):
+        options.read_recipe_options("gn+ws", {"eps": 1e-3}, ["eps=1e-4"])
+
+
+def test_noise_has_the_models_dtype_and_the_same_values_each_time() -> None:
+    model = nn.Linear(4, 2).double()
+    first, second = (files.example_inputs(model, ((3, 4),), None) for _ in range(2))
+    assert first[0].dtype == torch.float64
+    assert isinstance(first[0], Tensor)
+    assert torch.equal(first[0], second[0])
+
+
+def test_the_root_of_usage_errors_is_the_one_that_typer_raises() -> None:
+    assert issubclass(typer.BadParameter, console.UsageError)
+    assert console.UsageError.__name__ == "ClickException"
