@@ -24,22 +24,22 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
 
-venv: $(STAMP)  ## create .venv with the package, its tests' tools, torchvision and timm
+venv: $(STAMP)  ## create .venv with the package, its tests' tools, torchvision, timm and opacus
 
 # The stamp is touched last, so an interrupted installation is taken up again.
-# torch goes first, with nothing beside it that could choose another build. torchvision and timm go without their
-# dependencies, because torchvision pins a torch of its own; what they need besides it is named here.
+# torch goes first, with nothing beside it that could choose another build. torchvision, timm and opacus go without
+# their dependencies, because torchvision pins a torch of its own; what they need besides it is named here.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "normswap needs Python 3.10 or newer: make PYTHON=python3.x")'
 	$(PYTHON) -m venv .venv
 	$(PIP_INSTALL) torch
 	$(PIP_INSTALL) --editable ".[test]"
-	$(PIP_INSTALL) --no-deps torchvision timm
-	$(PIP_INSTALL) pillow pyyaml huggingface_hub
+	$(PIP_INSTALL) --no-deps torchvision timm opacus
+	$(PIP_INSTALL) pillow pyyaml huggingface_hub opt_einsum
 	@touch $@
 
 test: lint  ## lint, then run the tests
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
 
 lint: venv  ## ruff check, ruff format --check, mypy
 	$(BIN)/ruff check .

@@ -3,8 +3,8 @@
     python benchmarks/engine.py                       # everything, about two minutes
     python benchmarks/engine.py planning --profile    # one part, and where its time goes
 
-Both sides of a ratio run in turn, so that a machine's load falls on both; a ratio is one of medians. The exit code is 1
-if a required ratio is not met.
+Both sides of a ratio run in turn and their CPU time is taken, so that a machine's load falls on neither; a ratio is one
+of medians. The exit code is 1 if a required ratio is not met.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ RECIPES = ("gn+ws", "wn+mobn")
 
 @dataclass(frozen=True)
 class Ratio:
-    """What was measured against what; the times are medians in seconds."""
+    """What was measured against what; the times are medians in seconds of CPU time."""
 
     what: str
     against: str
@@ -58,7 +58,7 @@ class Ratio:
 
 
 def medians(repetitions: int, *works: Callable[[], Callable[[], Any]]) -> list[float]:
-    """Return the median seconds of each work, run in turn after one warm-up; a work returns what is to be timed."""
+    """Return the median CPU seconds of each work, run in turn after one warm-up; a work returns what is to be timed."""
     times: list[list[float]] = [[] for _ in works]
     for repetition in range(repetitions + 1):
         for work, measured in zip(works, times, strict=True):
@@ -171,10 +171,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             profile.disable()
             pstats.Stats(profile).sort_stats("tottime").print_stats(25)
     print(text_table(("what", "against", "median", "its median", "ratio", "required", ""), [r.cells() for r in ratios]))
-    print(
-        f"\nratios of medians of {options.repetitions} interleaved runs after a warm-up (chains: "
-        f"{max(2, options.repetitions // 5)}); seed {options.seed}, {options.threads} threads, torch {torch.__version__}"
-    )
+    few = max(2, options.repetitions // 5)
+    print(f"\nCPU times; ratios of medians of {options.repetitions} interleaved runs (chains: {few}) after a warm-up")
+    print(f"seed {options.seed}, {options.threads} threads, torch {torch.__version__}")
     return 0 if all(ratio.ok for ratio in ratios) else 1
 
 

@@ -16,11 +16,12 @@ import argparse
 import copy
 import gc
 import json
+import math
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
@@ -38,7 +39,7 @@ from normswap.records import text_table
 
 RECIPES = ("wn+mobn", "gn+ws", "ln")
 EXACT = 1e-3  # a wrong absorption moves the output by a good part of itself, rounding by 1e-5
-FOLDED = 1e-4  # the same weights, computed once instead of in each forward
+ROUNDED = 1e-4  # the same function, rounded in another order; see the column "rounding"
 SAME = 1e-6  # the same operators on the same values
 
 
@@ -152,6 +153,12 @@ def compare(a: Any, b: Any, x: Tensor, allowed: float) -> Cell:
     return Cell(f"{found.max_rel:.0e}" if found.ok else found.failure, found.ok, found.max_rel)
 
 
+def rounding(case: Case) -> Cell:
+    """No promise but a scale: the original's own output in float32 against float64."""
+    wide = copy.deepcopy(case.original).double()
+    return compare(lambda x: wide(x.double()), case.original, case.x, math.inf)
+
+
 def exact(case: Case) -> Cell:
     """An exact recipe keeps the output."""
     if not ns.all_recipes()[case.recipe].exact:
@@ -204,15 +211,17 @@ def fold(case: Case) -> Cell:
         return Cell(f"{left[0]} is still a {type(folded.get_submodule(left[0])).__name__}", ok=False)
     if left := [name for name, _ in folded.named_parameters() if ".parametrizations." in name]:
         return Cell(f"{left[0]} is still parametrized", ok=False)
-    return compare(case.model, folded, case.x, FOLDED)
+    return compare(case.model, folded, case.x, ROUNDED)
 
 
 def onnx(case: Case) -> Cell:
-    """onnxruntime computes what the folded model does, at two batch sizes."""
+    """onnxruntime computes what the folded model does, at a batch size that it was not exported with."""
+    folded, more = ns.fold(case.model), torch.cat([case.x, case.x.flip(3)[:1]])
     with tempfile.TemporaryDirectory() as folder:
-        found = ns.export_onnx(ns.fold(case.model), Path(folder) / "model.onnx", example_inputs=case.x).verification
-    assert found is not None
-    return Cell(f"{found.max_rel:.0e}", found.ok, found.max_rel)
+        path = Path(folder) / "model.onnx"
+        # The exporter's own comparison is stricter than the rounding of some of these networks.
+        ns.export_onnx(folded, path, example_inputs=case.x, verify_outputs=False)
+        return compare(folded, path, more, ROUNDED)
 
 
 def deep_copy(case: Case) -> Cell:
@@ -233,12 +242,13 @@ def compiled(case: Case) -> Cell:
     torch._dynamo.reset()
     try:
         model = torch.compile(case.model, backend="aot_eager", fullgraph=True)
-        return compare(case.model, model, case.x, FOLDED)
+        return compare(case.model, model, case.x, ROUNDED)
     finally:
         torch._dynamo.reset()
 
 
 CHECKS: dict[str, Callable[[Case], Cell]] = {
+    "rounding": rounding,
     "exact": exact,
     "BN left": none_left,
     "step": step,
@@ -293,7 +303,7 @@ def attempt(check: Callable[..., Any], *args: Any) -> Any:
         return Cell(f"{type(cause).__name__}: {first_line(cause)}", ok=False)
 
 
-def run(network: Network, recipe: str) -> Row:
+def run(network: Network, recipe: str, checks: Mapping[str, Callable[[Case], Cell]] = CHECKS) -> Row:
     start, x = time.perf_counter(), network.inputs()
     original = attempt(network.build, 0)
     result = original
@@ -302,7 +312,7 @@ def run(network: Network, recipe: str) -> Row:
     if isinstance(result, Cell):
         return Row(network.name, recipe, 0, 0, 0, 0, {"convert": result}, time.perf_counter() - start)
     plan, case = result.plan, Case(network, recipe, original, result.model, result.plan, x)
-    cells = {name: attempt(check, case) for name, check in CHECKS.items()}
+    cells = {name: attempt(check, case) for name, check in checks.items()}
     skipped = [skip.what for skip in plan.skips]
     return Row(
         network.name,
@@ -324,7 +334,9 @@ def table(rows: Sequence[Row]) -> str:
         counts = (f"{row.norms}", f"{row.layers}", f"{row.skipped_norms}, {row.skipped_layers}")
         failed = row.cells.get("convert")
         cells = [row.cells[name] if name in row.cells else Cell("–") for name in CHECKS]
-        texts = [cell.text if cell.ok else f"FAILED: {cell.text}" for cell in ([failed, *cells[1:]] if failed else cells)]
+        texts = [
+            cell.text if cell.ok else f"FAILED: {cell.text}" for cell in ([failed, *cells[1:]] if failed else cells)
+        ]
         lines.append((row.network, row.recipe, *counts, *texts, f"{row.seconds:.0f}"))
     return text_table(header, lines)
 
@@ -333,11 +345,20 @@ def markdown(rows: Sequence[Row]) -> str:
     """Return one line per network: the worst over its recipes."""
 
     def worst(of: Sequence[Row], name: str) -> str:
-        values = [row.cells[name].value for row in of if name in row.cells]
-        found = [value for value in values if value is not None]
+        found = [value for row in of if name in row.cells and (value := row.cells[name].value) is not None]
         return f"{max(found):.0e}" if found else "–"
 
-    header = ("network", "norms", "with their layer", "`wn+mobn`", "fold", "ONNX", "checks passed", "seconds")
+    header = (
+        "network",
+        "norms",
+        "with their layer",
+        "float32 rounding",
+        "`wn+mobn`",
+        "fold",
+        "ONNX",
+        "checks passed",
+        "seconds",
+    )
     lines = [header, ("---", *("--:",) * (len(header) - 1))]
     for network in dict.fromkeys(row.network for row in rows):
         of = [row for row in rows if row.network == network]
@@ -346,7 +367,7 @@ def markdown(rows: Sequence[Row]) -> str:
         layers = {str(row.layers) for row in of}
         passed = f"{sum(cell.ok for cell in cells)} of {len(cells)}"
         seconds = f"{sum(row.seconds for row in of):.0f}"
-        differences = (worst(of, name) for name in ("exact", "fold", "ONNX"))
+        differences = (worst(of, name) for name in ("rounding", "exact", "fold", "ONNX"))
         lines.append((network, ", ".join(sorted(norms)), ", ".join(sorted(layers)), *differences, passed, seconds))
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -370,6 +391,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for recipe in options.recipe or RECIPES:
             rows.append(run(network, recipe))
             gc.collect()
+            if options.json:  # after each, so that a run that is stopped has its results
+                record = [asdict(row) | {"ok": row.ok} for row in rows]
+                options.json.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             failures = [f"{name}: {cell.text}" for name, cell in rows[-1].cells.items() if not cell.ok]
             print(f"{network.name} {recipe}: {'; '.join(failures) or 'ok'}", file=sys.stderr, flush=True)
     print(markdown(rows) if options.markdown else table(rows))
@@ -378,9 +402,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     seconds = sum(row.seconds for row in rows)
     print(f"\n{cells} checks, {sum(not c.ok for r in failed for c in r.cells.values())} failed; {seconds:.0f} s")
     print(f"torch {torch.__version__}, {options.threads} threads; 2 images of noise, seed 0")
-    if options.json:
-        record = [asdict(row) | {"ok": row.ok} for row in rows]
-        options.json.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return 1 if failed else 0
 
 

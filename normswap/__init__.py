@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from normswap.recipes import make_recipe as make_recipe
     from normswap.records import InitReport as InitReport
     from normswap.records import Plan as Plan
+    from normswap.storage import load as load
+    from normswap.storage import save as save
     from normswap.verification import Verification as Verification
     from normswap.verification import verify as verify
 
@@ -47,6 +49,8 @@ _HOMES = {
     "initialize": "initialization.data_dependent",
     "make_recipe": "recipes",
     "plan": "conversion",
+    "load": "storage",
+    "save": "storage",
     "swap_norms": "conversion",
     "verify": "verification",
 }

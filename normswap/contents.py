@@ -32,7 +32,7 @@ class Contents:
         tensors: By the first name that a tensor has.
         ties: Further names of the same tensor, and its first one.
         shared: Names of tensors of their own whose values are another's, in the same memory.
-        strides: Of the tensors that are dense but not contiguous, such as channels-last weights.
+        strides: Of the tensors that are dense with another order of their axes, such as channels-last weights.
         loose: Names of tensors that are neither parameters nor buffers.
         trainable: Names of the tensors that require a gradient.
         training: Fqns of the modules in train mode.
@@ -97,7 +97,7 @@ def collect(model: nn.Module, replayed: nn.Module | None) -> Contents:
             contents.shared[name] = memory[where]
             continue
         memory[where] = name
-        if not plain.is_contiguous() and _is_dense(plain):
+        if plain.stride() != torch.empty(plain.shape, device="meta").stride() and _is_dense(plain):
             contents.strides[name] = list(plain.stride())
         contents.tensors[name] = plain.resolve_conj().resolve_neg().cpu().contiguous()
     contents.training.extend(fqn for fqn, module in model.named_modules() if module.training)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from normswap.capture import capture_symbolic
 from normswap.capture.guard import set_mode, untouched
@@ -100,7 +101,7 @@ def convert(
         include: Globs of the norms to convert; default all.
         exclude: Globs of norms to leave as they are.
         plan: A plan to replay instead of making one.
-        inplace: Convert ``model`` itself.
+        inplace: Convert ``model`` itself, for models that fill the memory; a failed self-check leaves it so.
         check: Whether an exact recipe verifies that the output stayed, on ``example_inputs`` or on inputs made up.
         **options: Options of the recipe.
 
@@ -133,6 +134,8 @@ def convert(
     moments, assumption = ({}, "") if init == "none" else _moments(model, plan, recipe, batches, example)
     reference = _reference(model, recipe, example, check and init != "none")
     skeleton = skeleton_of(model)
+    if inplace and skeleton is not None:  # a plan that does not fit must not leave half of itself behind
+        rewrite(copy.deepcopy(skeleton), plan, recipe)
     target = model if inplace else _copy(model)
     placed = [_with_statistics(p, statistics) for p in rewrite(target, plan, recipe)]
     remember(target, Origin(plan, recipe, skeleton))
@@ -158,7 +161,11 @@ def _plan(
 
 def _refuse_unfit(model: nn.Module) -> None:
     for name, value in (*model.named_parameters(), *model.named_buffers()):
-        if not value.is_meta and value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        if is_lazy(value) or value.is_meta or not value.is_floating_point():
+            continue
+        # A buffer may be infinite for good reasons: attention masks are.
+        mask = not isinstance(value, nn.Parameter) and not name.rpartition(".")[2].startswith("running_")
+        if not bool((~value.isnan() if mask else value.isfinite()).all()):
             raise InputError(
                 f"'{name}' holds NaN or infinite values",
                 code="weights-not-finite",

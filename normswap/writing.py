@@ -44,7 +44,9 @@ def replacing(path: Path) -> Iterator[Path]:
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         if path.exists():
             shutil.copymode(path, temporary)
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)  # safetensors writes a file of its own making, which nobody else may read
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         os.replace(temporary, path)

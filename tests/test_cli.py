@@ -171,7 +171,7 @@ def test_version_and_the_python_module_agree() -> None:
 
 def test_inspect_names_every_norm_layer_and_reason(folder: Path) -> None:
     result = succeed("inspect", "model.pt")
-    assert result.stdout.splitlines()[0] == "Sequential: 5,514 parameters, 2 BatchNorm sites"
+    assert result.stdout.splitlines()[0] == "Sequential: 5,498 parameters, 2 BatchNorm sites"
     rows = [line.split() for line in result.stdout.splitlines()]
     assert ["1", "BatchNorm2d", "16", "0", "Conv2d", "proven"] in rows
     assert ["4", "BatchNorm2d", "32", "3", "Conv2d", "proven"] in rows
@@ -180,7 +180,7 @@ def test_inspect_names_every_norm_layer_and_reason(folder: Path) -> None:
 
 def test_inspect_with_a_recipe_prints_its_plan(folder: Path) -> None:
     result = succeed("inspect", "model.pt", "--to", "ln")
-    assert "GroupNorm, 1 groups of 32" in result.stdout
+    assert "GroupNorm, 1 group of 32" in result.stdout
     assert result.stdout.splitlines()[-1] == "2 of 2 norms convert, 2 together with their layer"
 
 
@@ -442,7 +442,8 @@ def test_a_state_dict_needs_its_architecture_and_takes_its_arguments(folder: Pat
             "export model.pt -o out.onnx --input-shape 1x4x12x12",
             2,
             "error[inputs-do-not-fit]: Sequential fails on the inputs of --input-shape: RuntimeError: "
-            "Given groups=1, weight of size [16, 3, 3, 3], expected input[1, 4, 12, 12] to have 3 channels, but got 4 channels instead\n"
+            "Given groups=1, weight of size [16, 3, 3, 3], "
+            "expected input[1, 4, 12, 12] to have 3 channels, but got 4 channels instead\n"
             "  hint: forward takes (input)\n",
         ),
     ],
@@ -622,7 +623,7 @@ def test_no_color_is_respected(folder: Path) -> None:
 
 def test_an_encoding_without_the_characters_shows_question_marks() -> None:
     result = subprocess.run(
-        [*MODULE, "recipes"], capture_output=True, check=True, env=environment(PYTHONIOENCODING="ascii")
+        [*MODULE, "recipes"], capture_output=True, check=True, env=environment(PYTHONIOENCODING="latin-1")
     )
     assert b"sqrt(var" in result.stdout
     assert b"?" in result.stdout

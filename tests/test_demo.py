@@ -93,8 +93,12 @@ def test_parameters_are_counted_before_and_after_folding(report: DemoReport) -> 
     assert exact.deployed_parameters == bn.deployed_parameters
 
 
-def test_the_report_prints_as_a_table_of_at_most_100_columns(report: DemoReport) -> None:
-    report = dataclasses.replace(report, output="out", rows=tuple(short(r) for r in report.rows))
+def test_the_report_prints_as_a_table_of_at_most_100_columns(
+    report: DemoReport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(report.output)
+    rows = tuple(dataclasses.replace(r, file=Path(r.file).name) for r in report.rows)
+    report = dataclasses.replace(report, output=".", rows=rows)
     lines = str(report).splitlines()
     assert max(map(len, lines)) <= 100
     header = next(line for line in lines if line.startswith("recipe"))
@@ -105,10 +109,6 @@ def test_the_report_prints_as_a_table_of_at_most_100_columns(report: DemoReport)
     assert "1 thread" in str(report)
 
 
-def short(r: DemoRow) -> DemoRow:
-    return dataclasses.replace(r, file=Path(r.file).name)
-
-
 def test_the_three_printed_lines_run_a_file(report: DemoReport) -> None:
     lines = [line.strip() for line in str(report).splitlines() if line.startswith("    ")]
     assert len(lines) == 3
@@ -116,6 +116,12 @@ def test_the_three_printed_lines_run_a_file(report: DemoReport) -> None:
     with redirect_stdout(printed):
         exec("\n".join(lines), {})
     assert "array" in printed.getvalue()
+
+
+def test_the_report_does_not_tell_how_to_open_files_that_are_gone(report: DemoReport) -> None:
+    gone = dataclasses.replace(report.rows[-1], file="gone/digits.onnx")
+    assert "netron" in str(report)
+    assert "netron" not in str(dataclasses.replace(report, rows=(gone,)))
 
 
 def test_the_report_turns_to_json(report: DemoReport) -> None:

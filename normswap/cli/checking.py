@@ -13,6 +13,7 @@ import typer
 import normswap as ns
 from normswap.cli import files, options
 from normswap.cli.console import print_json, say, table, working
+from normswap.cli.reporting import show_check
 from normswap.errors import InputError
 
 __all__ = ["show_demo", "show_recipes", "verify_pair"]
@@ -46,7 +47,7 @@ def verify_pair(
     if as_json:
         print_json(check.to_json())
     else:
-        say(str(check))
+        show_check(check)
     if not check.ok:
         raise typer.Exit(1)
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import shutil
 import sys
+import textwrap
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any, TextIO, cast
 
 import typer
 from typer.core import TyperGroup
@@ -34,6 +36,7 @@ SPELLED = {
     "give calibration data": "give calibration data (--calibration FILE)",
     "give example_inputs": "give --input-shape",
     "give example inputs": "give --input-shape",
+    "load(path, model=...)": "--arch NAME",
 }
 """Arguments of the Python functions, as they stand in messages, and how the command line writes them."""
 
@@ -53,7 +56,7 @@ class ErrorBoundary(TyperGroup):
             raise typer.Exit(130) from None
         except NormswapError as error:
             _show_traceback(ctx)
-            typer.echo(_spelled(str(error)), err=True)
+            typer.echo(_fitted(_spelled(str(error)), sys.stderr), err=True)
             raise typer.Exit(error.exit_code) from None
         except Exception as error:
             _show_traceback(ctx)
@@ -75,6 +78,20 @@ def _spelled(text: str) -> str:
     for python, option in SPELLED.items():
         text = text.replace(python, option)
     return text
+
+
+def _fitted(text: str, stream: TextIO) -> str:
+    """Break the lines between words where ``stream`` is a terminal; elsewhere they stay whole."""
+    if not stream.isatty():
+        return text
+    wrap = textwrap.TextWrapper(
+        shutil.get_terminal_size().columns, break_long_words=False, break_on_hyphens=False, replace_whitespace=False
+    )
+    lines = []
+    for line in text.splitlines():
+        wrap.subsequent_indent = " " * (len(line) - len(line.lstrip()) + 4)
+        lines += wrap.wrap(line) or [""]
+    return "\n".join(lines)
 
 
 def survive_any_encoding() -> None:
@@ -122,12 +139,12 @@ def _notes_shown() -> Iterator[None]:
 
 def note(text: str) -> None:
     """Tell on stderr what a person should know and did not ask for."""
-    typer.echo(f"note: {_spelled(text)}", err=True)
+    typer.echo(_fitted(f"note: {_spelled(text)}", sys.stderr), err=True)
 
 
 def say(text: str = "") -> None:
     """Print a line of the result, in the words of the command line."""
-    typer.echo(_spelled(text))
+    typer.echo(_fitted(_spelled(text), sys.stdout))
 
 
 def print_json(text: str) -> None:
@@ -141,7 +158,7 @@ def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
         return
     cells = [tuple(map(_spelled, row)) for row in rows]
     if not sys.stdout.isatty():
-        say(text_table(header, cells))
+        typer.echo(text_table(header, cells))
         return
     from rich import box
     from rich.console import Console

@@ -70,7 +70,7 @@ def inspect_model(
         (s.norm, s.norm_type, str(s.num_features), s.layer or "–", s.layer_type or "–", s.proof, s.reason or "")
         for s in matches.sites
     ]
-    table(("norm", "is", "channels", "layer", "is", "proof", "notes"), rows)
+    table(("norm", "is", "channels", "layer", "layer is", "proof", "notes"), rows)
     if rows and matches.skips:
         say()
     table(("in no site", "what", "is", "reason"), [(s.name, s.what, s.type, s.reason) for s in matches.skips])
@@ -207,9 +207,7 @@ def _write(
 ) -> ExportArtifact | None:
     if target is not None and not fold:
         with working(f"writing {target}"):
-            from normswap import storage
-
-            storage.save(result.model, place(target))
+            files.store(result.model, place(target))
     if not fold and onnx is None:
         return None
     result.model.eval()

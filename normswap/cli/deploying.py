@@ -13,7 +13,7 @@ import typer
 import normswap as ns
 from normswap.cli import files, options
 from normswap.cli.console import facts, note, print_json, say, table, working
-from normswap.cli.reporting import describe_check, written
+from normswap.cli.reporting import describe_check, show_artifact, written
 from normswap.errors import InputError
 
 __all__ = ["export_model", "fold_model"]
@@ -113,6 +113,6 @@ def export_model(
         }
         print_json(json.dumps(record, indent=2, ensure_ascii=False))
         return
-    say(str(artifact))
+    show_artifact(artifact)
     if output is None:
         note("no -o was given: the output stands beside the model")

@@ -19,7 +19,16 @@ from normswap.errors import InputError
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Source", "calibration_batches", "example_inputs", "read_text", "required_inputs", "save_whole", "staged"]
+__all__ = [
+    "Source",
+    "calibration_batches",
+    "example_inputs",
+    "read_text",
+    "required_inputs",
+    "save_whole",
+    "staged",
+    "store",
+]
 
 SEED = 0
 
@@ -45,9 +54,11 @@ class Source:
         with working(f"reading {path}"):
             from normswap import storage
             from normswap.loading import load_model
+            from normswap.loading.architectures import build
 
             if path.is_file() and storage.is_stored(path):
-                return storage.load(path, trust=self.trust)
+                fresh = None if self.arch is None else build(self.arch, self.arch_kwargs)
+                return storage.load(path, model=fresh, trust=self.trust)
             try:
                 arch = None if self.arch_if_needed else self.arch
                 return load_model(path, trust=self.trust, arch=arch, arch_kwargs=self.arch_kwargs)
@@ -227,6 +238,14 @@ def _refuse_output(path: Path, inputs: tuple[Path, ...]) -> None:
 
 def _unwritable(path: Path, why: str) -> InputError:
     return InputError(f"cannot write {str(path)!r}: {why}", code="output-path", hint="choose another output")
+
+
+def store(model: nn.Module, path: Path) -> None:
+    """Write a converted model with :func:`normswap.storage.save`."""
+    from normswap import storage
+
+    with _as_main():
+        storage.save(model, path)
 
 
 def save_whole(model: nn.Module, path: Path) -> None:

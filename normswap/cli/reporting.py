@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
     from normswap.exporting import ExportArtifact
     from normswap.verification import Verification
 
-__all__ = ["as_record", "describe_check", "show_conversion", "show_plan", "written"]
+__all__ = ["as_record", "describe_check", "show_artifact", "show_check", "show_conversion", "show_plan", "written"]
+
+MOST_NOTES = 5
 
 
 def show_plan(plan: Plan) -> None:
@@ -73,7 +76,8 @@ def show_conversion(result: Conversion, artifact: ExportArtifact | None, outputs
     lines += written(outputs)
     facts(lines)
     if artifact is not None:
-        say(f"\n{artifact}".partition("\n\n")[0])
+        say()
+        say(str(dataclasses.replace(artifact, verification=None)))
 
 
 def _noted(plan: Plan, init: InitReport) -> list[str]:
@@ -85,7 +89,9 @@ def _noted(plan: Plan, init: InitReport) -> list[str]:
     for row in init.rows:
         for text in row.notes:
             names[text].append(row.name)
-    return [f"{text}: {_some(which)}" for text, which in names.items()]
+    lines = [f"{text}: {_some(which)}" for text, which in names.items()]
+    more = [f"{len(lines) - MOST_NOTES} more; --dry-run shows them"] if len(lines) > MOST_NOTES else []
+    return [*lines[:MOST_NOTES], *more]
 
 
 def describe_check(check: Verification) -> str:
@@ -93,6 +99,31 @@ def describe_check(check: Verification) -> str:
     if not check.ok:
         return f"{check.a} and {check.b} DIFFER: {check.failure}"
     return f"{check.max_rel:.1e} of the output's magnitude (allowed {check.tolerance:.0e})"
+
+
+def show_artifact(artifact: ExportArtifact) -> None:
+    """Print what an ONNX file takes, returns and holds, and how it was verified."""
+    say(str(dataclasses.replace(artifact, verification=None)))
+    if artifact.verification is not None:
+        say()
+        show_check(artifact.verification)
+
+
+def show_check(check: Verification) -> None:
+    """Print a comparison, output by output."""
+    head, _, rest = str(check).partition("\n")
+    say(head)
+    if not sys.stdout.isatty():
+        say(rest)
+        return
+    rows = [
+        (r.name, "×".join(map(str, r.shape)), r.dtype, f"{r.max_abs:.1e}", f"{r.scale:.1e}", r.reason or "ok")
+        for r in check.rows
+    ]
+    say()
+    table(("output", "shape", "dtype", "max |a−b|", "max |a|", "result"), rows)
+    if check.rows and check.reason:
+        say(check.reason)
 
 
 def written(outputs: Sequence[Path]) -> list[tuple[str, str]]:

@@ -149,17 +149,15 @@ class DemoReport:
             verdict = f"NOT VERIFIED: {'; '.join(wrong)}"
         else:
             verdict = f"all {len(self.rows)} files verified against torch, {self.seconds:.0f} s"
-        last = self.rows[-1].file if self.rows else ""
-        example = next((row.file for row in self.rows if row.recipe != REFERENCE), last)
-        return "\n\n".join(
-            [
-                head,
-                text_table(HEADER, [row.cells() for row in self.rows]),
-                LEGEND.format(calibration=self.calibration, threads=self.threads),
-                verdict,
-                OPENING.format(folder=self.output, file=example),
-            ]
-        )
+        parts = [
+            head,
+            text_table(HEADER, [row.cells() for row in self.rows]),
+            LEGEND.format(calibration=self.calibration, threads=self.threads),
+            verdict,
+        ]
+        if self.rows and Path(self.rows[-1].file).is_file():  # a temporary folder is gone by now
+            parts.append(OPENING.format(folder=self.output, file=self.rows[-1].file))
+        return "\n\n".join(parts)
 
     def to_json(self, indent: int | None = 2) -> str:
         """Return the record as JSON; a difference that is not finite is null."""

@@ -59,7 +59,11 @@ def absorb(placed: Placed, moments: Mapping[str, Moments]) -> InitRow:
                     "no inputs could be had: the filters' means were removed evenly, which loses most of the model"
                 )
                 known = _even(placed.layer, weight)
-            weight, shift = centre(FilterLayout.of(placed.layer), weight, known)
+            layout = FilterLayout.of(placed.layer)
+            if known.assumed:
+                own = state.mean.double() - (0 if placed.bias is None else placed.bias.double())
+                known = known.corrected(layout, weight, own)
+            weight, shift = centre(layout, weight, known)
             mean = mean - shift
         if placed.weight_part is not None:
             excess = placed.weight_part.load(placed.layer, weight, scale)

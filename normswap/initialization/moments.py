@@ -31,6 +31,8 @@ from normswap.nn import FilterLayout
 __all__ = ["Moments", "centre", "input_moments", "measure_statistics", "noise_like", "patches"]
 
 _MAX_SAMPLES = 4096
+_DATA_RIDGE, _NOISE_RIDGE, _MEAN_RIDGE = 1e-3, 3e-2, 0.1
+_SLOPE = 1.5  # of the noise's amplitude over frequency
 _MAX_VALUES = 2**24  # 128 MB of float64 patches at one layer
 
 
@@ -41,10 +43,26 @@ class Moments:
     Args:
         mean: E[x]. ``(groups, fan_in)``, float64.
         direction: ``C⁻¹1 / (1ᵀC⁻¹1)``, C the ridged covariance. ``(groups, fan_in)``, float64.
+        assumed: Whether they are those of noise.
     """
 
     mean: Tensor
     direction: Tensor
+    assumed: bool = False
+
+    def corrected(self, layout: FilterLayout, weight: Tensor, output_mean: Tensor) -> Moments:
+        """Return moments whose mean agrees better with what the layer's own BatchNorm has recorded of its output.
+
+        Of all changes d of E[x] the one that ``min ‖W(E[x] + d) − m‖² + λ‖d‖²``, m the recorded mean less the bias: it
+        matters where no BatchNorm has shaped the layer's input, as in a first layer.
+        """
+        filters = layout.flatten(weight).unflatten(0, (layout.groups, -1))  # (groups, out/groups, fan_in)
+        missing = output_mean.view(layout.groups, -1, 1) - filters @ self.mean[:, :, None]
+        gram = filters @ filters.mT
+        size = gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None].clamp(min=1e-30)
+        eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+        change = filters.mT @ torch.linalg.solve(gram + _MEAN_RIDGE * size * eye, missing)
+        return Moments(self.mean + change[..., 0], self.direction, self.assumed)
 
 
 def centre(layout: FilterLayout, weight: Tensor, moments: Moments) -> tuple[Tensor, Tensor]:
@@ -77,17 +95,17 @@ def patches(layer: nn.Module, x: Tensor) -> Tensor:
     return rows.reshape(-1, layout.groups, layout.fan_in(weight))
 
 
-def moments_of(samples: Tensor) -> Moments:
+def moments_of(samples: Tensor, assumed: bool = False) -> Moments:
     """Return the moments of patches, ``(samples, groups, fan_in)``.
 
-    The ridge, relative to the mean variance, is 1e-3 and grows to a tenth of fan_in/samples where samples are few.
+    The ridge, relative to the mean variance, grows to a tenth of fan_in/samples where samples are few.
     """
     x = samples.double().transpose(0, 1)  # (groups, samples, fan_in)
     n, fan_in = x.shape[1:]
     mean = x.mean(1)
     x = x - mean[:, None]
     variance = x.square().mean((1, 2))
-    ridge = variance * max(1e-3, 0.1 * fan_in / n)
+    ridge = variance * max(_NOISE_RIDGE if assumed else _DATA_RIDGE, 0.1 * fan_in / n)
     ridge = torch.where(variance > 0, ridge, torch.ones_like(ridge))[:, None, None]
     ones = x.new_ones(x.shape[0], fan_in, 1)
     eye = torch.eye(min(n, fan_in), dtype=x.dtype, device=x.device)
@@ -98,7 +116,7 @@ def moments_of(samples: Tensor) -> Moments:
         factor = torch.linalg.cholesky(x @ x.mT + n * ridge * eye)
         solved = (ones - x.mT @ torch.cholesky_solve(x @ ones, factor)) / ridge
     solved = solved[..., 0]
-    return Moments(mean, solved / solved.sum(-1, keepdim=True))
+    return Moments(mean, solved / solved.sum(-1, keepdim=True), assumed)
 
 
 def input_moments(
@@ -143,7 +161,7 @@ def input_moments(
         finally:
             for handle in handles:
                 handle.remove()
-    return {name: moments_of(torch.cat(rows)) for name, rows in kept.items() if sum(map(len, rows)) > 1}
+    return {name: moments_of(torch.cat(rows), shaped) for name, rows in kept.items() if sum(map(len, rows)) > 1}
 
 
 def _sample(layer: nn.Module, x: Tensor, have: int, generator: torch.Generator) -> Tensor:
@@ -198,7 +216,11 @@ def _shaped(x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
 
 
 def noise_like(example: Any, batch: int = 32) -> Any:
-    """Return ``batch`` samples of smoothed Gaussian noise shaped as the example; what is no float is repeated."""
+    """Return ``batch`` samples of Gaussian noise shaped as the example; what is no float is repeated.
+
+    Over space the noise has the spectrum of natural images, an amplitude of ``1/f^1.5``, which has no scale of its own and
+    so suits any resolution.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def noise(value: Any) -> Any:
@@ -207,17 +229,23 @@ def noise_like(example: Any, batch: int = 32) -> Any:
         if not value.is_floating_point():
             return value[torch.arange(batch) % len(value)]
         x = torch.randn(batch, *value.shape[1:], generator=generator)
-        axes = x.ndim - 2
-        if 0 < axes <= 3 and min(x.shape[2:]) > 1:
-            pool = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[axes - 1]
-            for _ in range(4):
-                x = pool(F.pad(x, (1, 1) * axes, mode="circular"), 3, 1)
-            x = x / x.std()
+        if x.ndim > 2:
+            x = _as_natural_images(x)
         return x.to(value)
 
     if isinstance(example, Mapping):
         return {name: noise(value) for name, value in example.items()}
     return tuple(noise(value) for value in example)
+
+
+def _as_natural_images(x: Tensor) -> Tensor:
+    sides = x.shape[2:]
+    grid = torch.meshgrid(*(torch.fft.fftfreq(side) for side in sides), indexing="ij")
+    frequency = torch.stack([g.square() for g in grid]).sum(0).sqrt()
+    lowest = 1 / max(sides)  # the mean of an image is as strong as its largest waves
+    axes = list(range(2, x.ndim))
+    x = torch.fft.ifftn(torch.fft.fftn(x, dim=axes) / frequency.clamp(min=lowest) ** _SLOPE, dim=axes).real
+    return x / x.std()
 
 
 def measure_statistics(

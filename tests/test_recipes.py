@@ -1,0 +1,150 @@
+"""Recipes: found by name, with options, and added by one class."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import normswap as ns
+from normswap.recipes import all_recipes, make_recipe
+from normswap.recipes.base import GroupedRecipe
+from normswap.recipes.parts import Incoming, NormPart
+from normswap.records import Site
+
+
+def site(channels: int, **changes: object) -> Site:
+    return Site("bn", "module", "BatchNorm2d", channels, **changes)  # type: ignore[arg-type]
+
+
+def small(channels: int = 32) -> nn.Module:
+    model = nn.Sequential(nn.Conv2d(3, channels, 3), nn.BatchNorm2d(channels), nn.ReLU())
+    model[1].running_mean.normal_()
+    model[1].running_var.uniform_(0.5, 2)
+    return model.eval()
+
+
+def test_every_recipe_says_what_it_is() -> None:
+    assert list(all_recipes()) == sorted(all_recipes())
+    assert {"gn+ws", "wn+mobn", "ln", "gn", "wn", "ws", "mobn", "gn+aws", "none"} == set(all_recipes())
+    for name, recipe in all_recipes().items():
+        assert recipe.name == name
+        assert recipe.equation
+        assert recipe.paper
+        assert recipe.__doc__ is not None
+        assert "Source:" in recipe.__doc__
+
+
+@pytest.mark.parametrize(
+    ("channels", "groups"),
+    [(64, 4), (16, 1), (24, 2), (40, 2), (48, 3), (8, 1), (17, 1), (34, 2), (1, 1), (2, 1), (256, 16), (20, 1)],
+)
+def test_groups_have_sixteen_channels_or_the_nearest_size_that_divides(channels: int, groups: int) -> None:
+    found = GroupedRecipe().groups_at(site(channels))
+    assert found == groups
+    assert channels % found == 0
+    assert channels // found > 1 or channels == 1
+
+
+def test_group_size_is_a_target_and_num_groups_a_demand() -> None:
+    assert GroupedRecipe(group_size=8).groups_at(site(64)) == 8
+    assert GroupedRecipe(num_groups=32).groups_at(site(64)) == 32
+    with pytest.raises(ns.NormswapError, match="does not divide the 48 channels of 'bn'") as error:
+        GroupedRecipe(num_groups=32).groups_at(site(48))
+    assert "group_size" in str(error.value)
+    with pytest.raises(ns.NormswapError, match="both given"):
+        GroupedRecipe(num_groups=2, group_size=8).groups_at(site(48))
+
+
+def test_a_group_of_one_value_is_refused() -> None:
+    recipe = GroupedRecipe(group_size=1)
+    assert "one value" in (recipe.refuse(site(8, rank=2)) or "")
+    assert "one value" in (recipe.refuse(site(8, rank=4, spatial=1)) or "")
+    assert "give example inputs" in (recipe.refuse(site(8, rank=None)) or "")
+    assert recipe.refuse(site(8, rank=4)) is None
+    assert GroupedRecipe().refuse(site(8, rank=2)) is None
+
+
+def test_unknown_recipes_and_options_are_refused_with_what_there_is() -> None:
+    with pytest.raises(ns.NormswapError, match=r"no recipe 'gn\+wz'") as error:
+        make_recipe("gn+wz")
+    assert "gn+ws" in str(error.value)
+    with pytest.raises(ns.NormswapError, match="no option 'groups'") as error:
+        make_recipe("gn+ws", {"groups": 3})
+    assert "num_groups" in str(error.value)
+    with pytest.raises(ns.NormswapError, match="axes='space'"):
+        make_recipe("ln", {"axes": "space"})
+    with pytest.raises(ns.NormswapError, match="beside a recipe"):
+        make_recipe(make_recipe("gn"), {"eps": 1e-3})
+
+
+def test_options_reach_the_model() -> None:
+    model = small()
+    norm = ns.swap_norms(model, "gn", num_groups=4, eps=1e-3)[1]  # type: ignore[index]
+    assert (norm.num_groups, norm.eps) == (4, 1e-3)
+    assert ns.swap_norms(model, "gn")[1].eps == model[1].eps  # type: ignore[index]
+    plain = ns.swap_norms(model, "gn+ws", gain=False)[0]  # type: ignore[index]
+    var = plain.weight.flatten(1).var(1, correction=0)
+    assert torch.allclose(var, torch.ones_like(var), atol=1e-2)
+    assert len(list(plain.parametrizations.weight.parameters())) == 1
+
+
+def test_weight_standardization_without_gain_keeps_each_channels_part() -> None:
+    """The published form keeps no scale: the norm's γ makes it good, at the expected statistics."""
+    model = small().double()
+    x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    with_gain, without = (ns.swap_norms(model, "gn+ws", gain=g, calibration=x, num_groups=32) for g in (True, False))
+    # With one channel per group the norm divides each channel by its own deviation: the scale is gone either way.
+    assert torch.allclose(with_gain(x), without(x), atol=1e-3)  # eps is seen by other scales
+
+
+def test_a_recipe_is_added_by_one_class() -> None:
+    class RootMeanSquare(nn.Module):
+        def __init__(self, channels: int, eps: float) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+            self.eps = eps
+
+        def forward(self, x: Tensor) -> Tensor:
+            rms = (x.square().mean((1, 2, 3), keepdim=True) + self.eps).sqrt()
+            return x / rms * self.weight[:, None, None] + self.bias[:, None, None]
+
+    @dataclass(frozen=True)
+    class Part(NormPart):
+        eps: float
+
+        def build(self, site: Site, like: Tensor) -> nn.Module:
+            return RootMeanSquare(site.num_features, self.eps)
+
+        def load(self, module: nn.Module | None, incoming: Incoming) -> Tensor:
+            assert isinstance(module, RootMeanSquare)
+            module.weight.data.copy_(incoming.gain(1, self.eps))
+            module.bias.data.copy_(incoming.beta)
+            return -incoming.mean
+
+        def __str__(self) -> str:
+            return "RootMeanSquare"
+
+    @dataclass(frozen=True)
+    class RmsNormalization(ns.Recipe):
+        eps: float = 1e-5
+
+        name = "rms"
+        equation = "γ x/rms(x) + β"
+        paper = "Zhang & Sennrich 2019"
+        exact = False
+
+        def norm(self, site: Site, num_groups: int | None) -> NormPart:
+            return Part(self.eps)
+
+    model = small()
+    result = ns.convert(model, RmsNormalization(eps=1e-6))
+    assert isinstance(result.model[1], RootMeanSquare)  # type: ignore[index]
+    assert "RootMeanSquare" in str(result.plan)
+    x = torch.randn(4, 3, 16, 16)
+    reference = model(x)
+    assert (result.model(x) - reference).norm() < 0.5 * reference.norm()
+    replayed = ns.convert(small(), RmsNormalization(eps=1e-6), plan=ns.Plan.from_json(result.plan.to_json()))
+    assert isinstance(replayed.model[1], RootMeanSquare)  # type: ignore[index]
