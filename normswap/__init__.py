@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from normswap.version import VERSION as __version__
+
 
 if TYPE_CHECKING:
     from normswap.conversion import Conversion as Conversion

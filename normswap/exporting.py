@@ -30,9 +30,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.weight_norm import WeightNorm
 
-from normswap.errors import ExportError, InputError
+from normswap.errors import ExportError, InputError, VerificationError
 from normswap.nn import ChannelLayerNorm
 from normswap.verification import (
+    TOLERANCES,
     Verification,
     as_arguments,
     first_line,
@@ -105,6 +106,7 @@ def export_onnx(
     dynamic_batch: bool = True,
     dynamic_spatial: bool = False,
     verify_outputs: bool = True,
+    rtol: float | None = None,
 ) -> ExportArtifact:
     """Write a folded model to an ONNX file that onnxruntime runs fast and that computes what the model does.
 
@@ -119,12 +121,15 @@ def export_onnx(
         dynamic_batch: Whether axis 0 of every input may have any size.
         dynamic_spatial: Whether the axes from 2 on may have any size.
         verify_outputs: Whether to compare the file with the model, on the example batch and on another size.
+        rtol: The difference to allow, relative to each output's largest value; default five times that of ``verify``,
+            because another library sums in another order, layer after layer.
 
     Returns:
         What was written, with the comparison.
 
     Raises:
-        ExportError: The model is in train mode, is not folded, or has no ONNX form that computes the same.
+        ExportError: The model is in train mode, is not folded, or has no ONNX form.
+        VerificationError: The file computes something else.
         InputError: The example inputs do not fit the model.
     """
     path = Path(path)
@@ -148,7 +153,7 @@ def export_onnx(
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
             written = Path(folder) / path.name
             _write(program.model, written)
-            verification = _verified(model, written, trials) if verify_outputs else None
+            verification = _verified(model, written, trials, rtol) if verify_outputs else None
             artifact = _describe(program.model, path, verification)
             for file in sorted(Path(folder).iterdir(), key=lambda file: file.suffix == ".onnx"):
                 os.replace(file, path.parent / file.name)  # the weights first: the .onnx file refers to them
@@ -512,14 +517,14 @@ def _write(model: ir.Model, path: Path) -> None:
         ) from cause
 
 
-def _verified(model: nn.Module, path: Path, trials: dict[str, Any]) -> Verification:
+def _verified(model: nn.Module, path: Path, trials: dict[str, Any], rtol: float | None) -> Verification:
     """Return one record of the comparisons on all trials; the path in it is the final one."""
     rows = []
     fixed = "pass dynamic_batch=False or dynamic_spatial=False if the model needs a certain size"
     for trial, inputs in trials.items():
         where = f" ({trial})" if trial else ""
         try:
-            found = verify(model, path, inputs)
+            found = verify(model, path, inputs, rtol=_export_rtol(model) if rtol is None else rtol)
         except InputError as cause:
             raise ExportError(
                 f"the export cannot be verified{where}: {cause.message}",
@@ -527,13 +532,18 @@ def _verified(model: nn.Module, path: Path, trials: dict[str, Any]) -> Verificat
                 hint=fixed if trial else cause.hint,
             ) from cause
         if not found.ok:
-            raise ExportError(
+            raise VerificationError(
                 f"onnxruntime does not compute what the model does{where}: {found.failure}",
                 code="export-mismatch",
                 hint=f"nothing was written; {fixed if trial else 'try another opset'}",
             )
         rows += [dataclasses.replace(r, name=r.name + where) for r in found.rows]
     return dataclasses.replace(found, rows=tuple(rows))
+
+
+def _export_rtol(model: nn.Module) -> float:
+    dtypes = [p.dtype for p in model.parameters() if p.is_floating_point()]
+    return 5 * max((TOLERANCES.get(dtype, 0.0) for dtype in dtypes), default=TOLERANCES[torch.float32])
 
 
 def _describe(model: ir.Model, path: Path, verification: Verification | None) -> ExportArtifact:

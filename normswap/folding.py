@@ -21,11 +21,12 @@ from normswap.capture.dataflow import Dataflow
 from normswap.capture.guard import set_mode, untouched
 from normswap.capture.observed import run_on
 from normswap.capture.ops import is_layer, is_norm
-from normswap.errors import FoldError
+from normswap.errors import FoldError, VerificationError
 from normswap.forwards import is_rewritten, trace_own_forward
 from normswap.inputs import Inputs, as_inputs, make_up_inputs
 from normswap.nn import ChannelAffine, ChannelLayerNorm, FilterLayout, MeanOnlyBatchNorm
 from normswap.nn.plain import make_plain
+from normswap.origin import forget
 from normswap.records import text_table
 from normswap.verification import Verification, verify
 
@@ -82,7 +83,8 @@ def fold_with_report(model: nn.Module, *, example_inputs: Any = None) -> Folding
         example_inputs: Inputs to compare both models on; without, inputs are made up where the model takes them.
 
     Raises:
-        FoldError: The model is in train mode, or its output moved.
+        FoldError: The model is in train mode.
+        VerificationError: The output moved.
     """
     training = [name for name, module in model.named_modules() if module.training]
     if training:
@@ -105,6 +107,7 @@ def fold_with_report(model: nn.Module, *, example_inputs: Any = None) -> Folding
     for row in _replace_the_rest(folded):
         (left if row.reason else rows).append(row)
     folded = _plain_forwards(folded)
+    forget(folded)
     return Folding(folded, tuple(rows), tuple(left), _check(model, folded, inputs))
 
 
@@ -292,7 +295,7 @@ def _check(model: nn.Module, folded: nn.Module, example: Inputs | None) -> Verif
     rtol = 0.1 if dtypes & {torch.float16, torch.bfloat16} else 1e-3 if torch.float32 in dtypes else 1e-9
     check = verify(lambda *_, **__: before, lambda *_, **__: after, inputs, rtol=rtol)
     if not check.ok:
-        raise FoldError(
+        raise VerificationError(
             f"folding moved the output by {check.max_rel:.1e} of its size (allowed {rtol:.0e})",
             code="fold-mismatch",
             hint="report this model",

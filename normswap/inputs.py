@@ -68,6 +68,8 @@ def bind_batches(model: nn.Module, data: Any, notes: list[str] | None = None) ->
             if not count and notes is not None:
                 notes.append(f"of each batch the first {max(wanted, 1)} of {len(inputs)} entries were used")
             inputs = inputs[: max(wanted, 1)]
+        if isinstance(inputs, dict):
+            inputs = _known(model, inputs, notes if not count else None)
         _check_finite(inputs, count)
         count += 1
         yield inputs
@@ -75,6 +77,24 @@ def bind_batches(model: nn.Module, data: Any, notes: list[str] | None = None) ->
         raise InputError(
             "the data holds no batch", code="no-data", hint="give a fresh iterable with at least one batch"
         )
+
+
+def _known(model: nn.Module, inputs: dict[str, Any], notes: list[str] | None) -> dict[str, Any]:
+    """Return the entries that ``forward`` has arguments for."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return inputs
+    names = [p.name for p in parameters]
+    known = {name: value for name, value in inputs.items() if name in names}
+    if not known:
+        raise InputError(
+            f"the data has entries {', '.join(map(repr, inputs))}; forward takes {', '.join(map(repr, names))}",
+            code="inputs-names",
+            hint="name the entries after forward's arguments, or give the inputs alone",
+        )
+    if len(known) < len(inputs) and notes is not None:
+        notes.append(f"entries left out: {', '.join(name for name in inputs if name not in known)}")
+    return known
 
 
 def _required(model: nn.Module) -> int | None:

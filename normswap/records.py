@@ -168,9 +168,9 @@ class Plan:
     def summary(self) -> str:
         """Return one line: how many norms convert, how many layers take part, what is skipped."""
         norms = len(self.steps)
-        kept = sum(skip.what == "norm" for skip in self.skips)
+        kept = sum(skip.what == "norm" and skip.code != "not-batch-norm" for skip in self.skips)
         absorbed = sum(step.site.layer is not None for step in self.steps)
-        return f"{norms} of {norms + kept} norms convert, {absorbed} together with their layer"
+        return f"{norms} of {norms + kept} BatchNorms convert, {absorbed} together with their layer"
 
     def to_json(self, indent: int | None = 2) -> str:
         """Return the plan as JSON, which :meth:`from_json` reads back to an equal plan."""

@@ -111,9 +111,7 @@ def test_no_calibration_digit_is_a_heldout_digit() -> None:
     images, _ = load_digits()
     calibration = load_calibration()
     assert not rows(calibration) & rows(images)
-    assert rows(torch.cat([calibration, images[:1]])) & rows(images), (
-        "the comparison sees a digit put into both"
-    )
+    assert rows(torch.cat([calibration, images[:1]])) & rows(images), "the comparison sees a digit put into both"
 
 
 def test_shipped_digits_are_the_training_scripts_split(example: ModuleType) -> None:
@@ -121,9 +119,7 @@ def test_shipped_digits_are_the_training_scripts_split(example: ModuleType) -> N
     images, labels = load_digits()
     assert torch.equal(images.squeeze(1) * data.MAX_PIXEL, held_pixels.float())
     assert torch.equal(labels, held_labels.long())
-    assert torch.equal(
-        load_calibration().squeeze(1) * data.MAX_PIXEL, train_pixels[: example.CALIBRATION].float()
-    )
+    assert torch.equal(load_calibration().squeeze(1) * data.MAX_PIXEL, train_pixels[: example.CALIBRATION].float())
     assert not torch.equal(labels.roll(1), held_labels.long())
 
 

@@ -20,7 +20,7 @@ from torch.nn.utils import parametrizations
 
 from normswap import exporting
 from normswap.demo.network import DigitsResNet
-from normswap.errors import ExportError, InputError
+from normswap.errors import ExportError, InputError, VerificationError
 from normswap.exporting import export_onnx, weight_arithmetic
 from normswap.nn import ChannelLayerNorm, MeanOnlyBatchNorm
 from normswap.verification import verify
@@ -56,9 +56,7 @@ class TwoInputs(nn.Module):
         self.image, self.vector = nn.Conv2d(3, 4, 3), nn.Linear(5, 4)
         self.norm = nn.GroupNorm(2, 4)
 
-    def forward(
-        self, image: Tensor, vector: Tensor, gain: float = 1.0, mask: Tensor | None = None
-    ) -> dict[str, Any]:
+    def forward(self, image: Tensor, vector: Tensor, gain: float = 1.0, mask: Tensor | None = None) -> dict[str, Any]:
         mixed = self.norm(self.image(image)) * self.vector(vector)[:, :, None, None] * gain
         return {"mixed": mixed, "pooled": (mixed.mean((2, 3)), None), "vector": vector, "shape": vector + 1}
 
@@ -121,9 +119,7 @@ def test_group_norm_without_an_affine_needs_no_operator_for_it(tmp_path: Path, l
     model = nn.Sequential(*layers).eval()
     artifact = export_onnx(model, tmp_path / "m.onnx", example_inputs=torch.randn(2, 3, 6, 6))
     # The graph's own output keeps its name by keeping its operator.
-    assert sorted(operators(artifact.path)) == sorted(
-        ["Conv", *(GROUP_NORM if last else [*GROUP_NORM[:4], "Relu"])]
-    )
+    assert sorted(operators(artifact.path)) == sorted(["Conv", *(GROUP_NORM if last else [*GROUP_NORM[:4], "Relu"])])
 
 
 def normalized(x: Tensor) -> Tensor:
@@ -171,9 +167,7 @@ def test_other_arithmetic_after_a_normalization_is_not_lowered(tmp_path: Path, m
     ],
     ids=["LayerNorm", "depthwise", "ConvTranspose2d", "ChannelLayerNorm", "demo network"],
 )
-def test_the_file_computes_what_the_model_does(
-    tmp_path: Path, model: nn.Module, shape: tuple[int, ...]
-) -> None:
+def test_the_file_computes_what_the_model_does(tmp_path: Path, model: nn.Module, shape: tuple[int, ...]) -> None:
     model = randomized(model)
     artifact = export_onnx(model, tmp_path / "m.onnx", example_inputs=torch.randn(*shape))
     assert weight_arithmetic(onnx.load(artifact.path)) == []
@@ -323,9 +317,7 @@ def test_a_model_that_is_not_ready_is_refused_before_anything_happens(
     ],
     ids=str,
 )
-def test_wrong_arguments_are_refused(
-    tmp_path: Path, change: dict[str, Any], kind: type[Exception], code: str
-) -> None:
+def test_wrong_arguments_are_refused(tmp_path: Path, change: dict[str, Any], kind: type[Exception], code: str) -> None:
     arguments = {"model": network(), "path": "m.onnx", "example_inputs": torch.zeros(2, 3, 6, 6)} | change
     arguments["path"] = tmp_path / arguments["path"]
     with pytest.raises(kind) as error:
@@ -391,7 +383,7 @@ def test_a_failed_verification_leaves_the_old_file_and_nothing_else(
         return onnx_ir.tensor(array)
 
     monkeypatch.setattr(exporting, "_merge_affine", wrong)
-    with pytest.raises(ExportError, match="'output' differs by") as error:
+    with pytest.raises(VerificationError, match="'output' differs by") as error:
         export_onnx(network(), path, example_inputs=torch.randn(2, 3, 6, 6))
     assert error.value.code == "export-mismatch"
     assert path.read_bytes() == b"the old file"

@@ -12,6 +12,7 @@ from typing import Any
 import laws
 import pytest
 import torch
+import torch.nn.functional as F
 from laws import (
     BY_NAME,
     EXACT,
@@ -809,6 +810,31 @@ def test_the_users_classes_and_hooks_stay(name: str, recipe: str) -> None:
         assert isinstance(new, type(module))
         assert type(new).__name__.removeprefix("Parametrized") == type(module).__name__.removeprefix("Parametrized")
         assert [*new._forward_hooks.values()] == [*module._forward_hooks.values()]
+
+
+class TakesOptions(nn.Module):
+    """A functional norm in a forward with a default and a keyword-only argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 6, 3)
+        self.register_buffer("running_mean", torch.full((6,), 0.5))
+        self.register_buffer("running_var", torch.full((6,), 2.0))
+
+    def forward(self, x: Tensor, scale: float = 2.0, *, shift: float = 0.5) -> Tensor:
+        y = F.batch_norm(self.conv(x), self.running_mean, self.running_var, training=self.training)
+        return scale * y + shift
+
+
+@pytest.mark.parametrize("recipe", EXACT)
+def test_a_rewritten_forward_takes_what_the_users_forward_took(recipe: str) -> None:
+    x = torch.randn(2, 4, 7, 7)
+    original = TakesOptions().eval()
+    model = ns.swap_norms(original, recipe)
+    with torch.no_grad():
+        for positional, keywords in (((x,), {}), ((x, 3.0), {}), ((x,), {"shift": 1.0, "scale": 3.0})):
+            error = distance(model(*positional, **keywords), original(*positional, **keywords))
+            assert error <= 2e-5
 
 
 @ALL

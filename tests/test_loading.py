@@ -32,9 +32,7 @@ from normswap.loading.state_dicts import ENTRIES
 
 def small_model() -> nn.Sequential:
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)
-    )
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
     model(torch.randn(8, 3, 8, 8))
     return model
 
@@ -219,9 +217,7 @@ def test_a_users_class_is_refused_with_the_option_and_loads_with_it(package):
     loaded = load_model("net.pt", trust=["tinynets"])
     assert type(loaded).__name__ == "Net"
     assert loaded(torch.randn(1, 3, 2, 2)).shape == (1, 4, 2, 2)
-    assert (
-        refusal("net.pt", trust=["tinynet"]).code == "untrusted-global"
-    )  # a prefix of letters is no package
+    assert refusal("net.pt", trust=["tinynet"]).code == "untrusted-global"  # a prefix of letters is no package
 
 
 SCRIPT = """
@@ -371,9 +367,7 @@ def test_the_marker_would_show_code_that_ran(tmp_path):
 
 @pytest.mark.parametrize("function", [eval, exec, builtins.getattr, __import__], ids=lambda f: f.__name__)
 def test_builtins_are_refused_and_no_option_admits_them(tmp_path, marker, function):
-    torch.save(
-        {"model": small_model(), "x": Reduced(function, f"open({str(marker)!r}, 'w')")}, tmp_path / "evil.pt"
-    )
+    torch.save({"model": small_model(), "x": Reduced(function, f"open({str(marker)!r}, 'w')")}, tmp_path / "evil.pt")
     error = refusal(tmp_path / "evil.pt")
     assert error.code == "untrusted-global"
     assert f"builtins.{function.__name__} (never admitted)" in error.message
@@ -681,9 +675,7 @@ def test_an_onnx_file_is_named(tmp_path):
     onnx = pytest.importorskip("onnx")
     graph = onnx.helper.make_graph([], "g", [], [])
     for name, producer in (("a.onnx", "pytorch"), ("b.onnx", "")):
-        (tmp_path / name).write_bytes(
-            onnx.helper.make_model(graph, producer_name=producer).SerializeToString()
-        )
+        (tmp_path / name).write_bytes(onnx.helper.make_model(graph, producer_name=producer).SerializeToString())
         assert refusal(tmp_path / name).code == "file-onnx"
 
 
@@ -743,9 +735,7 @@ def test_a_state_dict_with_its_architecture_loads_in_eval_mode(weights):
 
 
 @pytest.mark.parametrize("key", ENTRIES)
-@pytest.mark.parametrize(
-    "prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model."]
-)
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model."])
 def test_wrapped_and_prefixed_state_dicts_load(weights, key, prefix):
     state = {prefix + name: tensor for name, tensor in weights.state_dict().items()}
     torch.save({"epoch": 1, key: state}, "w.pt")
@@ -774,9 +764,7 @@ def test_a_state_dict_that_does_not_fit_is_one_error_with_names_and_shapes(weigh
     assert error.code == "state-dict-mismatch"
     assert "1 missing: bn.bias (4,)" in error.message
     assert "1 not in the model: extra (7,)" in error.message
-    assert (
-        "1 of another shape: conv.weight is (2, 3, 1, 1), tinynets.nets:Net has (4, 3, 1, 1)" in error.message
-    )
+    assert "1 of another shape: conv.weight is (2, 3, 1, 1), tinynets.nets:Net has (4, 3, 1, 1)" in error.message
 
 
 def test_long_lists_of_names_are_cut_with_a_count(weights):
@@ -874,9 +862,7 @@ def test_torchvision_is_importable_without_its_operators(tmp_path):
     if not _installed("torchvision"):
         pytest.skip("torchvision is not installed")
     code = "from normswap.loading.importing import import_quietly as i; i('torchvision.models').resnet18"
-    subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], check=True, env=dict(os.environ, PYTHONPATH=_root())
-    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, env=dict(os.environ, PYTHONPATH=_root()))
 
 
 def _root() -> str:

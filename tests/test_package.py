@@ -40,16 +40,17 @@ LAYERS = [
     "planning",
     "matching",
     "inputs",
-    "origin",
     "contents",
-    "loading",
+    "origin",
     "writing",
+    "loading",
     "capture",
     "verification",
     "recipes",
     "nn",
     "records",
     "errors",
+    "version",
 ]
 
 # The one module that may import a heavy package.
@@ -115,9 +116,7 @@ def test_every_module_has_a_line_in_the_table() -> None:
 @pytest.mark.parametrize(
     ("path", "layer", "package"), [pytest.param(*m, id=str(m[0].relative_to(PACKAGE))) for m in modules()]
 )
-def test_imports_point_downward_and_heavy_packages_have_one_owner(
-    path: Path, layer: str, package: str
-) -> None:
+def test_imports_point_downward_and_heavy_packages_have_one_owner(path: Path, layer: str, package: str) -> None:
     assert wrong_imports(layer, package, path.read_text(encoding="utf-8")) == []
 
 
@@ -225,9 +224,7 @@ def test_torchvision_and_timm_can_be_imported_on_any_torch() -> None:
 
 
 def test_the_stand_in_for_nms_drops_only_what_overlaps_a_better_box() -> None:
-    boxes = torch.tensor(
-        [[0.0, 0.0, 2.0, 1.0], [0.0, 0.0, 3.0, 1.0], [5.0, 5.0, 6.0, 6.0], [0.0, 0.0, 1.0, 1.0]]
-    )
+    boxes = torch.tensor([[0.0, 0.0, 2.0, 1.0], [0.0, 0.0, 3.0, 1.0], [5.0, 5.0, 6.0, 6.0], [0.0, 0.0, 1.0, 1.0]])
     scores = torch.tensor([0.6, 0.9, 0.7, 0.5])
     # With box 1 in place: box 0 overlaps it by 2/3 and box 3 by 1/3; box 2 lies apart.
     assert nms(boxes, scores, 0.5).tolist() == [1, 2, 3]

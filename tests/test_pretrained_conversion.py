@@ -23,9 +23,7 @@ def _needs_data(data_dir: Path) -> None:
     """Skip where the real data is absent."""
 
 
-@pytest.mark.parametrize(
-    "name", ["cifar10_resnet20", "cifar10_resnet32", "vww_mobilenetv1", "phasenet", "crepe_tiny"]
-)
+@pytest.mark.parametrize("name", ["cifar10_resnet20", "cifar10_resnet32", "vww_mobilenetv1", "phasenet", "crepe_tiny"])
 def test_weight_norm_with_mean_only_batch_norm_keeps_a_real_network(name: str, tmp_path: Path) -> None:
     model, inputs = load(name)
     converted = ns.swap_norms(model, "wn+mobn", example_inputs=inputs)

@@ -82,9 +82,7 @@ def test_phasenet_picks_as_the_analysts_did(data_dir: Path) -> None:
     waves, *picks = data.seismic_phases()
     with torch.no_grad():
         phases = torch.cat([model(batch) for batch in waves.split(32)]).softmax(1).argmax(2)
-    near = [
-        float(((phases[:, i] - pick).abs() <= 10).float().mean()) for i, pick in enumerate(picks, start=1)
-    ]
+    near = [float(((phases[:, i] - pick).abs() <= 10).float().mean()) for i, pick in enumerate(picks, start=1)]
     assert near == pytest.approx([0.961, 0.851], abs=0.007)  # within 0.1 s, P and S; one record is 0.0065
 
 

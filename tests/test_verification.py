@@ -75,9 +75,7 @@ def test_one_broken_weight_is_found() -> None:
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
-def test_the_tolerance_belongs_to_the_dtype_and_scales_with_the_output(
-    dtype: torch.dtype, scale: float
-) -> None:
+def test_the_tolerance_belongs_to_the_dtype_and_scales_with_the_output(dtype: torch.dtype, scale: float) -> None:
     a = torch.tensor([scale, 0.0, -scale / 2], dtype=dtype)
     limit = TOLERANCES[dtype] * float(a.double().abs().max())
     # The middle value, a zero, may differ by as much as any other: the scale is that of the whole output.
@@ -202,9 +200,7 @@ def test_outputs_of_the_same_names_are_paired_by_name() -> None:
     assert not compared({"a": a, "b": b}, {"b": a, "a": b}).ok
 
 
-@pytest.mark.parametrize(
-    "other", [(torch.ones(2),), {"a": torch.ones(2), "c": torch.ones(2)}, torch.ones(2), None]
-)
+@pytest.mark.parametrize("other", [(torch.ones(2),), {"a": torch.ones(2), "c": torch.ones(2)}, torch.ones(2), None])
 def test_another_structure_is_a_failed_verification(other: Any) -> None:
     found = compared({"a": torch.ones(2), "b": torch.ones(2)}, other)
     assert not found.ok

@@ -109,9 +109,7 @@ def hooked(model: nn.Module, without: str | None) -> Iterator[tuple[Counter[str]
             calls[fqn] += 1
             if not isinstance(module, FrozenBatchNorm2d):
                 return None
-            frozen[fqn] = affine(
-                module.running_mean, module.running_var, module.weight, module.bias, module.eps
-            )
+            frozen[fqn] = affine(module.running_mean, module.running_var, module.weight, module.bias, module.eps)
             return args[0].clone() if fqn == without else None
 
         return hook
@@ -270,9 +268,7 @@ def test_the_check_of_the_statistics_fails_on_a_fresh_norm() -> None:
             return self.build()
 
     with pytest.raises(AssertionError):
-        test_statistics_and_gammas_are_far_from_those_of_a_fresh_norm(
-            Fresh(**vars(BY_NAME["conv_bn_relu_chain"]))
-        )
+        test_statistics_and_gammas_are_far_from_those_of_a_fresh_norm(Fresh(**vars(BY_NAME["conv_bn_relu_chain"])))
 
 
 @ENTRIES
@@ -301,9 +297,7 @@ def test_norms_on_batch_statistics_in_eval_mode_are_as_claimed(entry: Entry) -> 
 
 class LeafTracer(torch.fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, (_ConvNd, nn.Linear, _BatchNorm)) or super().is_leaf_module(
-            m, module_qualified_name
-        )
+        return isinstance(m, (_ConvNd, nn.Linear, _BatchNorm)) or super().is_leaf_module(m, module_qualified_name)
 
 
 @ENTRIES
@@ -320,14 +314,10 @@ def test_symbolic_tracing_gets_through_where_claimed(entry: Entry) -> None:
 def test_a_norm_folds_into_a_layer_exactly_where_claimed(entry: Entry) -> None:
     """In double precision a right fold is off by rounding only, a wrong one by more than a hundredth."""
     errors = best_fold(entry.name)
-    assert not {norm: error for norm, error in errors.items() if 1e-13 < error < 1e-2}, (
-        "neither right nor wrong"
-    )
+    assert not {norm: error for norm, error in errors.items() if 1e-13 < error < 1e-2}, "neither right nor wrong"
     right = {norm for norm, error in errors.items() if error <= 1e-13}
     assert right == entry.absorbable | entry.given_rank | entry.conditional
-    assert len(right) == len(entry.absorbable) + len(entry.given_rank) + len(entry.conditional), (
-        "sets overlap"
-    )
+    assert len(right) == len(entry.absorbable) + len(entry.given_rank) + len(entry.conditional), "sets overlap"
 
 
 # --------------------------------------------------------------------------------------------- single entries
@@ -370,9 +360,7 @@ def test_a_fold_with_one_weight_broken_is_seen() -> None:
         ("containers", "norms.first", "convs.1", "convs.0"),
     ],
 )
-def test_the_layer_next_to_the_norm_by_name_is_the_wrong_one(
-    name: str, norm: str, right: str, wrong: str
-) -> None:
+def test_the_layer_next_to_the_norm_by_name_is_the_wrong_one(name: str, norm: str, right: str, wrong: str) -> None:
     assert fold_error(BY_NAME[name], norm, right) < 1e-13
     assert fold_error(BY_NAME[name], norm, wrong) > 1e-2
 
@@ -415,18 +403,12 @@ def test_aliases_name_one_module_thrice() -> None:
 
 
 def test_special_tensors_are_what_their_entries_say() -> None:
-    assert [
-        int(n) for n in (BY_NAME["zero_filters"].model()[0].weight.flatten(1).norm(dim=1) == 0).nonzero()
-    ] == [1, 4]
+    assert [int(n) for n in (BY_NAME["zero_filters"].model()[0].weight.flatten(1).norm(dim=1) == 0).nonzero()] == [1, 4]
     gamma = BY_NAME["negative_and_zero_gammas"].model()[1].weight
     assert gamma[0] == gamma[3] == 0
     assert gamma[1] < 0
-    assert BY_NAME["dead_channels"].model()[1].running_var[:2].tolist() == pytest.approx(
-        [0.0, 1e-12], abs=1e-20
-    )
-    assert not any(
-        p.requires_grad for n, p in BY_NAME["frozen_parameters"].model().named_parameters() if n[0] in "14"
-    )
+    assert BY_NAME["dead_channels"].model()[1].running_var[:2].tolist() == pytest.approx([0.0, 1e-12], abs=1e-20)
+    assert not any(p.requires_grad for n, p in BY_NAME["frozen_parameters"].model().named_parameters() if n[0] in "14")
     assert not list(BY_NAME["frozen_batchnorm"].model()[1].parameters())
 
 

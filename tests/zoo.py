@@ -243,9 +243,7 @@ class TwoInputs(nn.Module):
         super().__init__()
         self.left, self.right = conv_bn(4, 6), conv_bn(3, 6)
 
-    def forward(
-        self, x: Tensor, y: Tensor, *, scale: float = 1.0, mask: Tensor | None = None
-    ) -> dict[str, Any]:
+    def forward(self, x: Tensor, y: Tensor, *, scale: float = 1.0, mask: Tensor | None = None) -> dict[str, Any]:
         left, right = self.left(x), self.right(y)
         if mask is not None:
             left = left * mask
@@ -544,9 +542,7 @@ def separable() -> nn.Module:
     )
 
 
-def pair(
-    layer: type[nn.Module], norm: type[nn.Module], inputs: int, outputs: int, **options: Any
-) -> nn.Module:
+def pair(layer: type[nn.Module], norm: type[nn.Module], inputs: int, outputs: int, **options: Any) -> nn.Module:
     return nn.Sequential(layer(inputs, outputs, 3, **options), norm(outputs), nn.ReLU())
 
 
@@ -565,9 +561,7 @@ def classifier() -> nn.Module:
 
 
 def linears() -> nn.Module:
-    return nn.Sequential(
-        nn.Linear(5, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 4, bias=False), nn.BatchNorm1d(4)
-    )
+    return nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 4, bias=False), nn.BatchNorm1d(4))
 
 
 class LinearOnSequence(nn.Module):
@@ -595,9 +589,7 @@ class SamePadConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         amounts: list[int] = []
-        for size, kernel, stride in zip(
-            x.shape[:1:-1], self.kernel_size[::-1], self.stride[::-1], strict=True
-        ):
+        for size, kernel, stride in zip(x.shape[:1:-1], self.kernel_size[::-1], self.stride[::-1], strict=True):
             total = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
             amounts += [total // 2, total - total // 2]
         return F.conv2d(F.pad(x, amounts), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
@@ -770,9 +762,7 @@ class FunctionalNorm(nn.Module):
 
 class FunctionalFrozen(FunctionalNorm):
     def forward(self, x: Tensor) -> Tensor:
-        return F.batch_norm(
-            self.conv(x), self.running_mean, self.running_var, self.gamma, self.beta, False, 0.1, 1e-3
-        )
+        return F.batch_norm(self.conv(x), self.running_mean, self.running_var, self.gamma, self.beta, False, 0.1, 1e-3)
 
 
 class FunctionalNoLayer(FunctionalNorm):

@@ -174,7 +174,7 @@ def _reason(cause: Exception) -> str:
     """Return one line that tells a person what in the forward stood in the way."""
     text = (str(cause).splitlines() or [""])[0].strip()
     if isinstance(cause, fx.proxy.TraceError):
-        text = text or "control flow on a value"
+        return "its forward branches or iterates on a value that a trace does not know"
     return f"{type(cause).__name__}: {text}"[:160]
 
 

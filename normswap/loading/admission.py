@@ -183,9 +183,7 @@ def _check_value(found: Global, value: object) -> None:
     """Refuse what lies under an admitted prefix and is no module class that is safe to fill."""
     if found.path in REVIEWED:
         return
-    if not (
-        isinstance(value, type) and issubclass(value, nn.Module) and under(value.__module__, MODULE_PREFIXES)
-    ):
+    if not (isinstance(value, type) and issubclass(value, nn.Module) and under(value.__module__, MODULE_PREFIXES)):
         refuse_names({found})
         return
     setstate = next(base for base in value.__mro__ if "__setstate__" in vars(base))

@@ -33,9 +33,7 @@ def build(arch: str, kwargs: Mapping[str, object]) -> nn.Module:
     """
     source, colon, name = arch.partition(":")
     if not colon or not source or not name:
-        raise InputError(
-            f"--arch {arch!r} has no form that is known", code="arch-invalid", hint=f"give {FORMS}"
-        )
+        raise InputError(f"--arch {arch!r} has no form that is known", code="arch-invalid", hint=f"give {FORMS}")
     find = {"torchvision": _torchvision, "timm": _timm}.get(source)
     with import_paths(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # builders warn about the initial values that are replaced at once
@@ -105,9 +103,5 @@ def _own(module_name: str, name: str) -> Callable[..., Any]:
 
 def _unknown(source: str, name: str, known: Iterable[str]) -> InputError:
     near = difflib.get_close_matches(name, list(known), n=3)
-    hint = (
-        f"did you mean {', '.join(f'{source}:{n}' for n in near)}?"
-        if near
-        else f"see {source}'s list of models"
-    )
+    hint = f"did you mean {', '.join(f'{source}:{n}' for n in near)}?" if near else f"see {source}'s list of models"
     return InputError(f"{source} has no model {name!r}", code="arch-unknown", hint=hint)

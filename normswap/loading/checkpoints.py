@@ -37,9 +37,7 @@ def read_checkpoint(file: BinaryIO, path: Path, trust: Trust) -> object:
     file.seek(0)
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(allowed):  # type: ignore[arg-type]
-            warnings.simplefilter(
-                "ignore"
-            )  # about storage types and moved classes: nothing the user could do
+            warnings.simplefilter("ignore")  # about storage types and moved classes: nothing the user could do
             found: object = torch.load(file, map_location="cpu", weights_only=True, mmap=False)
     except Exception as error:
         raise _damaged(path, error) from error

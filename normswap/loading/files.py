@@ -96,9 +96,7 @@ def open_file(path: Path) -> BinaryIO:
         return path.open("rb")
     except FileNotFoundError:
         where = "" if path.is_absolute() else f" in {os.getcwd()}"
-        raise InputError(
-            f"there is no file {str(path)!r}{where}", code="file-missing", hint="check the path"
-        ) from None
+        raise InputError(f"there is no file {str(path)!r}{where}", code="file-missing", hint="check the path") from None
     except PermissionError:
         raise InputError(
             f"no permission to read {str(path)!r}", code="file-permission", hint="change it with chmod +r"

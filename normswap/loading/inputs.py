@@ -47,26 +47,20 @@ def load_inputs(path: str | os.PathLike[str]) -> tuple[Any, ...] | dict[str, Any
     if isinstance(content, torch.Tensor):
         content = (content,)
     if not isinstance(content, tuple | list | dict):
-        raise _unfit(
-            path, f"holds a {type(content).__name__}", "save a tensor, or a tuple or dict of tensors"
-        )
+        raise _unfit(path, f"holds a {type(content).__name__}", "save a tensor, or a tuple or dict of tensors")
     count = 0
     for name, value in _leaves(content):
         _check(name, value, path)
         count += 1
     if not count:
         raise _unfit(path, "holds no inputs", "save at least one tensor")
-    return (
-        {str(key): value for key, value in content.items()} if isinstance(content, dict) else tuple(content)
-    )
+    return {str(key): value for key, value in content.items()} if isinstance(content, dict) else tuple(content)
 
 
 def _read_numpy(file: BinaryIO, path: Path) -> object:
     try:
         loaded = np.load(file, allow_pickle=False)
-        arrays = (
-            {name: loaded[name] for name in loaded} if isinstance(loaded, np.lib.npyio.NpzFile) else loaded
-        )
+        arrays = {name: loaded[name] for name in loaded} if isinstance(loaded, np.lib.npyio.NpzFile) else loaded
     except Exception as error:
         if "Object arrays" in str(error):
             raise _unfit(
@@ -90,9 +84,7 @@ def _tensor(name: str, array: np.ndarray[Any, Any], path: Path) -> torch.Tensor:
         native = np.array(array, dtype=array.dtype.newbyteorder("="))
         return torch.from_numpy(native)
     except TypeError:
-        raise _unfit(
-            path, f"{name} has the dtype {array.dtype}", "save numbers: float32, uint8, int64, …"
-        ) from None
+        raise _unfit(path, f"{name} has the dtype {array.dtype}", "save numbers: float32, uint8, int64, …") from None
 
 
 def _leaves(value: object, name: str = "") -> Iterator[tuple[str, object]]:
@@ -109,9 +101,7 @@ def _leaves(value: object, name: str = "") -> Iterator[tuple[str, object]]:
 
 def _check(name: str, value: object, path: Path) -> None:
     if not isinstance(value, torch.Tensor):
-        raise _unfit(
-            path, f"{name} is a {type(value).__name__}", "save tensors alone, with torch.save or np.savez"
-        )
+        raise _unfit(path, f"{name} is a {type(value).__name__}", "save tensors alone, with torch.save or np.savez")
     if value.numel() == 0:
         raise _unfit(path, f"{name} is empty, of shape {tuple(value.shape)}", "save at least one example")
     if value.is_meta:

@@ -1,6 +1,6 @@
 """The modules and parametrizations that a converted model may contain, beside those of torch.nn."""
 
-from normswap.nn.filters import FilterLayout
+from normswap.nn.filters import FilterLayout, row_moments
 from normswap.nn.norms import ChannelAffine, ChannelLayerNorm, MeanOnlyBatchNorm
 from normswap.nn.parametrizations import FilterWeightNorm, WeightStandardization, parametrize_weight_norm
 
@@ -12,4 +12,5 @@ __all__ = [
     "MeanOnlyBatchNorm",
     "WeightStandardization",
     "parametrize_weight_norm",
+    "row_moments",
 ]

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-from normswap.nn.filters import FilterLayout
+from normswap.nn.filters import FilterLayout, row_moments
 
 __all__ = ["FilterWeightNorm", "WeightStandardization", "parametrize_weight_norm"]
 
@@ -81,7 +81,7 @@ class WeightStandardization(nn.Module):
         if not self.gain:
             return weight
         filters = self.layout.flatten(weight)
-        var, mean = torch.var_mean(filters, dim=1, correction=0)
+        mean, var = row_moments(filters)
         gain = (var + self.eps).sqrt()
         return (weight, gain, mean) if self.offset else (weight, gain)
 

@@ -31,6 +31,11 @@ class Recipe:
     exact: ClassVar[bool]
     """Whether the swap is a reparameterization: the model's eval output stays the same up to rounding."""
 
+    def __post_init__(self) -> None:
+        eps = getattr(self, "eps", None)
+        if eps is not None and not eps > 0:
+            raise InputError(f"eps={eps} is not positive", code="eps", hint="give a small number such as 1e-5")
+
     def options(self) -> dict[str, Any]:
         """Return the options that differ from their defaults."""
         defaults = {f.name: f.default for f in fields(self)}

@@ -36,6 +36,7 @@ class LayerNormalization(Recipe):
     exact = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.axes not in ("all", "channel"):
             raise InputError(f"axes={self.axes!r} is unknown", code="unknown-axes", hint="give 'all' or 'channel'")
 

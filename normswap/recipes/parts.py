@@ -24,6 +24,7 @@ from normswap.nn import (
     MeanOnlyBatchNorm,
     WeightStandardization,
     parametrize_weight_norm,
+    row_moments,
 )
 from normswap.records import Site
 
@@ -294,7 +295,7 @@ class WeightStd(WeightPart):
 
     def load(self, layer: nn.Module, weight: Tensor, scale: Tensor) -> Tensor:
         layout = FilterLayout.of(layer)
-        var, mean = torch.var_mean(layout.flatten(weight), dim=1, correction=0)
+        mean, var = row_moments(layout.flatten(weight))
         std = (var + self.eps).sqrt()
         originals = _originals(layer)
         with torch.no_grad():

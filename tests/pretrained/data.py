@@ -75,8 +75,7 @@ def accuracy(model: torch.nn.Module, images: Tensor, labels: Tensor, batch: int 
     model.eval()
     try:
         correct = sum(
-            int((model(x).argmax(1) == y).sum())
-            for x, y in zip(images.split(batch), labels.split(batch), strict=True)
+            int((model(x).argmax(1) == y).sum()) for x, y in zip(images.split(batch), labels.split(batch), strict=True)
         )
     finally:
         for module, mode in modes.items():
@@ -152,9 +151,7 @@ def noisy_speech() -> tuple[Tensor, Tensor]:
     """The spectrum (1, 2, 611, 257) of a noisy clip; the published model's waveform (1, 156160) for it."""
     mix = _tensor("noisy_speech.npz", "mix").float() / 32768
     spectrum = torch.stft(mix, 512, 256, window=_SQRT_HANN, return_complex=True)
-    return torch.view_as_real(spectrum.T).permute(2, 0, 1)[None], _tensor("noisy_speech.npz", "reference")[
-        None
-    ]
+    return torch.view_as_real(spectrum.T).permute(2, 0, 1)[None], _tensor("noisy_speech.npz", "reference")[None]
 
 
 def waveform(spectrum: Tensor) -> Tensor:

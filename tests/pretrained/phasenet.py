@@ -70,9 +70,7 @@ class PhaseNet(nn.Module):
         self.inp = ConvBNReLU(3, w[0], size, bias=True)
         self.enc = nn.ModuleList(ConvBNReLU(w[max(i - 1, 0)], w[i], sizes[i]) for i in range(5))
         self.down = nn.ModuleList(ConvBNReLU(w[i], w[i], sizes[i], STRIDE) for i in range(4))
-        self.up = nn.ModuleList(
-            UpBNReLU(w[i + 1], w[i], sizes[i + 1], sizes[i], crop_first) for i in range(4)
-        )
+        self.up = nn.ModuleList(UpBNReLU(w[i + 1], w[i], sizes[i + 1], sizes[i], crop_first) for i in range(4))
         self.dec = nn.ModuleList(ConvBNReLU(2 * w[i], w[i], sizes[i]) for i in range(4))
         self.out = nn.Conv1d(w[0], 3, 1)
 

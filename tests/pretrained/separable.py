@@ -42,9 +42,7 @@ class Pointwise(nn.Module):
 
 def separable(inputs: int, outputs: int, size: Pair, stride: int = 1) -> nn.Sequential:
     """A 3 × 3 convolution of every channel by itself, then a 1 × 1 across the channels."""
-    return nn.Sequential(
-        ConvBNReLU(inputs, inputs, size, stride=stride, groups=inputs), Pointwise(inputs, outputs)
-    )
+    return nn.Sequential(ConvBNReLU(inputs, inputs, size, stride=stride, groups=inputs), Pointwise(inputs, outputs))
 
 
 class DSCNN(nn.Module):
