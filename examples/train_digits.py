@@ -1,6 +1,6 @@
 """Train the demo network on scikit-learn's handwritten digits and write the file that normswap.demo loads.
 
-    pip install "normswap[examples]"
+    pip install normswap scikit-learn
     python examples/train_digits.py                      # prints the accuracy, writes nothing
     python examples/train_digits.py --output digits.safetensors
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from normswap.version import VERSION as __version__
-
+from normswap.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from normswap.conversion import Conversion as Conversion

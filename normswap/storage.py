@@ -43,7 +43,7 @@ from normswap.origin import Origin, forget, origin_of, remember, skeleton_of, sl
 from normswap.recipes import Recipe, make_recipe
 from normswap.records import Plan
 from normswap.rewriting import rewrite
-from normswap.version import VERSION
+from normswap.version import __version__
 from normswap.writing import check_target, replacing
 
 __all__ = ["is_stored", "load", "save"]
@@ -83,7 +83,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     contents = collect(model, replayed)
     metadata = {
         _FORMAT: str(FORMAT),
-        _VERSION: VERSION,
+        _VERSION: __version__,
         _PLANS: json.dumps([_plan_entry(origin) for origin in history], ensure_ascii=False),
         _CONTENTS: contents.to_json(),
     }

@@ -28,6 +28,7 @@ from normswap.records import text_table
 
 __all__ = [
     "TOLERANCES",
+    "OnnxFile",
     "OutputRow",
     "Verification",
     "as_arguments",
@@ -261,7 +262,7 @@ def training_modules(model: nn.Module) -> list[str]:
 def _runner(thing: Comparable, role: str) -> tuple[str, Runner]:
     """Return the name of a module, callable or file and the function that runs it."""
     if isinstance(thing, str | Path):
-        return Path(thing).name, _OnnxFile(Path(thing))
+        return Path(thing).name, OnnxFile(Path(thing))
     if not callable(thing):
         raise InputError(
             f"{role} is a {type(thing).__name__}, which cannot be run",
@@ -289,7 +290,7 @@ def _runner(thing: Comparable, role: str) -> tuple[str, Runner]:
     return name, run
 
 
-class _OnnxFile:
+class OnnxFile:
     """An ONNX file as a callable: onnxruntime on the CPU, inputs bound by name or position."""
 
     def __init__(self, path: Path) -> None:
@@ -316,6 +317,7 @@ class _OnnxFile:
         self.path = path
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Named:
+        """Run the file and return its outputs by name."""
         feed = self.bind(args, kwargs)
         names = [output.name for output in self.session.get_outputs()]
         return list(zip(names, self.session.run(names, feed), strict=True))

@@ -1,3 +1,3 @@
 """The version, which pyproject.toml states, too."""
 
-VERSION = "0.1.0"
+__version__ = "0.1.0"

@@ -292,13 +292,13 @@ def test_recipes_lists_every_recipe_with_its_options(folder: Path) -> None:
     assert all(r["equation"] in text and r["paper"] in text for r in listed)
 
 
-def test_demo_prints_the_report_and_keeps_files_only_in_the_folder_named(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_demo_prints_the_report_and_fails_where_a_file_differs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = pytest.importorskip("normswap.demo.report")
     used: list[Path] = []
 
     class Record:
+        ok = True
+
         def __str__(self) -> str:
             return "a report"
 
@@ -306,15 +306,15 @@ def test_demo_prints_the_report_and_keeps_files_only_in_the_folder_named(
             return '{"rows": []}'
 
     def run_demo(output: Path) -> Record:
-        assert output.is_dir()
         used.append(output)
         return Record()
 
     monkeypatch.setattr(report, "run_demo", run_demo)
     assert succeed("demo").stdout == "a report\n"
     assert json.loads(succeed("demo", "--output", "results", "--json").stdout) == {"rows": []}
-    assert not used[0].exists()
-    assert used[1] == Path("results")
+    assert used == [Path("normswap-demo"), Path("results")]
+    monkeypatch.setattr(Record, "ok", False)
+    assert run("demo").exit_code == 1
 
 
 def test_a_model_of_a_script_comes_back_as_one_of_main(folder: Path) -> None:

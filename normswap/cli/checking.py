@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +13,6 @@ import normswap as ns
 from normswap.cli import files, options
 from normswap.cli.console import print_json, say, table, working
 from normswap.cli.reporting import show_check
-from normswap.errors import InputError
 
 __all__ = ["show_demo", "show_recipes", "verify_pair"]
 
@@ -77,24 +75,17 @@ def show_recipes(as_json: options.Json = False) -> None:
 
 
 def show_demo(
-    output: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="keep the files in this folder (default: keep none)")
-    ] = None,
+    output: Annotated[Path, typer.Option(metavar="DIR", help="where the ONNX files go")] = Path("normswap-demo"),
     as_json: options.Json = False,
 ) -> None:
     """Run every recipe on a small trained network, to ONNX files."""
-    with tempfile.TemporaryDirectory() as scratch, working("running the demo"):
-        folder = Path(scratch) if output is None else output
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as cause:
-            raise InputError(
-                f"cannot write to {str(folder)!r}: {cause.strerror}", code="output-path", hint="choose another folder"
-            ) from None
-        from normswap.demo.report import run_demo
+    from normswap.demo.report import run_demo
 
-        record = run_demo(folder)
+    with working("running the demo"):
+        record = run_demo(output)
     if as_json:
         print_json(record.to_json())
     else:
         say(str(record))
+    if not record.ok:
+        raise typer.Exit(1)

@@ -28,7 +28,7 @@ from normswap.exporting import export_onnx
 from normswap.folding import fold
 from normswap.recipes import all_recipes, make_recipe
 from normswap.records import text_table
-from normswap.verification import _OnnxFile, verify
+from normswap.verification import OnnxFile, verify
 
 __all__ = ["DemoReport", "DemoRow", "run_demo"]
 
@@ -235,7 +235,7 @@ def _measure(
         fresh=fresh,
         swapped=_top1(swapped(images), labels),
         folded=_top1(folded(images), labels),
-        onnx=_top1(torch.from_numpy(_OnnxFile(file)((images,), {})[0][1]), labels),
+        onnx=_top1(torch.from_numpy(OnnxFile(file)((images,), {})[0][1]), labels),
         fold_difference=checks[0].max_rel,
         onnx_difference=checks[1].max_rel,
         ok=all(check.ok for check in checks),
@@ -258,7 +258,7 @@ def _latencies(files: Sequence[str], image: Tensor) -> list[float]:
     """Return each file's median time for one image in milliseconds, see Note [Latency of the files]."""
     calls: list[tuple[Any, dict[str, Any]]] = []
     for path in files:
-        file = _OnnxFile(Path(path))
+        file = OnnxFile(Path(path))
         calls.append((file.session, file.bind((image,), {})))
     times: list[list[float]] = [[] for _ in calls]
     for _ in range(WARM_UP + RUNS):

@@ -74,12 +74,12 @@ REFUSALS = {
     "npz": (
         "file-kind",
         "holds NumPy arrays",
-        "give the model first; arrays are for --calibration and --inputs",
+        "give the model first; arrays are for --calibration and --input-file",
     ),
     "npy": (
         "file-kind",
         "holds a NumPy array",
-        "give the model first; arrays are for --calibration and --inputs",
+        "give the model first; arrays are for --calibration and --input-file",
     ),
 }
 
