@@ -155,9 +155,7 @@ def _plan(
     capture = capture_symbolic(model)
     if example is not None:
         capture = dataclasses.replace(capture, shapes=norm_input_shapes(model, example))
-    # A gap in the evidence is closed by running the model; for that, inputs that were made up do as well.
-    trial = make_up_inputs(model) if example is None and capture.opaque else example
-    matches = match(capture, trial, has_data=has_data)
+    matches = match(capture, example, has_data=has_data)
     return make_plan(type(model).__name__, matches, recipe, include=include, exclude=exclude, has_data=has_data)
 
 

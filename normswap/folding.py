@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils import skip_init
 
 from normswap.capture import capture_symbolic
 from normswap.capture.batch_norms import after_norm, read_batch_norm
@@ -156,8 +157,9 @@ def _fold_affines(model: nn.Module) -> list[FoldRow]:
         if found.layer is None or found.reason or found.gap or found.layer in taken:
             continue
         _into(flow.capture.modules[found.layer], affine)
+        rest = affine.rest()
         for name in flow.capture.names[fqn]:
-            _replace(model, name, affine.rest())
+            _replace(model, name, rest)
         taken |= {fqn, found.layer}
         rows.append(FoldRow(fqn, f"part of {found.layer}"))
     return rows
@@ -209,7 +211,11 @@ def _replace(model: nn.Module, fqn: str, new: nn.Module) -> None:
 
 def _simplify(model: nn.Module) -> None:
     """Take the identities that folding left out of the sequences that conversion made."""
-    for fqn, module in list(model.named_modules()):
+    simpler: dict[int, nn.Module] = {}
+    for fqn, module in list(model.named_modules(remove_duplicate=False)):
+        if id(module) in simpler:
+            _replace(model, fqn, simpler[id(module)])
+            continue
         if type(module) is not nn.Sequential or not module._modules:
             continue
         if not all(name.rstrip("0123456789") in _PARTS for name in module._modules):
@@ -219,7 +225,8 @@ def _simplify(model: nn.Module) -> None:
         if len(kept) == len(module._modules) or hooked or not fqn:
             continue
         only = next(iter(kept.values()), nn.Identity())
-        _replace(model, fqn, only if len(kept) < 2 else nn.Sequential(kept))
+        simpler[id(module)] = only if len(kept) < 2 else nn.Sequential(kept)
+        _replace(model, fqn, simpler[id(module)])
 
 
 def _replace_the_rest(model: nn.Module) -> list[FoldRow]:
@@ -251,7 +258,8 @@ def _replace_the_rest(model: nn.Module) -> list[FoldRow]:
 def _depthwise(affine: _Affine, rank: int | None, like: Tensor) -> nn.Module | None:
     channels = affine.scale.numel()
     if rank == 2:
-        linear = nn.Linear(channels, channels, device=like.device, dtype=like.dtype)
+        linear = skip_init(nn.Linear, channels, channels, device=like.device, dtype=like.dtype)
+        assert isinstance(linear, nn.Linear)
         with torch.no_grad():
             linear.weight.copy_(torch.diag(affine.scale))
             linear.bias.copy_(affine.shift)
@@ -259,7 +267,8 @@ def _depthwise(affine: _Affine, rank: int | None, like: Tensor) -> nn.Module | N
     if rank not in (3, 4, 5):
         return None
     make = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[rank - 3]
-    conv = make(channels, channels, 1, groups=channels, device=like.device, dtype=like.dtype)
+    conv = skip_init(make, channels, channels, 1, groups=channels, device=like.device, dtype=like.dtype)
+    assert isinstance(conv, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
     with torch.no_grad():
         conv.weight.copy_(affine.scale.view_as(conv.weight))
         assert conv.bias is not None

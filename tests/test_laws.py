@@ -157,7 +157,6 @@ REFUSALS: dict[tuple[str, str], dict[str, str]] = {
 REFUSALS_WITHOUT_INPUTS: dict[tuple[str, str], dict[str, str]] = {
     **REFUSALS,
     ("linear_of_unknown_rank", "ws"): {"1": "recipe-refuses", "4": "recipe-refuses"},
-    ("untraceable_child_around_block", "ws"): {"3.block.1": "recipe-refuses"},
     ("conv1d_unbatched", "ws"): {},
 }
 
@@ -826,15 +825,13 @@ class TakesOptions(nn.Module):
         return scale * y + shift
 
 
-@pytest.mark.parametrize("recipe", EXACT)
-def test_a_rewritten_forward_takes_what_the_users_forward_took(recipe: str) -> None:
-    x = torch.randn(2, 4, 7, 7)
-    original = TakesOptions().eval()
-    model = ns.swap_norms(original, recipe)
-    with torch.no_grad():
-        for positional, keywords in (((x,), {}), ((x, 3.0), {}), ((x,), {"shift": 1.0, "scale": 3.0})):
-            error = distance(model(*positional, **keywords), original(*positional, **keywords))
-            assert error <= 2e-5
+def test_a_functional_norm_in_a_forward_with_options_is_refused() -> None:
+    """A trace knows one way of calling a forward; rewritten from it, the others would be lost or wrong."""
+    (skip,) = [skip for skip in ns.plan(TakesOptions(), "ln").skips if skip.what == "norm"]
+    assert skip.code == "functional-norm"
+    assert "optional arguments" in skip.reason
+    with pytest.raises(ns.NormswapError, match="no norm of the TakesOptions"):
+        ns.swap_norms(TakesOptions(), "ln")
 
 
 @ALL
@@ -875,7 +872,8 @@ def test_a_graph_module_stays_one_that_lints_and_recompiles(name: str, recipe: s
 # ------------------------------------------------------------------------------------------------ the meta device
 
 
-# Whether a user's layer is linear in its weight is tried by running it, which the meta device cannot: it is left alone.
+# What is not proven is tried by running: whether a user's layer is linear in its weight, and whether code that cannot
+# be traced uses a layer a second time. The meta device runs nothing, so there nothing is absorbed.
 UNTRIED_ON_META = {"same_pad_subclass"}
 
 
@@ -886,11 +884,11 @@ def test_on_the_meta_device_the_plan_and_the_structure_are_the_same(name: str, r
         model = known.entry.build().eval()
     if known.model is None or (name in UNTRIED_ON_META and recipe == "ws"):
         found = ns.plan(model, recipe)
-        assert found == known.plan or (name in UNTRIED_ON_META and not found.steps)
+        assert found == known.plan or (name in UNTRIED_ON_META and absorbed(found) <= absorbed(known.plan))
         return
     result = ns.convert(model, recipe)
     if name in UNTRIED_ON_META:
-        assert absorbed(result.plan) < absorbed(known.plan)
+        assert absorbed(result.plan) <= absorbed(known.plan)
         return
     assert result.plan == known.plan
     assert structure(result.model) == structure(known.model)

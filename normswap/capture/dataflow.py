@@ -29,7 +29,7 @@ from normswap.capture.ops import (
     rank_of,
 )
 from normswap.capture.probes import scales_with_its_parameters
-from normswap.capture.symbolic import Capture, Trace, hook_barrier
+from normswap.capture.symbolic import Capture, Trace, has_optional_arguments, hook_barrier
 from normswap.nn import ChannelAffine, FilterLayout
 
 __all__ = ["Dataflow", "Finding"]
@@ -113,7 +113,10 @@ class Dataflow:
     def _add_functional(self, trace: Trace, node: fx.Node, trained: dict[str, set[bool]]) -> None:
         owner = self.capture.aliases[node.meta["owner"]]
         prefix = node.meta["owner"].removeprefix(trace.scope).lstrip(".")
-        norm = read_functional_norm(node, self.capture.modules[owner], prefix)
+        module = self.capture.modules[owner]
+        norm = read_functional_norm(node, module, prefix)
+        if not isinstance(module, fx.GraphModule) and has_optional_arguments(module):
+            norm = "its forward has optional arguments, of which a rewritten forward would know one way only"
         if isinstance(norm, str):
             self.refused.setdefault(f"{owner}:batch_norm", norm)
             return

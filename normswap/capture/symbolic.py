@@ -17,7 +17,7 @@ from normswap.capture.guard import set_mode, untouched
 from normswap.capture.ops import class_of, is_leaf
 from normswap.errors import InputError
 
-__all__ = ["Capture", "ScopeTracer", "Trace", "capture_symbolic", "hook_barrier"]
+__all__ = ["Capture", "ScopeTracer", "Trace", "capture_symbolic", "has_optional_arguments", "hook_barrier"]
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,12 @@ def capture_symbolic(model: nn.Module, modes: tuple[bool, ...] = (False, True)) 
 def hook_barrier(value: Any) -> Any:
     """Stand in a graph where a forward hook sees, and may change, a value."""
     return value
+
+
+def has_optional_arguments(module: nn.Module) -> bool:
+    """Tell whether ``module``'s forward may be called in more than one way."""
+    parameters = inspect.signature(type(module).forward).parameters.values()
+    return any(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
 
 
 def _defaults(module: nn.Module) -> dict[str, Any]:

@@ -216,13 +216,22 @@ def _shaped(x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
     return ((x - centre_) * scale + mean.view(shape)).to(x.dtype)
 
 
-def noise_like(example: Any, batch: int = 32) -> Any:
-    """Return ``batch`` samples of Gaussian noise shaped as the example; what is no float is repeated.
+def noise_like(example: Any, batch: int | None = None) -> Any:
+    """Return Gaussian noise shaped as the example; what is no float is repeated.
 
     Over space the noise has a spectrum like that of natural images, an amplitude of ``1/f^1.5``, which has no scale of
     its own and so suits any resolution.
+
+    Args:
+        example: A tuple or dict of inputs.
+        batch: The number of samples; default 32, fewer where they are large and more where they are vectors.
     """
     generator = torch.Generator().manual_seed(0)
+    values = list(example.values()) if isinstance(example, Mapping) else list(example)
+    floats = [v for v in values if isinstance(v, Tensor) and v.is_floating_point() and v.ndim > 0]
+    if batch is None:
+        most = 32 if any(v.ndim > 2 for v in floats) else 1024
+        batch = max(4, min(most, _MAX_VALUES // (4 * max(1, sum(v[:1].numel() for v in floats)))))
 
     def noise(value: Any) -> Any:
         if not isinstance(value, Tensor) or value.ndim == 0:
@@ -230,9 +239,7 @@ def noise_like(example: Any, batch: int = 32) -> Any:
         if not value.is_floating_point():
             return value[torch.arange(batch) % len(value)]
         x = torch.randn(batch, *value.shape[1:], generator=generator)
-        if x.ndim > 2:
-            x = _as_natural_images(x)
-        return x.to(value)
+        return (_as_natural_images(x) if x.ndim > 2 else x).to(value)
 
     if isinstance(example, Mapping):
         return {name: noise(value) for name, value in example.items()}

@@ -75,7 +75,7 @@ class FilterLayout:
             return weight if view is like else weight.movedim(-1, 1)
         g, (n_in, n_out, *kernel) = self.groups, like.shape
         split = filters.view(g, n_out, n_in // g, *kernel)
-        return split.transpose(1, 2).reshape(like.shape)
+        return split.transpose(1, 2).reshape(like.shape).contiguous()
 
     def scale(self, weight: Tensor, factor: Tensor) -> Tensor:
         """Return ``weight`` with the filter of output channel ``c`` multiplied by ``factor[c]``."""
