@@ -181,13 +181,13 @@ def test_inspect_names_every_norm_layer_and_reason(folder: Path) -> None:
 def test_inspect_with_a_recipe_prints_its_plan(folder: Path) -> None:
     result = succeed("inspect", "model.pt", "--to", "ln")
     assert "GroupNorm, 1 group of 32" in result.stdout
-    assert result.stdout.splitlines()[-1] == "2 of 2 norms convert, 2 together with their layer"
+    assert result.stdout.splitlines()[-1] == "2 of 2 BatchNorms convert, 2 together with their layer"
 
 
 def test_convert_stores_a_model_that_computes_what_the_api_gives(folder: Path) -> None:
     result = succeed("convert", "model.pt", "--to", "wn+mobn", "-o", "out.safetensors")
     lines = result.stdout.splitlines()
-    assert lines[:2] == ["Sequential → wn+mobn", "  converted  2 of 2 norms, 2 together with their layer"]
+    assert lines[:2] == ["Sequential → wn+mobn", "  converted  2 of 2 BatchNorms, 2 together with their layer"]
     assert re.fullmatch(r"  wrote      out.safetensors \([\d.]+ kB\)", lines[-1])
     assert run("verify", "model.pt", "out.safetensors").exit_code == 0
     assert run("verify", "model.pt", "out.safetensors", "--rtol", "0").exit_code == 1  # rounding, which is seen

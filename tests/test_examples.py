@@ -20,7 +20,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 EXAMPLES = REPOSITORY / "examples"
 
 RUNS: dict[str, tuple[list[str], list[str]]] = {
-    "convert_timm.py": ([], ["14 of 14 norms convert", "saved (", "parameters: "]),
+    "convert_timm.py": ([], ["14 of 14 BatchNorms convert", "saved (", "parameters: "]),
     "finetune.py": ([], ["BatchNorm ", "gn, fresh ", "gn+ws, calibrated ", "wn+mobn "]),
     "fold_and_run.py": ([], ["9 before folding, 0 after", "agree: ", "onnxruntime "]),
     "private_training.py": ([], ["gn+ws ", "wn ", "wn+mobn is refused"]),

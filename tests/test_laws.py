@@ -157,6 +157,7 @@ REFUSALS: dict[tuple[str, str], dict[str, str]] = {
 REFUSALS_WITHOUT_INPUTS: dict[tuple[str, str], dict[str, str]] = {
     **REFUSALS,
     ("linear_of_unknown_rank", "ws"): {"1": "recipe-refuses", "4": "recipe-refuses"},
+    ("untraceable_child_around_block", "ws"): {"3.block.1": "recipe-refuses"},
     ("conv1d_unbatched", "ws"): {},
 }
 

@@ -78,7 +78,7 @@ def test_dead_channels_count_in_the_expected_statistics(monkeypatch: pytest.Monk
     reference = model(*inputs)
 
     def error() -> float:
-        moved = ns.swap_norms(model, "gn", example_inputs=inputs)(*inputs) - reference
+        moved = ns.swap_norms(model, "ln", example_inputs=inputs)(*inputs) - reference
         return float(moved.norm() / reference.norm())
 
     with torch.no_grad():
@@ -88,4 +88,4 @@ def test_dead_channels_count_in_the_expected_statistics(monkeypatch: pytest.Monk
             lambda gamma, beta, ratio, mean, scale: Incoming(gamma, beta, torch.ones_like(ratio), mean, scale),
         )
         plain = error()
-    assert measured < 0.75 * plain
+    assert measured < 0.5 * plain  # 0.47 and 1.35

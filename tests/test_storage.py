@@ -250,14 +250,14 @@ def test_torchvision_and_timm_models_load_in_another_process_from_the_file_alone
     torch.save(x, tmp_path / "x.pt")
     expected = {}
     with torch.no_grad():
-        for recipe in RECIPES:
+        for recipe in ("gn+ws", "wn+mobn"):
             model = ns.swap_norms(original, recipe, example_inputs=x, check=False)
             save(model, tmp_path / f"{recipe}.safetensors")
             expected[recipe] = model(x)
         unconverted = original(x)
     python(LOAD_PRETRAINED, tmp_path, torch.get_num_threads())
     found = torch.load(tmp_path / "found.pt")
-    assert {recipe: same(found[recipe], expected[recipe]) for recipe in RECIPES} == dict.fromkeys(RECIPES, True)
+    assert {recipe: same(found[recipe], expected[recipe]) for recipe in expected} == dict.fromkeys(expected, True)
     assert not any(same(unconverted, output) for output in expected.values()), "it could not have failed"
 
 

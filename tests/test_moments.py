@@ -1,0 +1,93 @@
+"""Input moments: patches are what the filters see, and centring costs what it must and no more."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from normswap.initialization.moments import Moments, centre, moments_of, noise_like, patches
+from normswap.nn import FilterLayout
+
+LAYERS = {
+    "plain": (nn.Conv2d(4, 6, 3, stride=2, padding=(1, 0), dilation=(1, 2)), (2, 4, 9, 9)),
+    "grouped": (nn.Conv2d(4, 6, 3, groups=2, padding=1), (2, 4, 7, 7)),
+    "depthwise": (nn.Conv2d(4, 8, 3, groups=4), (2, 4, 7, 7)),
+    "reflecting": (nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), (2, 4, 7, 7)),
+    "same": (nn.Conv2d(4, 6, 3, padding="same", dilation=2), (2, 4, 7, 7)),
+    "channels last": (nn.Conv2d(4, 6, 3).to(memory_format=torch.channels_last), (2, 4, 7, 7)),
+    "one axis": (nn.Conv1d(4, 6, 5, stride=2), (2, 4, 11)),
+    "three axes": (nn.Conv3d(2, 6, 2), (2, 2, 4, 4, 4)),
+    "transposed": (nn.ConvTranspose2d(4, 6, 3, stride=2, output_padding=1), (2, 4, 5, 5)),
+    "transposed, grouped": (nn.ConvTranspose1d(4, 6, 3, stride=2, groups=2), (2, 4, 5)),
+    "linear": (nn.Linear(5, 3), (2, 7, 5)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_patches_times_filters_are_the_layers_output(name: str) -> None:
+    layer, shape = LAYERS[name]
+    layer, x = layer.double(), torch.randn(*shape, dtype=torch.float64)
+    layout = FilterLayout.of(layer)
+    with torch.no_grad():
+        samples = patches(layer, x)  # (samples, groups, fan_in)
+        filters = layout.flatten(layout.weight(layer)).unflatten(0, (layout.groups, -1))
+        found = torch.einsum("ngf,gof->ngo", samples, filters).flatten(1) + layer.bias
+        out = layer(x)
+        expected = (out if isinstance(layer, nn.Linear) else out.movedim(1, -1)).reshape(found.shape)
+    assert torch.allclose(found, expected, atol=1e-12)
+    assert not torch.allclose(found, -expected, atol=1e-3)
+
+
+def filters_and_samples(samples: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(12, 12, generator=generator, dtype=torch.float64)
+    x = torch.randn(samples, 12, generator=generator, dtype=torch.float64).relu() @ mixing + 1
+    return torch.randn(5, 12, generator=generator, dtype=torch.float64), x
+
+
+def test_centring_is_the_cheapest_projection_to_zero_mean() -> None:
+    weight, x = filters_and_samples(500)
+    centred, shift = centre(FilterLayout(), weight, moments_of(x[:, None]))
+    assert centred.mean(1).abs().max() < 1e-12
+    assert torch.allclose(shift, ((weight - centred) @ x.T).mean(1))
+
+    def cost(w: Tensor) -> Tensor:
+        return ((w - weight) @ x.T).var(dim=1)
+
+    best = cost(centred)
+    assert (best < 0.5 * cost(weight - weight.mean(1, keepdim=True))).all()  # the naive projection
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(20):  # any other step within zero mean costs more, up to what the ridge of 1e-3 gives away
+        step = torch.randn(5, 12, generator=generator, dtype=torch.float64)
+        assert (cost(centred + 0.1 * (step - step.mean(1, keepdim=True))) > 0.999 * best).all()
+
+
+def test_few_samples_give_the_same_solution_by_the_smaller_matrix() -> None:
+    """Woodbury's identity against the covariance itself, with the same ridge."""
+    _, x = filters_and_samples(8)
+    found = moments_of(x[:, None])
+    centred = x - x.mean(0)
+    covariance = centred.T @ centred / len(x)
+    ridge = covariance.diagonal().mean() * max(1e-3, 0.1 * 12 / 8)
+    solved = torch.linalg.solve(covariance + ridge * torch.eye(12, dtype=x.dtype), torch.ones(12, dtype=x.dtype))
+    assert torch.allclose(found.direction[0], solved / solved.sum(), atol=1e-12)
+
+
+def test_the_mean_is_corrected_by_what_the_output_had() -> None:
+    weight, x = filters_and_samples(500)
+    wrong = Moments(torch.zeros(1, 12, dtype=x.dtype), torch.full((1, 12), 1 / 12, dtype=x.dtype), assumed=True)
+    right = wrong.corrected(FilterLayout(), weight, (weight @ x.T).mean(1))
+    residual = weight @ (x.mean(0) - right.mean[0])
+    assert residual.norm() < 0.1 * (weight @ x.mean(0)).norm()
+
+
+def test_noise_has_the_shape_of_the_example_and_repeats() -> None:
+    image, labels = torch.zeros(2, 3, 16, 16), torch.arange(2)
+    noise, repeated = noise_like((image, labels))
+    assert noise.shape == (32, 3, 16, 16)
+    assert repeated.tolist() == [0, 1] * 16
+    assert torch.equal(noise, noise_like((image, labels))[0])
+    assert noise_like({"x": torch.zeros(2, 40)})["x"].shape == (1024, 40)
+    neighbours = torch.corrcoef(torch.stack([noise[..., 1:].flatten(), noise[..., :-1].flatten()]))[0, 1]
+    assert neighbours > 0.8  # smooth, as images are
