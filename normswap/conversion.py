@@ -8,13 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from normswap.capture import capture_symbolic
-from normswap.capture.guard import set_mode, untouched
-from normswap.capture.observed import norm_input_shapes, run_on
+from normswap.capture.observed import norm_input_shapes
 from normswap.errors import InitializationError, InputError, NothingToConvertError, VerificationError
 from normswap.initialization.absorb import absorb
 from normswap.initialization.moments import Moments, input_moments, measure_statistics, noise_like
@@ -25,7 +23,8 @@ from normswap.planning import make_plan
 from normswap.recipes import Recipe, make_recipe
 from normswap.records import InitReport, InitRow, Plan
 from normswap.rewriting import Placed, rewrite
-from normswap.verification import Verification, verify
+from normswap.selfcheck import eval_output, keeps_output
+from normswap.verification import Verification
 
 __all__ = ["Conversion", "convert", "plan", "swap_norms"]
 
@@ -254,13 +253,7 @@ def _reference(model: nn.Module, recipe: Recipe, example: Inputs | None, check: 
     if not (recipe.exact and check):
         return None
     inputs = example if example is not None else make_up_inputs(model)
-    return None if inputs is None else (_eval_output(model, inputs), inputs)
-
-
-def _eval_output(model: nn.Module, inputs: Inputs) -> Any:
-    with untouched(model, values=True):
-        set_mode(model, False)
-        return run_on(model, inputs)
+    return None if inputs is None else (eval_output(model, inputs), inputs)
 
 
 def _self_check(model: nn.Module, reference: tuple[Any, Inputs] | None) -> Verification | None:
@@ -268,7 +261,7 @@ def _self_check(model: nn.Module, reference: tuple[Any, Inputs] | None) -> Verif
     if reference is None:
         return None
     expected, inputs = reference
-    result = verify(lambda *_, **__: expected, lambda *_, **__: _eval_output(model, inputs), inputs, rtol=_rtol(model))
+    result = keeps_output(expected, model, inputs)
     if not result.ok:
         raise VerificationError(
             f"the converted model's output moved by {result.max_rel:.1e} of its size; an exact recipe must keep it",
@@ -276,11 +269,3 @@ def _self_check(model: nn.Module, reference: tuple[Any, Inputs] | None) -> Verif
             hint="report this model; check=False converts it nevertheless",
         )
     return result
-
-
-def _rtol(model: nn.Module) -> float:
-    """Return what rounding may move: a wrong absorption moves the output by a good part of itself."""
-    dtypes = {p.dtype for p in model.parameters()}
-    if dtypes & {torch.float16, torch.bfloat16}:
-        return 0.1
-    return 1e-3 if torch.float32 in dtypes else 1e-9

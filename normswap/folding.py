@@ -19,7 +19,6 @@ from torch.nn.utils import skip_init
 from normswap.capture import capture_symbolic
 from normswap.capture.batch_norms import after_norm, read_batch_norm
 from normswap.capture.dataflow import Dataflow
-from normswap.capture.guard import set_mode, untouched
 from normswap.capture.observed import run_on
 from normswap.capture.ops import is_layer, is_norm
 from normswap.errors import FoldError, VerificationError
@@ -29,7 +28,8 @@ from normswap.nn import ChannelAffine, ChannelLayerNorm, FilterLayout, MeanOnlyB
 from normswap.nn.plain import make_plain
 from normswap.origin import forget
 from normswap.records import text_table
-from normswap.verification import Verification, verify
+from normswap.selfcheck import eval_output, keeps_output
+from normswap.verification import Verification
 
 __all__ = ["FoldRow", "Folding", "fold", "fold_with_report"]
 
@@ -293,19 +293,10 @@ def _check(model: nn.Module, folded: nn.Module, example: Inputs | None) -> Verif
     inputs = example if example is not None else make_up_inputs(model)
     if inputs is None:
         return None
-
-    def output(module: nn.Module) -> Any:
-        with untouched(module, values=True):
-            set_mode(module, False)
-            return run_on(module, inputs)
-
-    before, after = output(model), output(folded)
-    dtypes = {p.dtype for p in model.parameters()}
-    rtol = 0.1 if dtypes & {torch.float16, torch.bfloat16} else 1e-3 if torch.float32 in dtypes else 1e-9
-    check = verify(lambda *_, **__: before, lambda *_, **__: after, inputs, rtol=rtol)
+    check = keeps_output(eval_output(model, inputs), folded, inputs)
     if not check.ok:
         raise VerificationError(
-            f"folding moved the output by {check.max_rel:.1e} of its size (allowed {rtol:.0e})",
+            f"folding moved the output by {check.max_rel:.1e} of its size (allowed {check.tolerance:.0e})",
             code="fold-mismatch",
             hint="report this model",
         )

@@ -39,6 +39,7 @@ LAYERS = [
     "forwards",
     "planning",
     "matching",
+    "selfcheck",
     "inputs",
     "contents",
     "origin",

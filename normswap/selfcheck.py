@@ -1,0 +1,65 @@
+"""Whether a model still computes what it did: the check that exact conversion, folding and export make."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from normswap.capture.guard import set_mode, untouched
+from normswap.capture.observed import run_on
+from normswap.inputs import Inputs
+from normswap.verification import Verification, verify
+
+__all__ = ["eval_output", "keeps_output", "own_rounding"]
+
+_MARGIN = 10
+"""How far two ways of computing one function may be apart, as a multiple of the rounding error of one of them."""
+
+
+def eval_output(model: nn.Module, inputs: Inputs) -> Any:
+    """Return ``model``'s output in evaluation; the model is only read."""
+    with untouched(model, values=True):
+        set_mode(model, False)
+        return run_on(model, inputs)
+
+
+def keeps_output(expected: Any, model: nn.Module, inputs: Inputs) -> Verification:
+    """Compare ``model``'s output with ``expected``, allowing for rounding.
+
+    A wrong absorption moves an output by a good part of itself, rounding by little: 1e-3 is allowed in float32. A model
+    that amplifies its own rounding errors beyond that is allowed ten times what they are.
+    """
+    dtypes = {p.dtype for p in model.parameters()}
+    rtol = 0.1 if dtypes & {torch.float16, torch.bfloat16} else 1e-3 if torch.float32 in dtypes else 1e-9
+    found = eval_output(model, inputs)
+    result = verify(lambda *_, **__: expected, lambda *_, **__: found, inputs, rtol=rtol)
+    if result.ok:
+        return result
+    rtol = max(rtol, _MARGIN * own_rounding(model, inputs))
+    return verify(lambda *_, **__: expected, lambda *_, **__: found, inputs, rtol=rtol)
+
+
+def own_rounding(model: nn.Module, inputs: Inputs) -> float:
+    """Return how far ``model``'s output is from that of its float64 copy, relative to its size; 0 if there is none."""
+    if not any(p.dtype is torch.float32 for p in model.parameters()):
+        return 0.0
+    wide = pytree.tree_map_only(Tensor, lambda x: x.double() if x.dtype is torch.float32 else x, inputs)
+    try:
+        pairs = zip(
+            pytree.tree_leaves(eval_output(model, inputs)),
+            pytree.tree_leaves(eval_output(copy.deepcopy(model).double(), wide)),
+            strict=True,
+        )
+    except Exception:  # a model that casts inside its forward has no float64 copy
+        return 0.0
+    errors = [
+        float((a.double() - b).abs().amax() / b.abs().amax().clamp(min=1e-300))
+        for a, b in pairs
+        if isinstance(a, Tensor) and a.dtype is torch.float32 and a.numel()
+    ]
+    # An error as large as the output means that the output proves nothing: it must not excuse anything either.
+    return min(max(errors, default=0.0), 1e-2)
