@@ -12,20 +12,19 @@ from torch import Tensor, nn
 
 __all__ = ["set_mode", "untouched"]
 
-_TABLES = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
-
 
 @contextmanager
 def untouched(model: nn.Module, *, values: bool = False) -> Iterator[None]:
     """Restore ``model`` and the random generators on leaving, also after an exception.
 
-    Restored are every module's attributes, train/eval flag, parameter, buffer, submodule and forward-hook tables and
-    the state of torch's, Python's and NumPy's generators; with ``values`` also the values of the buffers (a forward
-    pass may write them, a symbolic trace does not).
+    Restored are every module's attributes, train/eval flag, tables of parameters, buffers, submodules and hooks, the
+    contents of its own dicts, lists and sets, and the state of torch's, Python's and NumPy's generators; with
+    ``values`` also the values of the buffers (a forward pass may write them, a symbolic trace does not).
     """
     modules = list(model.modules())
     attributes = [dict(m.__dict__) for m in modules]
-    tables = [(m.__dict__[name], m.__dict__[name].copy()) for m in modules for name in _TABLES]
+    # Tables of parameters, submodules and hooks, and whatever a user's forward keeps its caches in.
+    containers = [(c, c.copy()) for m in modules for c in m.__dict__.values() if isinstance(c, (dict, list, set))]
     buffers: list[tuple[Tensor, Tensor]] = []
     if values:
         buffers = [(b, b.detach().clone()) for b in model.buffers() if b is not None]
@@ -40,9 +39,9 @@ def untouched(model: nn.Module, *, values: bool = False) -> Iterator[None]:
         for module, before in zip(modules, attributes, strict=True):
             module.__dict__.clear()
             module.__dict__.update(before)
-        for table, copy in tables:
-            table.clear()
-            table.update(copy)
+        for container, copy in containers:
+            container.clear()
+            container.extend(copy) if isinstance(container, list) else container.update(copy)
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
