@@ -113,7 +113,7 @@ class GroupedRecipe(Recipe):
             raise InputError(f"group_size={target} is no size", code="group-options", hint="give 1 or more")
         smallest = 1 if target == 1 or channels == 1 else 2
         sizes = [s for s in range(smallest, channels + 1) if channels % s == 0]
-        return channels // min(sizes, key=lambda s: (abs(math.log(s / target)), -s))
+        return channels // min(sizes, key=lambda s: abs(math.log(s / target)))
 
     def norm(self, site: Site, num_groups: int | None) -> NormPart:
         assert num_groups is not None
