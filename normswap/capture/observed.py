@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any
 
@@ -15,12 +15,17 @@ from normswap.capture.guard import set_mode, untouched
 from normswap.capture.ops import is_norm
 from normswap.errors import InputError
 
-__all__ = ["norm_input_shapes", "run_on"]
+__all__ = ["Batch", "norm_input_shapes", "run_on"]
+
+Batch = tuple[Any, ...] | Mapping[str, Any] | Callable[[nn.Module], Any]
+"""What a model is run on: positional inputs, inputs by keyword, or a function that calls it."""
 
 
-def run_on(model: nn.Module, inputs: tuple[Any, ...] | Mapping[str, Any]) -> Any:
-    """Run ``model`` on ``inputs``, positional or by keyword, without gradient."""
+def run_on(model: nn.Module, inputs: Batch) -> Any:
+    """Run ``model`` on ``inputs``, without gradient."""
     with torch.no_grad():
+        if callable(inputs):
+            return inputs(model)
         return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
 
 
