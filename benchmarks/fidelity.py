@@ -15,11 +15,7 @@ matching beside a forward pass of both networks. Weights and data lie in the fol
 from __future__ import annotations
 
 import argparse
-import copy
-import resource
 import sys
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,7 +28,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from pretrained import accuracy, cifar10_test, cifar10_train, data, load
 
 import normswap as ns
-from normswap.loading.importing import import_quietly
 
 NETWORKS = {"ResNet-20": "cifar10_resnet20", "ResNet-32": "cifar10_resnet32", "ResNet-8": "cifar10_resnet8"}
 COLUMNS: dict[str, tuple[str, dict[str, Any]]] = {

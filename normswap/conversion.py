@@ -18,6 +18,7 @@ from normswap.initialization.absorb import absorb
 from normswap.initialization.match import match_to
 from normswap.initialization.moments import Moments, input_moments, measure_statistics, noise_like
 from normswap.initialization.steadying import SPREAD
+from normswap.initialization.tune import tune_to
 from normswap.inputs import Inputs, as_inputs, bind_batches, make_up_inputs
 from normswap.matching import match
 from normswap.origin import Origin, remember, skeleton_of
@@ -32,7 +33,7 @@ from normswap.verification import Verification
 __all__ = ["Conversion", "convert", "plan", "swap_norms"]
 
 Progress = Callable[[str, int, int], None]
-METHODS = ("absorb", "match", "none")
+METHODS = ("absorb", "match", "tune", "none")
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ def convert(
     inplace: bool = False,
     check: bool = True,
     spread: float = SPREAD,
+    tune_steps: int = 300,
     progress: Progress | None = None,
     **options: Any,
 ) -> Conversion:
@@ -106,7 +108,8 @@ def convert(
             above does not fit.
         init: ``"absorb"`` keeps the model's function by what its BatchNorms know, exactly under an exact recipe and
             closely under the others; ``"match"``, the default where there is calibration data, then fits each site to
-            the original in closed form; ``"none"`` leaves the new norms fresh.
+            the original in closed form; ``"tune"`` then takes gradient steps towards the original's own values, without
+            labels; ``"none"`` leaves the new norms fresh.
         include: Globs of the norms to convert; default all.
         exclude: Globs of norms to leave as they are.
         plan: A plan to replay instead of making one.
@@ -115,7 +118,8 @@ def convert(
         spread: How far apart ``"match"`` sets the offsets of a group's channels, in their standard deviations. 0 leaves
             a group's statistics to the sample alone; with more they are steadier, the swap closer, and less is
             normalized (:mod:`normswap.initialization.steadying`).
-        progress: Called by ``"match"`` with a norm's name, how many were fitted, and how many there are.
+        tune_steps: How many steps ``"tune"`` takes, of one batch each.
+        progress: Called by ``"match"`` and ``"tune"`` with what is done, how much of it is, and how much there is.
         **options: Options of the recipe.
 
     Returns:
@@ -133,7 +137,7 @@ def convert(
     example = None if example_inputs is None else as_inputs(example_inputs)
     _refuse_unfit(model)
     least_group = _least_group(recipe) if plan is None else None
-    if least_group is not None and method != "match":
+    if least_group is not None and method not in ("match", "tune"):
         raise InputError(
             "num_groups='auto' chooses by calibration data and none is used",
             code="no-calibration",
@@ -156,19 +160,23 @@ def convert(
     if inplace and skeleton is not None:  # a plan that does not fit must not leave half of itself behind
         rewrite(copy.deepcopy(skeleton), plan, recipe)
     # Matching needs the original beside the copy, also where the model itself is to become the converted one.
-    target = model if inplace and method != "match" else _copy(model)
+    fits = method in ("match", "tune")
+    target = model if inplace and not fits else _copy(model)
     placed = [_with_statistics(p, statistics) for p in rewrite(target, plan, recipe)]
     agreement = None
     if method == "none":
         rows = [InitRow(p.step.site.norm, "fresh") for p in placed]
     else:
         rows = [absorb(p, moments) for p in placed]
-    if method == "match":
+    if fits:
         assert batches is not None
         fitted, agreement = match_to(
             model, target, placed, batches, least_group=least_group, spread=spread, progress=progress
         )
-        rows = [fitted.pop(row.name, row) for row in rows] + list(fitted.values())
+        sites = {row.name for row in rows}
+        rows = [fitted.get(row.name, row) for row in rows] + [r for name, r in fitted.items() if name not in sites]
+        if method == "tune":
+            notes.append(_tune(model, target, placed, fitted, batches, tune_steps, progress))
         plan = _with_groups(plan, recipe, placed)
         if inplace:
             rewrite(model, plan, recipe)
@@ -186,6 +194,26 @@ def _least_group(recipe: Recipe) -> int | None:
     return None
 
 
+def _tune(
+    model: nn.Module,
+    target: nn.Module,
+    placed: Sequence[Placed],
+    fitted: Mapping[str, InitRow],
+    batches: Sequence[Batch],
+    steps: int,
+    progress: Progress | None,
+) -> str:
+    """Tune all parameters that the swap has touched, and say what came of it."""
+    heads = [target.get_submodule(name) for name in fitted.keys() - {one.step.site.norm for one in placed}]
+    parts = [m for one in placed for m in (one.layer, one.affine, one.norm) if m is not None]
+    parameters = {id(p): p for part in (*parts, *heads) for p in part.parameters()}
+    places = [name for name in fitted if ":" not in name]
+    before, after = tune_to(model, target, places, list(parameters.values()), batches, steps=steps, progress=progress)
+    if after < before:
+        return f"{steps} gradient steps took the held-out error from {before:.3g} to {after:.3g}"
+    return f"{steps} gradient steps did not lessen the held-out error of {before:.3g}: the matched values were kept"
+
+
 def _with_groups(plan: Plan, recipe: Recipe, placed: Sequence[Placed]) -> Plan:
     """Return ``plan`` with the group counts that its norms have now."""
     counts = {one.step.site.norm: getattr(one.norm, "num_groups", None) for one in placed}
@@ -199,13 +227,13 @@ def _method(init: str | None, recipe: Recipe, has_data: bool) -> str:
         return "match" if has_data and not recipe.exact else "absorb"
     if init not in METHODS:
         raise InputError(f"init={init!r} is unknown", code="unknown-init", hint=f"choose from {', '.join(METHODS)}")
-    if init == "match" and not has_data:
+    if init in ("match", "tune") and not has_data:
         raise InputError(
-            "init='match' fits to data and none was given",
+            f"init={init!r} fits to data and none was given",
             code="no-calibration",
             hint="give calibration=, some hundred unlabelled samples",
         )
-    return "absorb" if init == "match" and recipe.exact else init
+    return "absorb" if init in ("match", "tune") and recipe.exact else init
 
 
 def _plan(

@@ -20,6 +20,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,9 +32,9 @@ from normswap.capture.guard import set_mode, untouched
 from normswap.capture.observed import Batch, run_on
 from normswap.errors import InitializationError
 
-__all__ = ["Place", "Visit", "run_side_by_side"]
+__all__ = ["ADDITIONS", "Place", "Visit", "evaluating", "find_additions", "run_side_by_side", "tensors_of"]
 
-_ADDITIONS: frozenset[Any] = frozenset(
+ADDITIONS: frozenset[Any] = frozenset(
     {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__}
 )
 
@@ -109,9 +110,12 @@ def run_side_by_side(
     fitted: set[str] = set()
     with ExitStack() as stack:
         stack.enter_context(untouched(original, values=True))
-        stack.enter_context(_evaluating(converted))
+        stack.enter_context(evaluating(converted))
         set_mode(original, False)
-        added = _Pilot(original, places).run(batches[0])
+        norms = [place for place in places if place.norm is not None and place.original is not None]
+        # In both networks: what a BatchNorm with an activation gives is not what the new norm before it gives.
+        added = find_additions(original, {p.name: p.original for p in norms if p.original}, batches[0])
+        added &= find_additions(converted, {p.name: p.end for p in norms}, batches[0])
         functional = {id(p.running_mean): p for p in places if p.original is None}
         firsts = [_Run(original, inputs, functional) for inputs in batches]
         seconds = [_Run(converted, inputs) for inputs in batches]
@@ -290,7 +294,7 @@ class _Additions(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _ADDITIONS and self.run.pending:
+        if func in ADDITIONS and self.run.pending:
             addends = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
             for i, mine in enumerate(addends):
                 if id(mine) in self.run.pending:
@@ -379,7 +383,8 @@ def _watch_converted(place: Place, added: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Keep ``model`` in evaluation mode, and put each module's mode back."""
     modes = [(module, module.training) for module in model.modules()]
     set_mode(model, False)
     try:
@@ -389,64 +394,63 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.__dict__["training"] = training
 
 
-class _Pilot(TorchFunctionMode):
-    """Runs the original once and finds the norms whose output goes into one addition and nowhere else."""
+def find_additions(model: nn.Module, norms: Mapping[str, nn.Module], inputs: Batch) -> frozenset[str]:
+    """Run ``model`` and return the names of the ``norms`` whose output goes into one addition and nowhere else.
 
-    def __init__(self, model: nn.Module, places: Sequence[Place]) -> None:
+    Of two norms that are added to one another it is the one that runs first: mostly the last of a block's main branch.
+    """
+    pilot = _Pilot()
+    handles = [norm.register_forward_hook(partial(pilot.note, name)) for name, norm in norms.items()]
+    try:
+        with pilot:
+            run_on(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    found: dict[int, str] = {}
+    for name, calls in pilot.calls.items():
+        uses = pilot.uses.get(name, [])
+        if calls == 1 and len(uses) == 1 and uses[0] is not None:
+            found.setdefault(uses[0], name)
+    return frozenset(found.values())
+
+
+class _Pilot(TorchFunctionMode):
+    """Notes what each norm's output goes into: the number of an addition, or None for anything else."""
+
+    def __init__(self) -> None:
         super().__init__()
-        self.model, self.places = model, places
-        self.outputs: dict[int, tuple[Tensor, Place]] = {}
-        self.uses: dict[str, list[tuple[int, bool]]] = {}
+        self.outputs: dict[int, tuple[Tensor, str]] = {}  # the tensors are held, so that no id comes again
+        self.uses: dict[str, list[int | None]] = {}
         self.calls: dict[str, int] = {}
         self.additions = 0
 
-    def run(self, inputs: Batch) -> frozenset[str]:
-        """Return the names of those norms, of each addition one at most."""
-        handles = [
-            place.original.register_forward_hook(self._note(place))
-            for place in self.places
-            if place.original is not None and place.norm is not None
-        ]
-        try:
-            with self:
-                run_on(self.model, inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
-        by_addition: dict[int, list[Place]] = {}
-        for place in self.places:
-            uses = self.uses.get(place.name, [])
-            if len(uses) == 1 and uses[0][1] and self.calls[place.name] == 1:
-                by_addition.setdefault(uses[0][0], []).append(place)
-        self.outputs.clear()
-        # Of two norms that are added to one another the last but one is fitted first: the main branch, of larger
-        # filters, makes good the error of both.
-        return frozenset(max(found, key=_fan_in).name for found in by_addition.values())
-
-    def _note(self, place: Place) -> Callable[..., None]:
-        def note(_: nn.Module, args: Any, output: Any) -> None:
-            self.calls[place.name] = self.calls.get(place.name, 0) + 1
-            if isinstance(output, Tensor):
-                self.outputs[id(output)] = output, place
-
-        return note
+    def note(self, name: str, _: nn.Module, args: Any, output: Any) -> None:
+        self.calls[name] = self.calls.get(name, 0) + 1
+        if isinstance(output, Tensor):
+            self.outputs[id(output)] = output, name
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        addition = func in _ADDITIONS and len(tensors) == 2 and tensors[0].shape == tensors[1].shape
+        addition = func in ADDITIONS and len(tensors) == 2 and tensors[0].shape == tensors[1].shape
         addition = addition and tensors[0] is not tensors[1] and kwargs.get("alpha", 1) == 1
         self.additions += addition
-        for value in tensors:
+        for value in _nested(args, kwargs):
             found = self.outputs.get(id(value))
-            if found is not None and getattr(func, "__name__", "") != "__get__":
-                self.uses.setdefault(found[1].name, []).append((self.additions, addition))
+            if found is not None and getattr(func, "__name__", "") != "__get__":  # .shape and the like
+                self.uses.setdefault(found[1], []).append(self.additions if addition else None)
         return func(*args, **kwargs)
 
 
-def _fan_in(place: Place) -> int:
-    weight = place.source.weight
-    return weight.numel() // max(1, weight.shape[0]) if isinstance(weight, Tensor) else 0
+def _nested(*values: Any) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _nested(*value)
+        elif isinstance(value, dict):
+            yield from _nested(*value.values())
 
 
 def _check_undisturbed(model: nn.Module, inputs: Batch, output: Any) -> None:
