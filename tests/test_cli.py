@@ -29,6 +29,7 @@ import normswap as ns
 from normswap.cli import app, console, files, options
 from normswap.errors import InputError
 from normswap.loading import load_model
+from normswap.writing import staged
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MODULE = [sys.executable, "-m", "normswap"]
@@ -539,7 +540,7 @@ def test_a_failure_while_writing_keeps_what_was_there(
 
 
 def test_two_outputs_of_one_name_are_refused() -> None:
-    with pytest.raises(InputError, match="two outputs have this name"), files.staged(Path("a.json"), Path("a.json")):
+    with pytest.raises(InputError, match="two outputs have this name"), staged(Path("a.json"), Path("a.json")):
         pass
 
 

@@ -750,7 +750,7 @@ def test_a_failed_save_leaves_the_folder_as_it_was(
     with pytest.raises(raised) as caught:
         save(converted(), path)
     if raised is InputError:
-        assert caught.value.code == "storage-write"
+        assert caught.value.code == "output-path"
     assert [p.read_bytes() for p in tmp_path.iterdir()] == ([b"precious"] if existing else [])
 
 
@@ -762,7 +762,7 @@ def test_a_failed_replacement_leaves_the_folder_as_it_was(tmp_path: Path, monkey
         raise PermissionError("no")
 
     monkeypatch.setattr(writing.os, "replace", fail)
-    assert refusal(save, converted(), path).code == "storage-write"
+    assert refusal(save, converted(), path).code == "output-path"
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"precious"]
 
 
@@ -785,14 +785,14 @@ WITHOUT_SPACE = """
 def test_a_file_that_cannot_be_written_whole_is_not_written(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"precious")
-    assert python(WITHOUT_SPACE, path).split() == ["storage-write"]
+    assert python(WITHOUT_SPACE, path).split() == ["output-path"]
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"precious"]
 
 
 def test_a_path_that_cannot_be_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path in (tmp_path, tmp_path / "no" / "x", tmp_path / "file" / "x", tmp_path / ("x" * 400), "/dev/null", "a\0b"):
-        assert refusal(save, converted("gn"), path).code == "storage-path"
+        assert refusal(save, converted("gn"), path).code == "output-path"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
@@ -800,7 +800,7 @@ def test_a_path_that_cannot_be_a_file_is_refused(tmp_path: Path) -> None:
 def test_a_folder_without_write_access_is_refused(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     try:
-        assert refusal(save, converted("gn"), tmp_path / "model.safetensors").code == "storage-path"
+        assert refusal(save, converted("gn"), tmp_path / "model.safetensors").code == "output-path"
     finally:
         tmp_path.chmod(0o700)
 

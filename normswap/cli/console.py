@@ -36,7 +36,6 @@ SPELLED = {
     "give calibration data": "give calibration data (--calibration FILE)",
     "give example_inputs": "give --input-shape",
     "give example inputs": "give --input-shape",
-    "load(path, model=...)": "--arch NAME",
 }
 """Arguments of the Python functions, as they stand in messages, and how the command line writes them."""
 
@@ -167,7 +166,8 @@ def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     same = {i for i in range(1, len(header)) if len(cells) > 1 and len({row[i] for row in cells}) == 1}
     if common := [f"{header[i]} {cells[0][i]}" for i in sorted(same) if cells[0][i] not in ("", "–")]:
         say(f"every row: {', '.join(common)}")
-    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), header_style="bold")
+        say()
+    grid = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1), header_style="bold")
     for i, name in enumerate(header):
         if i not in same:
             grid.add_column(name, overflow="fold")
