@@ -167,13 +167,17 @@ def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     if common := [f"{header[i]} {cells[0][i]}" for i in sorted(same) if cells[0][i] not in ("", "–")]:
         say(f"every row: {', '.join(common)}")
         say()
+    shown = [i for i in range(len(header)) if i not in same]
+    longest = {i: max(len(row[i]) for row in (header, *cells)) for i in shown}
+    words = {i for i in shown if not any(" " in row[i] for row in cells)}  # names and numbers, which should stay whole
+    console, gap = Console(highlight=False), 3
+    narrow = sum(longest[i] if i in words else min(longest[i], 12) for i in shown) + gap * (len(shown) - 1)
     grid = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1), header_style="bold")
-    for i, name in enumerate(header):
-        if i not in same:
-            grid.add_column(name, overflow="fold")
+    for i in shown:
+        grid.add_column(header[i], overflow="fold", no_wrap=i in words and narrow <= console.width)
     for row in cells:
-        grid.add_row(*(_literal(cell) for i, cell in enumerate(row) if i not in same))
-    Console(highlight=False).print(grid)
+        grid.add_row(*(_literal(row[i]) for i in shown))
+    console.print(grid)
 
 
 def facts(pairs: Sequence[tuple[str, str]]) -> None:

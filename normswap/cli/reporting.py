@@ -57,7 +57,7 @@ def show_plan(plan: Plan) -> None:
 
 
 def show_norms(header: tuple[str, ...], rows: Sequence[tuple[str, ...]], notes: Sequence[Sequence[str]]) -> None:
-    """Print a line for each norm, its notes beside it; on a terminal, which is too narrow for that, they stand below."""
+    """Print a line for each norm, with its notes beside it or, on a terminal, which is too narrow for that, below."""
     if not sys.stdout.isatty():
         table((*header, "notes"), [(*row, "; ".join(texts)) for row, texts in zip(rows, notes, strict=True)])
         return
