@@ -77,13 +77,21 @@ def confirm_feeds(
 
     On a copy of the model each layer's filters and bias are scaled and shifted at random, and each norm undoes that on
     its input: where the model's output stays, no one else saw the difference. If all pairs together pass, each does;
-    if not, they are halved until the wrong ones stand alone. An output that stays even where nothing is undone, such as
-    that of a detector which finds nothing, proves nothing.
+    if not, they are halved until the wrong ones stand alone. A layer or norm that does not run on ``inputs`` proves
+    nothing, nor does an output that stays even where nothing is undone: that of a detector which finds nothing.
     """
     clone = copy.deepcopy(model)
     set_mode(clone, False)
     with torch.no_grad():
+        ran: set[str] = set()
+        hooks = [
+            clone.get_submodule(name).register_forward_hook(lambda *_, name=name: ran.add(name))
+            for name in {name for pair in pairs for name in pair}
+        ]
         reference = _tensors(run_on(clone, inputs))
+        for hook in hooks:
+            hook.remove()
+        pairs = [pair for pair in pairs if ran.issuperset(pair)]
 
         def stays(subset: Sequence[tuple[str, str]], *, undone: bool) -> bool:
             saved, handles = [], []

@@ -52,6 +52,7 @@ def inspect_model(
         from normswap.capture import capture_symbolic
         from normswap.inputs import as_inputs
         from normswap.matching import match
+        from normswap.origin import origin_of
 
         matches = match(capture_symbolic(network), None if inputs is None else as_inputs(inputs))
         parameters = sum(p.numel() for p in network.parameters())
@@ -60,7 +61,9 @@ def inspect_model(
         record = {"model": name, "parameters": parameters, **dataclasses.asdict(matches)}
         print_json(json.dumps(record, indent=2, ensure_ascii=False))
         return
-    say(f"{name}: {parameters:,} parameters, {len(matches.sites)} BatchNorm sites\n")
+    origin = origin_of(network)
+    converted = "" if origin is None else f", converted to {origin.plan.recipe}"
+    say(f"{name}{converted}: {parameters:,} parameters, {len(matches.sites)} BatchNorm sites\n")
     show_norms(
         ("norm", "is", "channels", "layer", "layer is", "proof"),
         [
@@ -133,7 +136,8 @@ def convert_model(
 ) -> None:
     """Swap a model's BatchNorms and keep what it has learnt.
 
-    Without -o and --onnx the output stands beside the model, as MODEL.RECIPE.safetensors.
+    Without -o and --onnx the output stands beside the model, as MODEL.RECIPE.safetensors. That file is for training on
+    (normswap.load in Python) and for `normswap fold`.
     """
     shapes = options.read_shapes(input_shape)
     source = files.Source.of(trust, arch, arch_kwargs)

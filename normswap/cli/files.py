@@ -149,15 +149,18 @@ def _check_inputs(model: nn.Module, inputs: Any, option: str) -> None:
         raise InputError(
             f"{type(model).__name__} fails on the inputs of {option}: {type(cause).__name__}: {first_line(cause)}",
             code="inputs-do-not-fit",
-            hint=explain_dtype(inputs, model) or _signature_hint(model, inputs),
+            hint=explain_dtype(inputs, model) or _signature_hint(model, inputs, option),
         ) from cause
 
 
-def _signature_hint(model: nn.Module, inputs: Any) -> str:
+def _signature_hint(model: nn.Module, inputs: Any, option: str) -> str:
     import inspect
 
     takes = f"forward takes {inspect.signature(model.forward)}"
-    return f"{takes}, the file holds {', '.join(inputs)}" if isinstance(inputs, Mapping) else takes
+    if isinstance(inputs, Mapping):
+        return f"{takes}, the file holds {', '.join(inputs)}"
+    lists = "; a list of images is given by --input-file FILE, written by torch.save(([image, image],), FILE)"
+    return takes + (lists if option == "--input-shape" else "")
 
 
 def calibration_batches(model: nn.Module, path: Path | None, size: int) -> list[Any] | None:

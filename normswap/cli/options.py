@@ -88,7 +88,7 @@ To = Annotated[
     str | None,
     typer.Option(
         metavar="RECIPE",
-        help="the recipe, see `normswap recipes`",
+        help="the recipe, see `normswap recipes`; convert takes gn+ws where none is given",
         autocompletion=_recipes_like,
         rich_help_panel=NORMS,
     ),

@@ -38,15 +38,16 @@ def show_plan(plan: Plan) -> None:
     """Print what becomes of every norm and layer."""
     chosen = "".join(f" {name}={value}" for name, value in plan.options.items())
     say(f"{plan.model} → {plan.recipe}{chosen}\n")
-    show_norms(
-        ("norm", "is", "layer", "weight", "becomes", "proof"),
-        [
-            (s.site.norm, s.site.norm_type, s.site.layer or "–", s.weight or "–", s.norm, s.site.proof)
-            for s in plan.steps
-        ],
-        [(*([step.site.reason] if step.site.reason else []), *step.notes) for step in plan.steps],
-    )
-    say()
+    if plan.steps:
+        show_norms(
+            ("norm", "is", "layer", "weight", "becomes", "proof"),
+            [
+                (s.site.norm, s.site.norm_type, s.site.layer or "–", s.weight or "–", s.norm, s.site.proof)
+                for s in plan.steps
+            ],
+            [(*([step.site.reason] if step.site.reason else []), *step.notes) for step in plan.steps],
+        )
+        say()
     if plan.skips:
         table(
             ("skipped", "what", "names", "reason"),

@@ -6,7 +6,7 @@ from normswap.errors import InputError
 from normswap.loading.scanning import Global, Scan
 from normswap.loading.trust import Trust, option_for, under
 
-__all__ = ["INSTEAD", "refuse_hooks", "refuse_known", "refuse_names"]
+__all__ = ["INSTEAD", "refuse_code", "refuse_hooks", "refuse_known", "refuse_names"]
 
 SHOWN = 10
 INSTEAD = "save model.state_dict() instead and give --arch"
@@ -94,6 +94,13 @@ def refuse_names(names: set[Global]) -> None:
             code="untrusted-global",
             hint=advice,
         )
+
+
+def refuse_code(found: Global) -> None:
+    """Raise for a class with pickling code of its own, which nobody reviewed."""
+    raise InputError(
+        f"{found.path} runs code of its own while it is unpickled", code="untrusted-global", hint=_listed({found})[1]
+    )
 
 
 def _listed(names: set[Global]) -> tuple[str, str]:
