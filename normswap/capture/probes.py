@@ -78,7 +78,7 @@ def confirm_feeds(
     On a copy of the model each layer's filters and bias are scaled and shifted at random, and each norm undoes that on
     its input: where the model's output stays, no one else saw the difference. If all pairs together pass, each does;
     if not, they are halved until the wrong ones stand alone. A layer or norm that does not run on ``inputs`` proves
-    nothing, nor does an output that stays even where nothing is undone: that of a detector which finds nothing.
+    nothing, nor does an output that is empty, as that of a detector which finds nothing, or that stays in any case.
     """
     clone = copy.deepcopy(model)
     set_mode(clone, False)
@@ -129,7 +129,8 @@ def confirm_feeds(
             half = len(subset) // 2
             return search(subset[:half]) | search(subset[half:])
 
-        return frozenset() if stays(pairs, undone=False) else search(pairs)
+        shows = any(tensor.numel() for tensor in reference) and not stays(pairs, undone=False)
+        return search(pairs) if shows else frozenset()
 
 
 class _Undo:

@@ -32,6 +32,7 @@ SPELLED = {
     "dynamic_batch=False": "--no-dynamic-batch",
     "dynamic_spatial=False": "--no-dynamic-spatial",
     "normswap.fold(model)": "normswap fold MODEL",
+    "the whole reason is the exception's __cause__": "`normswap --debug …` shows the whole reason",
     "calibration=": "--calibration",
     "give calibration data": "give calibration data (--calibration FILE)",
     "give example_inputs": "give --input-shape",
