@@ -5,7 +5,8 @@ An output ``b`` equals the reference ``a`` if ``max |a − b| ≤ rtol · max |a
 whole output: rounding errors scale with what was summed, not with the one value that is left of it. By
 default atol is 0 and rtol comes from ``TOLERANCES``, by the coarser dtype of the two. A NaN is never equal,
 not even to a NaN in the same place: two broken networks prove nothing. Infinities must agree in place and
-sign (masks are made of them). Integers and booleans must be identical. A comparison of no outputs has failed.
+sign (masks are made of them). Integers and booleans must be identical. A comparison of no outputs has failed, and so
+has one of outputs without a value: a detector that finds nothing returns empty boxes, whatever its weights are.
 """
 
 from __future__ import annotations
@@ -216,7 +217,9 @@ def verify(
     pairs = _paired(outputs[0], outputs[1], by_position=by_position)
     if isinstance(pairs, str):
         return Verification(*names, rows=(), reason=pairs)
-    return Verification(*names, rows=tuple(_compare(name, x, y, rtol, atol) for name, x, y in pairs))
+    rows = tuple(_compare(name, x, y, rtol, atol) for name, x, y in pairs)
+    empty = all(row.ok and 0 in row.shape for row in rows)
+    return Verification(*names, rows, reason="all outputs are empty: nothing was compared" if empty else "")
 
 
 def as_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 import normswap as ns
 from normswap.capture import capture_symbolic
 from normswap.capture.observed import norm_input_shapes
+from normswap.capture.probes import confirm_feeds
 
 
 class Careless(nn.Module):
@@ -87,7 +89,7 @@ def test_an_untraceable_module_hides_no_more_than_itself() -> None:
             self.inner = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.inner(x) if x.sum() > 0 else x
+            return self.inner(x) if x.shape[0] > 1 else x
 
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), Branches(), nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5))
     capture = capture_symbolic(copy.deepcopy(model))
@@ -95,10 +97,9 @@ def test_an_untraceable_module_hides_no_more_than_itself() -> None:
     assert {trace.scope for trace in capture.traces} == {"", "2.inner"}
     found = {step.site.norm: step.site.layer for step in ns.plan(model, "ln").steps}
     assert found == {"1": "0", "2.inner.1": None, "4": "3"}
-    checked = {
-        step.site.norm: step.site.proof for step in ns.plan(model, "ln", example_inputs=torch.ones(2, 3, 5, 5)).steps
-    }
-    assert checked["2.inner.1"] == "checked"
+    for batch, proof in ((2, "checked"), (1, "none")):  # of the branch that is not taken nothing is seen
+        plan = ns.plan(model, "ln", example_inputs=torch.ones(batch, 3, 5, 5))
+        assert {step.site.norm: step.site.proof for step in plan.steps}["2.inner.1"] == proof
 
 
 @pytest.mark.parametrize(
@@ -112,3 +113,25 @@ def test_wrappers_are_refused_with_what_to_do(wrap: object) -> None:
     with pytest.raises(ns.NormswapError, match="cannot be replaced") as error:
         ns.plan(wrap(model), "ln")  # type: ignore[operator]
     assert error.value.hint
+
+
+class Finds(nn.Module):
+    """Returns what ``finds`` makes of the output of two layers in a row, each with its norm."""
+
+    def __init__(self, finds: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.bn1 = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.second, self.bn2 = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+        self.finds = finds
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.finds(self.bn2(self.second(self.bn1(self.first(x)).relu())))
+
+
+@pytest.mark.parametrize(
+    ("finds", "proven"), [(Tensor.sigmoid, True), (lambda y: y[y > 1e9], False), (torch.zeros_like, False)]
+)
+def test_an_output_that_shows_nothing_proves_nothing(finds: Callable[[Tensor], Tensor], proven: bool) -> None:
+    pairs = [("first", "bn1"), ("second", "bn2")]
+    found = confirm_feeds(Finds(finds), pairs, (torch.randn(2, 3, 8, 8),))
+    assert found == (frozenset(pairs) if proven else frozenset())

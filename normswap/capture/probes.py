@@ -77,14 +77,23 @@ def confirm_feeds(
 
     On a copy of the model each layer's filters and bias are scaled and shifted at random, and each norm undoes that on
     its input: where the model's output stays, no one else saw the difference. If all pairs together pass, each does;
-    if not, they are halved until the wrong ones stand alone.
+    if not, they are halved until the wrong ones stand alone. A layer or norm that does not run on ``inputs`` proves
+    nothing, nor does an output that is empty, as that of a detector which finds nothing, or that stays in any case.
     """
     clone = copy.deepcopy(model)
     set_mode(clone, False)
     with torch.no_grad():
+        ran: set[str] = set()
+        hooks = [
+            clone.get_submodule(name).register_forward_hook(lambda *_, name=name: ran.add(name))
+            for name in {name for pair in pairs for name in pair}
+        ]
         reference = _tensors(run_on(clone, inputs))
+        for hook in hooks:
+            hook.remove()
+        pairs = [pair for pair in pairs if ran.issuperset(pair)]
 
-        def passes(subset: Sequence[tuple[str, str]]) -> bool:
+        def stays(subset: Sequence[tuple[str, str]], *, undone: bool) -> bool:
             saved, handles = [], []
             generator = torch.Generator().manual_seed(len(subset))
             try:
@@ -98,9 +107,9 @@ def confirm_feeds(
                     saved.append((layer, weight.detach().clone(), bias))
                     weight.copy_(layout.scale(weight, scale))
                     layer.bias = nn.Parameter(shift if bias is None else bias * scale + shift)
-                    handles.append(
-                        clone.get_submodule(norm).register_forward_pre_hook(_Undo(scale, shift), prepend=True)
-                    )
+                    if undone:
+                        undo = _Undo(scale, shift)
+                        handles.append(clone.get_submodule(norm).register_forward_pre_hook(undo, prepend=True))
                 moved = _tensors(run_on(clone, inputs))
             except Exception:
                 return False
@@ -113,14 +122,15 @@ def confirm_feeds(
             return len(moved) == len(reference) and all(map(_close, moved, reference))
 
         def search(subset: Sequence[tuple[str, str]]) -> frozenset[tuple[str, str]]:
-            if not subset or passes(subset):
+            if not subset or stays(subset, undone=True):
                 return frozenset(subset)
             if len(subset) == 1:
                 return frozenset()
             half = len(subset) // 2
             return search(subset[:half]) | search(subset[half:])
 
-        return search(pairs)
+        shows = any(tensor.numel() for tensor in reference) and not stays(pairs, undone=False)
+        return search(pairs) if shows else frozenset()
 
 
 class _Undo:

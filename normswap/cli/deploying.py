@@ -15,13 +15,17 @@ from normswap.cli import files, options
 from normswap.cli.console import facts, note, print_json, say, table, working
 from normswap.cli.reporting import describe_check, show_artifact, written
 from normswap.errors import InputError
+from normswap.writing import staged
 
 __all__ = ["export_model", "fold_model"]
 
 
 def fold_model(
     model: options.Model,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="a .pt file (default: MODEL.folded.pt)")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="a .pt file (default: MODEL.folded.pt)", rich_help_panel=options.OUTPUT),
+    ] = None,
     input_shape: options.InputShape = None,
     input_file: options.InputFile = None,
     trust: options.Trust = None,
@@ -36,8 +40,8 @@ def fold_model(
         raise InputError(
             f"a folded model is not written to {target}", code="output-kind", hint=f"write {target.stem}.pt"
         )
-    source = files.Source(tuple(trust or ()), arch, options.read_arch_kwargs(arch_kwargs))
-    with files.staged(target, inputs=(model,)) as place:
+    source = files.Source.of(trust, arch, arch_kwargs)
+    with staged(target, inputs=(model,)) as place:
         network = source.open(model).eval()
         inputs = files.example_inputs(network, shapes, input_file)
         with working("folding"):
@@ -54,12 +58,11 @@ def fold_model(
         print_json(json.dumps(record, indent=2, ensure_ascii=False))
         return
     became = Counter("part of a layer" if r.result.startswith("part of") else r.result for r in folding.rows)
-    check = "not compared: give --input-shape" if folding.check is None else describe_check(folding.check)
     say(type(network).__name__)
     facts(
         [
             ("folded", ", ".join(f"{n} became {what}" for what, n in became.items()) or "nothing: it was plain"),
-            ("checked", check),
+            ("checked", describe_check(folding.check)),
             *written([target]),
         ]
     )
@@ -72,12 +75,19 @@ def fold_model(
 
 def export_model(
     model: options.Model,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="an .onnx file (default: MODEL.onnx)")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="an .onnx file (default: MODEL.onnx)", rich_help_panel=options.OUTPUT),
+    ] = None,
     input_shape: options.InputShape = None,
     input_file: options.InputFile = None,
     opset: options.Opset = 18,
-    dynamic_batch: Annotated[bool, typer.Option(help="whether the file takes any batch size")] = True,
-    dynamic_spatial: Annotated[bool, typer.Option(help="whether the file takes any height and width")] = False,
+    dynamic_batch: Annotated[
+        bool, typer.Option(help="whether the file takes any batch size", rich_help_panel=options.OUTPUT)
+    ] = True,
+    dynamic_spatial: Annotated[
+        bool, typer.Option(help="whether the file takes any height and width", rich_help_panel=options.OUTPUT)
+    ] = False,
     trust: options.Trust = None,
     arch: options.Arch = None,
     arch_kwargs: options.ArchKwargs = None,
@@ -88,8 +98,8 @@ def export_model(
     target = output or model.with_suffix(".onnx")
     if target.suffix != ".onnx":
         raise InputError(f"{target} does not end with .onnx", code="output-kind", hint=f"write {target.stem}.onnx")
-    source = files.Source(tuple(trust or ()), arch, options.read_arch_kwargs(arch_kwargs))
-    with files.staged(target, inputs=(model,)) as place:
+    source = files.Source.of(trust, arch, arch_kwargs)
+    with staged(target, inputs=(model,)) as place:
         network = source.open(model).eval()
         inputs = files.required_inputs(
             network, shapes, input_file, use="" if dynamic_spatial else ", and the file takes no other height and width"
