@@ -29,7 +29,7 @@ from normswap.nn.plain import make_plain
 from normswap.origin import forget
 from normswap.records import text_table
 from normswap.selfcheck import eval_output, keeps_output
-from normswap.verification import Verification
+from normswap.verification import Verification, training_modules
 
 __all__ = ["FoldRow", "Folding", "fold", "fold_with_report"]
 
@@ -87,8 +87,7 @@ def fold_with_report(model: nn.Module, *, example_inputs: Any = None) -> Folding
         FoldError: The model is in train mode.
         VerificationError: The output moved.
     """
-    training = [name for name, module in model.named_modules() if module.training]
-    if training:
+    if training := training_modules(model):
         raise FoldError(
             f"the model is in train mode ({training[0]!r} and {len(training) - 1} more modules)",
             code="fold-train-mode",
