@@ -16,7 +16,7 @@ from normswap.capture.observed import norm_input_shapes
 from normswap.errors import InitializationError, InputError, NothingToConvertError, VerificationError
 from normswap.initialization.absorb import absorb
 from normswap.initialization.moments import Moments, input_moments, measure_statistics, noise_like
-from normswap.inputs import Inputs, as_inputs, bind_batches, make_up_inputs
+from normswap.inputs import Inputs, bind_batches, example_of, make_up_inputs
 from normswap.matching import match
 from normswap.origin import Origin, remember, skeleton_of
 from normswap.planning import make_plan
@@ -68,7 +68,7 @@ def plan(
 ) -> Plan:
     """Return what :func:`convert` would do; the model is only read, and may be on the meta device."""
     recipe = make_recipe(to, options)
-    example = None if example_inputs is None else as_inputs(example_inputs)
+    example = example_of(model, example_inputs)
     return _plan(model, recipe, example, include, exclude, calibration is not None)
 
 
@@ -117,7 +117,7 @@ def convert(
     if plan is not None and not isinstance(to, Recipe):
         to, options = plan.recipe, dict(plan.options)
     recipe = make_recipe(to, options)
-    example = None if example_inputs is None else as_inputs(example_inputs)
+    example = example_of(model, example_inputs)
     _refuse_unfit(model)
     if plan is None:
         plan = _plan(model, recipe, example, include, exclude, calibration is not None)

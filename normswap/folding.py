@@ -23,7 +23,7 @@ from normswap.capture.observed import run_on
 from normswap.capture.ops import is_layer, is_norm
 from normswap.errors import FoldError, VerificationError
 from normswap.forwards import is_rewritten, trace_own_forward
-from normswap.inputs import Inputs, as_inputs, make_up_inputs
+from normswap.inputs import Inputs, example_of, make_up_inputs
 from normswap.nn import ChannelAffine, ChannelLayerNorm, FilterLayout, MeanOnlyBatchNorm
 from normswap.nn.plain import make_plain
 from normswap.origin import forget
@@ -94,7 +94,7 @@ def fold_with_report(model: nn.Module, *, example_inputs: Any = None) -> Folding
             hint="call model.eval() before folding",
         )
     folded = copy.deepcopy(model)
-    inputs = None if example_inputs is None else as_inputs(example_inputs)
+    inputs = example_of(model, example_inputs)
     if inputs is not None:
         _note_ranks(folded, inputs)
     rows: list[FoldRow] = []

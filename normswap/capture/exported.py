@@ -26,6 +26,7 @@ from torch.export.graph_signature import InputKind
 from torch.fx.graph import CodeGen, _PyTreeCodeGen
 from torch.utils import _pytree as pytree
 
+from normswap.capture.ops import LAYER_CALLS, STATISTICS_CALLS
 from normswap.errors import CaptureError, InputError
 from normswap.verification import first_line
 
@@ -75,7 +76,16 @@ def recorded_inputs(model: nn.Module) -> tuple[Any, ...] | dict[str, Any] | None
     record = _record_of(model)
     if record is None:
         return None
-    return record["args"] if not record["kwargs"] else _by_name(model, record["args"], record["kwargs"])
+    args, kwargs = _moved((record["args"], record["kwargs"]), record["dtype"], model)
+    return _by_name(model, args, kwargs) if kwargs else args
+
+
+def _moved(inputs: Any, dtype: torch.dtype | None, model: nn.Module) -> Any:
+    """Return ``inputs`` where ``model`` is now, and as wide as it is, if it was of ``dtype``."""
+    like = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if like is None:
+        return inputs
+    return pytree.tree_map_only(Tensor, lambda v: v.to(like) if v.dtype is dtype else v.to(like.device), inputs)
 
 
 def to_exported(model: nn.Module, inputs: tuple[Any, ...] | dict[str, Any]) -> ExportedProgram:
@@ -144,7 +154,9 @@ def _record(program: ExportedProgram) -> dict[str, Any] | None:
     if len(leaves) != spec.num_leaves:
         return None
     args, kwargs = given
-    return {"args": tuple(args), "kwargs": dict(kwargs), "dynamic_shapes": pytree.tree_unflatten(axes, spec)}
+    floating = (p.dtype for p in program.state_dict.values() if p.is_floating_point())
+    shapes = pytree.tree_unflatten(axes, spec)
+    return {"args": tuple(args), "kwargs": dict(kwargs), "dynamic_shapes": shapes, "dtype": next(floating, None)}
 
 
 def _flatten_signature(graph: fx.Graph) -> None:
@@ -208,18 +220,8 @@ _CONVS: tuple[Any, Any] = (
     (nn.Conv1d, nn.Conv2d, nn.Conv3d),
     (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
 )
-_CONV_CALLS = (
-    aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
-    aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding, aten.convolution.default,
-)  # fmt: skip
 _TRANSPOSED_CALLS = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
-_NORM_CALLS = (
-    aten.batch_norm.default,
-    aten.native_batch_norm.default,
-    aten._native_batch_norm_legit.default,
-    aten._native_batch_norm_legit_functional.default,
-    aten._native_batch_norm_legit_no_training.default,
-)
+_NORM_CALLS = STATISTICS_CALLS | {aten.batch_norm.default}
 _DROPOUT_CALLS = {
     aten.dropout.default: False,
     aten.dropout_.default: True,
@@ -299,7 +301,7 @@ def _transposed_weight(node: Any) -> fx.Node | None:
 
 def _layer_call(node: fx.Node) -> _Call | None:
     argument = "input"
-    if node.target in (*_CONV_CALLS, *_TRANSPOSED_CALLS, aten.linear.default):
+    if node.target in LAYER_CALLS:
         given = _arguments(node)
         if node.target in _TRANSPOSED_CALLS:
             given["transposed"] = True
@@ -547,7 +549,7 @@ def _refuse_control_flow(module: fx.GraphModule) -> None:
         if child is module or not isinstance(child, fx.GraphModule):
             continue
         for node in child.graph.nodes:
-            if node.target in (*_NORM_CALLS, *_CONV_CALLS, *_TRANSPOSED_CALLS, aten.linear.default):
+            if node.target in _NORM_CALLS | LAYER_CALLS:
                 raise CaptureError(
                     f"the program calls {node.target} inside a control-flow operation ('{name}')",
                     code="exported-control-flow",

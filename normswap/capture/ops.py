@@ -13,6 +13,8 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 __all__ = [
     "LAYERS",
+    "LAYER_CALLS",
+    "STATISTICS_CALLS",
     "class_of",
     "is_functional_norm",
     "is_layer",
@@ -34,14 +36,26 @@ LAYERS = (
     nn.Linear,
 )
 _OTHER_NORMS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm, _InstanceNorm)
-_BATCH_NORM_CALLS: frozenset[Any] = frozenset(
+aten = torch.ops.aten
+LAYER_CALLS: frozenset[Any] = frozenset(
     {
-        F.batch_norm,
-        torch.batch_norm,
-        torch.ops.aten.batch_norm.default,
-        torch.ops.aten._native_batch_norm_legit.default,
+        F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear,
+        aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.convolution.default,
+        aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding, aten.linear.default,
+        aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input,
+    }
+)  # fmt: skip
+"""The functions that apply a convolution or a linear layer to a weight that they are given."""
+STATISTICS_CALLS: frozenset[Any] = frozenset(
+    {
+        aten.native_batch_norm.default,
+        aten._native_batch_norm_legit.default,
+        aten._native_batch_norm_legit_functional.default,
+        aten._native_batch_norm_legit_no_training.default,
     }
 )
+"""The functions that return the statistics of a batch norm, too."""
+_BATCH_NORM_CALLS = STATISTICS_CALLS | {F.batch_norm, torch.batch_norm, aten.batch_norm.default}
 _BATCH_NORM_PARAMETERS = (
     "input",
     "running_mean",
