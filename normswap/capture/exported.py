@@ -30,7 +30,7 @@ from normswap.capture.ops import LAYER_CALLS, STATISTICS_CALLS
 from normswap.errors import CaptureError, InputError
 from normswap.verification import first_line
 
-__all__ = ["from_exported", "recorded_inputs", "to_exported"]
+__all__ = ["fixed_sizes", "from_exported", "has_fixed_batch", "recorded_inputs", "to_exported"]
 
 _RECORD = "normswap_inputs"
 aten = torch.ops.aten
@@ -60,7 +60,10 @@ def from_exported(program: ExportedProgram) -> fx.GraphModule:
         module = program.module()
     assert isinstance(module, fx.GraphModule)
     _refuse_control_flow(module)
-    training = _Lifter(module).lift()
+    lifter = _Lifter(module)
+    training = lifter.lift()
+    for text in lifter.notes:
+        warnings.warn(f"exported program: {text}", stacklevel=2)
     _flatten_signature(module.graph)
     rebuilt = fx.GraphModule(module, module.graph, class_name=_name_of(program))
     norms = {n: m.training for n, m in rebuilt.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
@@ -88,7 +91,25 @@ def _moved(inputs: Any, dtype: torch.dtype | None, model: nn.Module) -> Any:
     return pytree.tree_map_only(Tensor, lambda v: v.to(like) if v.dtype is dtype else v.to(like.device), inputs)
 
 
-def to_exported(model: nn.Module, inputs: tuple[Any, ...] | dict[str, Any]) -> ExportedProgram:
+def fixed_sizes(model: nn.Module) -> dict[str, str]:
+    """Return the inputs that must keep sizes of their program, as ``2x3x*x*`` with ``*`` for any size."""
+    record = _record_of(model)
+    if record is None:
+        return {}
+    values, free = _by_name(model, record["args"], record["kwargs"]), _by_name(model, *record["dynamic_shapes"])
+    return {
+        name: "x".join("*" if axis in (free[name] or ()) else str(size) for axis, size in enumerate(value.shape))
+        for name, value in values.items()
+        if isinstance(value, Tensor) and len(free[name] or ()) < value.ndim
+    }
+
+
+def has_fixed_batch(model: nn.Module) -> bool:
+    """Tell whether ``model`` comes from a program that takes no other number of samples than its example's."""
+    return any(not sizes.startswith("*") for sizes in fixed_sizes(model).values())
+
+
+def to_exported(model: nn.Module, inputs: tuple[Any, ...] | Mapping[str, Any]) -> ExportedProgram:
     """Return ``model``, in the mode in which it is, as a program.
 
     The axes that may have any size are those of the program that the model comes from, else the first of each input.
@@ -100,7 +121,7 @@ def to_exported(model: nn.Module, inputs: tuple[Any, ...] | dict[str, Any]) -> E
     Raises:
         CaptureError: torch cannot export the model.
     """
-    args, kwargs = (inputs, {}) if isinstance(inputs, tuple) else ((), inputs)
+    args, kwargs = (inputs, {}) if isinstance(inputs, tuple) else ((), dict(inputs))
     record = _record_of(model)
     if record is not None:
         shapes: Any = _by_name(model, *record["dynamic_shapes"])
@@ -146,7 +167,7 @@ def _record(program: ExportedProgram) -> dict[str, Any] | None:
     specs = program.graph_signature.input_specs
     leaves = [values.get(getattr(s.arg, "name", "")) for s in specs if s.kind is InputKind.USER_INPUT]
     axes = [
-        {i: Dim.AUTO for i, size in enumerate(leaf.shape) if isinstance(size, torch.SymInt)}
+        {i: Dim.AUTO for i, size in enumerate(leaf.shape) if not _is_constant(size)}
         if isinstance(leaf, Tensor)
         else None
         for leaf in leaves
@@ -205,11 +226,16 @@ def _build_conv(given: dict[str, Any], weight: Tensor) -> nn.Module:
     transposed = bool(given.get("transposed"))
     make: Any = _CONVS[transposed][axes - 1]
     groups = int(given["groups"])
-    inside, outside = (weight.shape[0], weight.shape[1] * groups) if transposed else (weight.shape[1] * groups, weight.shape[0])
+    inside, outside = (
+        (weight.shape[0], weight.shape[1] * groups) if transposed else (weight.shape[1] * groups, weight.shape[0])
+    )
     settings = {name: _axes(given[name], axes) for name in ("stride", "padding", "dilation")}
     if transposed:
         settings["output_padding"] = _axes(given["output_padding"], axes)
-    return make(inside, outside, tuple(weight.shape[2:]), groups=groups, bias=False, device="meta", **settings)
+    module: nn.Module = make(
+        inside, outside, tuple(weight.shape[2:]), groups=groups, bias=False, device="meta", **settings
+    )
+    return module
 
 
 def _build_linear(given: dict[str, Any], weight: Tensor) -> nn.Module:
@@ -289,14 +315,14 @@ def _transposed_weight(node: Any) -> fx.Node | None:
     """Return what ``node`` is the matrix transpose of."""
     if not isinstance(node, fx.Node) or node.op != "call_function":
         return None
-    swaps = {
+    swaps: dict[Any, tuple[list[Any], ...]] = {
         aten.t.default: ([],),
         aten.permute.default: ([[1, 0]], [[-1, -2]]),
         aten.transpose.int: ([0, 1], [1, 0], [-1, -2], [-2, -1]),
     }
     source = node.args[0] if node.args else None
     rest = [list(a) if isinstance(a, (list, tuple)) else a for a in node.args[1:]]
-    return source if isinstance(source, fx.Node) and rest in swaps.get(node.target, ()) else None  # type: ignore[arg-type]
+    return source if isinstance(source, fx.Node) and rest in swaps.get(node.target, ()) else None
 
 
 def _layer_call(node: fx.Node) -> _Call | None:
@@ -349,8 +375,9 @@ def _first_result(node: fx.Node, tensors: dict[str, str | None]) -> tuple[fx.Nod
     """
     if len(node.target._schema.returns) == 1:  # type: ignore[union-attr]
         return node, (node,)
-    result, done = None, []
-    updated = {3: tensors.get("running_mean"), 4: tensors.get("running_var")}
+    result: fx.Node | None = None
+    done: list[fx.Node] = []
+    updated: dict[Any, str | None] = {3: tensors.get("running_mean"), 4: tensors.get("running_var")}
     for user in node.users:
         if user.target is not operator.getitem:
             return None
@@ -361,8 +388,9 @@ def _first_result(node: fx.Node, tensors: dict[str, str | None]) -> tuple[fx.Nod
             continue
         for write in user.users:
             target = write.args[0]
-            known = isinstance(target, fx.Node) and target.op == "get_attr" and not write.users
-            if write.target is not aten.copy_.default or not known or target.target != updated.get(user.args[1]):
+            if write.target is not aten.copy_.default or write.users or not isinstance(target, fx.Node):
+                return None
+            if target.op != "get_attr" or target.target != updated.get(user.args[1]):
                 return None
             done.append(write)
         done.append(user)
@@ -388,18 +416,25 @@ class _Lifter:
 
     def __init__(self, root: fx.GraphModule) -> None:
         self.root, self.graph = root, root.graph
+        self.notes: list[str] = []
 
     def lift(self) -> bool:
         """Lift what can be lifted; return whether the program was exported in train mode."""
         norms = self._calls(_norm_call)
         mode = any(call.settings["training"] for call in norms)
-        for group in self._groups(self._calls(_layer_call), ("weight",)):
+        for group in self._groups(self._calls(_layer_call)):
             self._lift_layer(group)
-        for group in self._groups(norms, _TENSORS):
+        for group in self._groups(norms):
             self._lift_norm(group)
         for call in self._calls(_dropout_call):
             if call.settings["train"] == mode:  # else it is one that the model always, or never, applies
                 self._lift_dropout(call)
+        if left := sum(node.target in _NORM_CALLS for node in self.graph.nodes):
+            what = "1 batch norm stays" if left == 1 else f"{left} batch norms stay"
+            self.notes.append(f"{what} an operation, with the batch's statistics or the stored ones as exported")
+        if left := sum(node.target in _DROPOUT_CALLS for node in self.graph.nodes):
+            what = "1 dropout stays" if left == 1 else f"{left} dropouts stay"
+            self.notes.append(f"{what} on, or off, as exported, and cannot follow train() and eval()")
         self._erase_unread()
         self.graph.lint()
         return mode
@@ -408,28 +443,27 @@ class _Lifter:
         found = (read(node) for node in self.graph.nodes if node.op == "call_function")
         return [call for call in found if call is not None]
 
-    def _groups(self, calls: list[_Call], names: Sequence[str]) -> Iterator[list[_Call]]:
+    def _groups(self, calls: list[_Call]) -> Iterator[list[_Call]]:
         """Yield the calls on the same tensors, where all agree in everything else."""
         groups: dict[tuple[str | None, ...], list[_Call]] = defaultdict(list)
         for call in calls:
-            groups[tuple(call.tensors[name] for name in names)].append(call)
+            groups[tuple(call.tensors.values())].append(call)
         for group in groups.values():
-            first = group[0]
-            if all((call.tensors, call.settings) == (first.tensors, first.settings) for call in group):
+            if all(call.settings == group[0].settings for call in group):
                 yield group
 
     def _lift_layer(self, group: list[_Call]) -> None:
         call = group[0]
-        holder = self._holder(call.tensors, ())
+        holder = self._holder(call.tensors)
         if holder is None:
             return
         weight, bias = (self._tensor(call.tensors[name]) for name in ("weight", "bias"))
-        if not isinstance(weight, nn.Parameter):
+        if not isinstance(weight, nn.Parameter) or not isinstance(bias, nn.Parameter | None):
             return
         kind = _build_linear if not call.settings else _build_conv
         module = kind(call.settings, weight)
         module.register_parameter("weight", weight)
-        module.register_parameter("bias", bias)  # type: ignore[arg-type]
+        module.register_parameter("bias", bias)
         self._put(holder, module, group)
 
     def _lift_norm(self, group: list[_Call]) -> None:
@@ -467,7 +501,13 @@ class _Lifter:
         module.training = bool(call.settings["training"])
         for node in counting:
             self.graph.erase_node(node)
-        self._put(holder or self._free_name("norm"), module, group)
+        fqn = holder or self._free_name("norm")
+        self._put(fqn, module, group)
+        if holder is None:
+            first = next(name for name in call.tensors.values() if name is not None)
+            self.notes.append(
+                f"'{fqn}', a call with {first!r}, follows train() and eval() now; whether it did, the program does not tell"
+            )
 
     def _lift_dropout(self, call: _Call) -> None:
         node = call.operation
@@ -491,17 +531,19 @@ class _Lifter:
             for node in call.done:
                 self.graph.erase_node(node)
 
-    def _holder(self, tensors: dict[str, str | None], further: tuple[str, ...]) -> str | None:
-        """Return the fqn of the bare module that holds ``tensors`` under their own names, and nothing but them."""
-        given = {name: fqn for name, fqn in tensors.items() if fqn is not None}
-        holders = {fqn.rpartition(".")[0] for fqn in given.values()}
-        if len(holders) != 1 or any(fqn.rpartition(".")[2] != name for name, fqn in given.items()):
-            return None
-        (holder,) = holders
+    def _holder(self, tensors: dict[str, str | None], further: tuple[str, ...] = ()) -> str | None:
+        """Return the fqn of the bare module that holds ``tensors`` under their own names, and nothing but them.
+
+        A tensor that is tied goes by one of its names everywhere, so the last tensor tells the module: a bias or
+        statistics are rarely tied.
+        """
+        given = {name: self._find(fqn) for name, fqn in tensors.items() if fqn is not None}
+        holder = [fqn for fqn in tensors.values() if fqn is not None][-1].rpartition(".")[0]
         module = self.root.get_submodule(holder)
-        held = {n for table in (module._parameters, module._buffers) for n, t in table.items() if t is not None}
+        held = {n: t for table in (module._parameters, module._buffers) for n, t in table.items() if n not in further}
         bare = type(module) is nn.Module and not module._modules
-        return holder if holder and bare and held - set(further) == set(given) else None
+        same = {id(t) for t in held.values() if t is not None} == {id(t) for t in given.values()}
+        return holder if holder and bare and same and all(held.get(n) is t for n, t in given.items()) else None
 
     def _find(self, fqn: str) -> Any:
         parent, _, name = fqn.rpartition(".")
@@ -512,23 +554,19 @@ class _Lifter:
 
     def _counting(self, counter: str) -> list[fx.Node] | None:
         """Return the nodes that count the batches in ``counter``, users first; None where it serves something else."""
-        nodes: list[fx.Node] = []
-        for node in self.graph.nodes:
-            if node.op != "get_attr" or node.target != counter:
-                continue
-            for user in node.users:
-                if user.target is aten.copy_.default and user.args[0] is node:
-                    continue  # the end of the sum below
-                if user.target is aten.add_.Tensor and not user.users and user.args[1] == 1:
-                    nodes.append(user)
-                elif user.target is aten.add.Tensor and user.args[1] == 1:
-                    writes = list(user.users)
-                    if any(w.target is not aten.copy_.default or w.users or w.args[0] is not node for w in writes):
-                        return None
-                    nodes += [*writes, user]
-                else:
+        pending = [node for node in self.graph.nodes if node.op == "get_attr" and node.target == counter]
+        found: dict[fx.Node, None] = {}
+        while pending:
+            for user in pending.pop().users:
+                adds = user.target in (aten.add_.Tensor, aten.add.Tensor) and user.args[1] == 1
+                written = user.args[0] if user.target is aten.copy_.default else None
+                back = isinstance(written, fx.Node) and written.op == "get_attr" and written.target == counter
+                if not adds and not back:
                     return None
-        return nodes
+                if user not in found:
+                    found[user] = None
+                    pending.append(user)
+        return [node for node in reversed(list(self.graph.nodes)) if node in found]
 
     def _free_name(self, stem: str) -> str:
         name, count = stem, 0

@@ -38,7 +38,7 @@ def load_model(
             training checkpoint that holds either, or an exported program (``.pt2``).
         trust: packages, and scripts (``train.py``) whose ``__main__`` classes the file needs. Everything in
             them may be called with what the file says.
-        arch: ``torchvision:NAME``, ``timm:NAME`` or ``package.module:callable``, for a state dict.
+        arch: ``torchvision:NAME``, ``timm:NAME``, ``package.module:callable`` or ``PROGRAM.pt2``, for a state dict.
         arch_kwargs: arguments for `arch`.
 
     Returns:

@@ -53,7 +53,17 @@ _OPERATORS = re.compile(
     re.ASCII,
 )
 _SYMPY = {"Symbol", "Integer", "Float", "Rational", "Add", "Mul", "Pow", "Max", "Min", "Abs", "true", "false"}
-_SYMPY |= {"Equality", "Unequality", "LessThan", "GreaterThan", "StrictLessThan", "StrictGreaterThan", "And", "Or", "Not"}
+_SYMPY |= {
+    "Equality",
+    "Unequality",
+    "LessThan",
+    "GreaterThan",
+    "StrictLessThan",
+    "StrictGreaterThan",
+    "And",
+    "Or",
+    "Not",
+}
 _ARITHMETIC = {"FloorDiv", "ModularIndexing", "Where", "PythonMod", "Mod", "CleanDiv", "CeilToInt", "FloorToInt"}
 _ARITHMETIC |= {"CeilDiv", "LShift", "RShift", "PowByNatural", "FloatPow", "FloatTrueDiv", "IntTrueDiv", "TruncToInt"}
 _ARITHMETIC |= {"TruncToFloat", "RoundToInt", "RoundDecimal", "ToFloat", "Identity"}
@@ -210,7 +220,7 @@ def _is_tree(text: str) -> bool:
         if not all(isinstance(key, int) or (isinstance(key, str) and _identifier(key)) for key in keys):
             return False
         pending += node["children_spec"]
-    return version == 1
+    return bool(version == 1)
 
 
 def _constant(text: str) -> bool:
