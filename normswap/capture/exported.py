@@ -10,6 +10,7 @@ the very same, in all calls that share its tensors. What is not lifted stays an 
 
 from __future__ import annotations
 
+import copy
 import inspect
 import operator
 import warnings
@@ -41,7 +42,7 @@ def from_exported(program: ExportedProgram) -> fx.GraphModule:
 
     Layers, BatchNorms and dropouts are modules of torch.nn under their own names, which obey ``train()`` and ``eval()``
     (Note [Lifting]); the mode is that of the export. The sizes that the export fixed stay fixed: other inputs are
-    refused when the module runs. Parameters and buffers are the program's own.
+    refused when the module runs. The tensors are copies: the program stays as it is.
 
     Args:
         program: What ``torch.export.export`` or ``torch.export.load`` returned.
@@ -65,7 +66,8 @@ def from_exported(program: ExportedProgram) -> fx.GraphModule:
     for text in lifter.notes:
         warnings.warn(f"exported program: {text}", stacklevel=2)
     _flatten_signature(module.graph)
-    rebuilt = fx.GraphModule(module, module.graph, class_name=_name_of(program))
+    rebuilt = copy.deepcopy(fx.GraphModule(module, module.graph))
+    type(rebuilt).__name__ = _name_of(program)  # each GraphModule has a class of its own
     norms = {n: m.training for n, m in rebuilt.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
     rebuilt.train(training)
     for name, mode in norms.items():
@@ -506,7 +508,7 @@ class _Lifter:
         if holder is None:
             first = next(name for name in call.tensors.values() if name is not None)
             self.notes.append(
-                f"'{fqn}', a call with {first!r}, follows train() and eval() now; whether it did, the program does not tell"
+                f"'{fqn}', a call with {first!r}, now follows train() and eval(): whether it did is not in the program"
             )
 
     def _lift_dropout(self, call: _Call) -> None:
