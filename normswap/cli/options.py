@@ -32,7 +32,9 @@ __all__ = [
 
 Model = Annotated[
     Path,
-    typer.Argument(metavar="MODEL", help="a model by torch.save, a state dict (with --arch), or a stored conversion"),
+    typer.Argument(
+        metavar="MODEL", help="a model by torch.save, a .pt2 program, a state dict (with --arch), a stored conversion"
+    ),
 ]
 Trust = Annotated[
     list[str] | None,
@@ -40,7 +42,9 @@ Trust = Annotated[
 ]
 Arch = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="what a state dict belongs to: torchvision:NAME, timm:NAME or package:callable"),
+    typer.Option(
+        metavar="NAME", help="what a state dict is of: torchvision:NAME, timm:NAME, package:callable, PROGRAM.pt2"
+    ),
 ]
 ArchKwargs = Annotated[
     str | None, typer.Option(metavar="JSON", help="arguments of --arch, as JSON or as num_classes=10,…")
