@@ -251,9 +251,13 @@ def test_dropout_that_ignores_the_mode_stays_and_is_told() -> None:
     with pytest.warns(UserWarning, match="1 dropout stays on, or off, as exported"):
         rebuilt = ns.from_exported(exported(Always().eval(), batch())).eval()
     assert not torch.equal(rebuilt(batch()), rebuilt(batch()))
-    lifted = ns.from_exported(exported(nn.Sequential(Always().conv, nn.BatchNorm2d(4), nn.Dropout()).eval(), batch()))
-    assert torch.equal(lifted.eval()(batch()), lifted(batch()))
-    assert not torch.equal(lifted.train()(batch()), lifted(batch()))
+    for dropout in (nn.Dropout(), nn.Dropout(inplace=True), nn.Dropout2d()):  # the control: these follow the mode
+        lifted = ns.from_exported(exported(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), dropout), batch()))
+        assert [(type(m), m.inplace) for m in lifted.modules() if type(m) is type(dropout)] == [
+            (type(dropout), dropout.inplace)
+        ]
+        assert torch.equal(lifted.eval()(batch()), lifted(batch()))
+        assert not torch.equal(lifted.train()(batch()), lifted(batch()))
 
 
 def test_a_functional_norm_becomes_a_module_and_is_told() -> None:
@@ -607,7 +611,13 @@ def test_sizes_are_what_sympy_writes(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["L['x'].size()[0] >= 3", "Eq(Mod(L['x'].size()[2], 2), 0)", "((-2) + L['x'].size()[2]) != 1"]
+    "text",
+    [
+        "L['x'].size()[0] >= 3",
+        "Eq(Mod(L['x'].size()[2], 2), 0)",
+        "max(1, L['x'].size()[3] // 2) != 1",
+        "((-2) + L['x'].size()[2]) != 1",
+    ],
 )
 def test_guards_are_what_torch_writes(text: str) -> None:
     assert programs_module._is_guard(text)

@@ -409,7 +409,8 @@ def _dropout_call(node: fx.Node) -> _Call | None:
     found = _first_result(node, {})
     if found is None or not _is_constant(settings):
         return None
-    return _Call(node, *found, "input", {}, settings)
+    argument = "self" if _DROPOUT_CALLS[node.target] else "input"  # in place
+    return _Call(node, *found, argument, {}, settings)
 
 
 # --------------------------------------------------------------------------------------------------------- lifting

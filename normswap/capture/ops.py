@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.export._unlift import GuardsFn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
@@ -101,8 +102,11 @@ def is_other_norm(module: nn.Module) -> bool:
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Tell whether a call of ``module`` is one step of the dataflow: a layer, a norm or another module of torch.nn."""
-    if is_layer(module) or is_norm(module):
+    """Tell whether a call of ``module`` is one step of the dataflow: a layer, a norm or another module of torch.nn.
+
+    So is a program's check of its inputs' sizes.
+    """
+    if is_layer(module) or is_norm(module) or isinstance(module, GuardsFn):
         return True
     cls = class_of(module)
     containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)

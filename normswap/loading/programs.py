@@ -67,6 +67,7 @@ _SYMPY |= {
 _ARITHMETIC = {"FloorDiv", "ModularIndexing", "Where", "PythonMod", "Mod", "CleanDiv", "CeilToInt", "FloorToInt"}
 _ARITHMETIC |= {"CeilDiv", "LShift", "RShift", "PowByNatural", "FloatPow", "FloatTrueDiv", "IntTrueDiv", "TruncToInt"}
 _ARITHMETIC |= {"TruncToFloat", "RoundToInt", "RoundDecimal", "ToFloat", "Identity"}
+_PYTHON = {"Eq", "Ne", "Le", "Lt", "Ge", "Gt", "inf", "max", "min", "abs"}
 _EXPRESSION_NODES = (
     ast.Expression, ast.Constant, ast.Name, ast.Load, ast.Call, ast.keyword, ast.BinOp, ast.UnaryOp, ast.BoolOp,
     ast.Compare, ast.operator, ast.unaryop, ast.boolop, ast.cmpop,
@@ -162,8 +163,8 @@ def _identifier(text: str) -> bool:
 
 
 def _argument(text: str) -> bool:
-    """Tell whether ``text`` may name an operator's argument; some are Python keywords ('from')."""
-    return re.fullmatch(r"\w+", text, re.ASCII) is not None
+    """Tell whether ``text`` may name an operator's argument: also a Python keyword ('from'), or nothing."""
+    return re.fullmatch(r"\w*", text, re.ASCII) is not None
 
 
 def _dotted(text: str) -> bool:
@@ -196,7 +197,7 @@ def _is_guard(text: str) -> bool:
         if isinstance(node, ast.Attribute):
             good = node.attr in ("size", "stride", "dim", "ndim", "storage_offset")
         elif isinstance(node, ast.Name):
-            good = node.id == "L" or node.id in _SYMPY | _ARITHMETIC | {"Eq", "Ne", "Le", "Lt", "Ge", "Gt", "inf"}
+            good = node.id == "L" or node.id in _SYMPY | _ARITHMETIC | _PYTHON
         elif isinstance(node, ast.Constant):
             good = isinstance(node.value, (int, float, bool)) or (type(node.value) is str and _identifier(node.value))
         else:
