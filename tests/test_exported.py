@@ -219,6 +219,25 @@ def test_calls_that_no_module_can_stand_for_stay_operations() -> None:
     assert Counter(skip.code for skip in plan.skips) == {"functional-layer": 3}
 
 
+def test_a_product_with_a_vector_is_no_linear_layer() -> None:
+    class Products(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+            self.vector, self.sum = nn.Module(), nn.Module()
+            self.vector.weight = nn.Parameter(torch.randn(4))
+            self.sum.weight = nn.Parameter(torch.randn(2, 4))
+            self.sum.bias = nn.Parameter(torch.randn(4, 2))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            x = self.bn(self.conv(x)).mean((2, 3))
+            return F.linear(x, self.vector.weight), torch.addmm(self.sum.bias, x, self.sum.weight.t())
+
+    rebuilt = ns.from_exported(exported(randomize_(Products(), 0), batch()))
+    assert [name for name, _ in named_parts(rebuilt)] == ["conv", "bn"]
+    assert absorbed_norms(rebuilt) == {"bn"}
+
+
 @pytest.mark.filterwarnings("ignore:exported program")
 def test_a_norm_whose_result_is_used_further_is_refused_with_a_reason() -> None:
     class Statistics(nn.Module):

@@ -465,8 +465,10 @@ class _Lifter:
         weight, bias = (self._tensor(call.tensors[name]) for name in ("weight", "bias"))
         if not isinstance(weight, nn.Parameter) or not isinstance(bias, nn.Parameter | None):
             return
-        kind = _build_linear if not call.settings else _build_conv
-        module = kind(call.settings, weight)
+        linear = not call.settings
+        if linear and (weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1])):
+            return  # a product with a vector, or a sum with a matrix
+        module = (_build_linear if linear else _build_conv)(call.settings, weight)
         module.register_parameter("weight", weight)
         module.register_parameter("bias", bias)
         self._put(holder, module, group)
