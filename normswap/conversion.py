@@ -19,7 +19,7 @@ from normswap.initialization.match import match_to
 from normswap.initialization.moments import Moments, input_moments, measure_statistics, noise_like
 from normswap.initialization.steadying import SPREAD
 from normswap.initialization.tune import tune_to
-from normswap.inputs import Inputs, as_inputs, bind_batches, make_up_inputs
+from normswap.inputs import Inputs, bind_batches, example_of, make_up_inputs
 from normswap.matching import match
 from normswap.origin import Origin, remember, skeleton_of
 from normswap.planning import make_plan, step_at
@@ -73,7 +73,7 @@ def plan(
 ) -> Plan:
     """Return what :func:`convert` would do; the model is only read, and may be on the meta device."""
     recipe = make_recipe(to, options)
-    example = None if example_inputs is None else as_inputs(example_inputs)
+    example = example_of(model, example_inputs)
     return _plan(model, recipe, example, include, exclude, calibration is not None)
 
 
@@ -134,7 +134,7 @@ def convert(
         to, options = plan.recipe, dict(plan.options)
     recipe = make_recipe(to, options)
     method = _method(init, recipe, calibration is not None)
-    example = None if example_inputs is None else as_inputs(example_inputs)
+    example = example_of(model, example_inputs)
     _refuse_unfit(model)
     least_group = _least_group(recipe) if plan is None else None
     if least_group is not None and method not in ("match", "tune"):

@@ -23,13 +23,13 @@ from normswap.capture.observed import run_on
 from normswap.capture.ops import is_layer, is_norm
 from normswap.errors import FoldError, VerificationError
 from normswap.forwards import is_rewritten, trace_own_forward
-from normswap.inputs import Inputs, as_inputs, make_up_inputs
+from normswap.inputs import Inputs, example_of, make_up_inputs
 from normswap.nn import ChannelAffine, ChannelLayerNorm, FilterLayout, MeanOnlyBatchNorm
 from normswap.nn.plain import make_plain
 from normswap.origin import forget
 from normswap.records import text_table
 from normswap.selfcheck import eval_output, keeps_output
-from normswap.verification import Verification
+from normswap.verification import Verification, training_modules
 
 __all__ = ["FoldRow", "Folding", "fold", "fold_with_report"]
 
@@ -87,15 +87,14 @@ def fold_with_report(model: nn.Module, *, example_inputs: Any = None) -> Folding
         FoldError: The model is in train mode.
         VerificationError: The output moved.
     """
-    training = [name for name, module in model.named_modules() if module.training]
-    if training:
+    if training := training_modules(model):
         raise FoldError(
             f"the model is in train mode ({training[0]!r} and {len(training) - 1} more modules)",
             code="fold-train-mode",
             hint="call model.eval() before folding",
         )
     folded = copy.deepcopy(model)
-    inputs = None if example_inputs is None else as_inputs(example_inputs)
+    inputs = example_of(model, example_inputs)
     if inputs is not None:
         _note_ranks(folded, inputs)
     rows: list[FoldRow] = []

@@ -10,13 +10,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from normswap.capture.exported import recorded_inputs
 from normswap.capture.guard import set_mode, untouched
 from normswap.capture.observed import Batch, run_on
 from normswap.capture.ops import is_layer
 from normswap.errors import InputError
 from normswap.nn import FilterLayout
 
-__all__ = ["Inputs", "as_inputs", "bind_batches", "make_up_inputs"]
+__all__ = ["Inputs", "as_inputs", "bind_batches", "example_of", "make_up_inputs"]
 
 Inputs = tuple[Any, ...] | Mapping[str, Any]
 """One call's inputs: positional or by keyword."""
@@ -39,6 +40,15 @@ def as_inputs(value: Any, what: str = "example_inputs") -> Inputs:
         code="inputs-type",
         hint="give a tensor, a tuple of positional inputs, or a dict of keyword inputs",
     )
+
+
+def example_of(model: nn.Module, given: Any) -> Inputs | None:
+    """Return ``given`` as one call's inputs or, without, those that ``model`` was exported with; None where none are.
+
+    Raises:
+        InputError: ``given`` is neither a tensor, a tuple, a list nor a dict.
+    """
+    return recorded_inputs(model) if given is None else as_inputs(given)
 
 
 def bind_batches(

@@ -256,10 +256,14 @@ def named_leaves(tree: Any, root: str = "output") -> Named:
 
 
 def training_modules(model: nn.Module) -> list[str]:
-    """Return the fqns of the modules in train mode; an exported program has no modes, so none."""
+    """Return the fqns of the modules in train mode.
+
+    An exported program has no modes, and a module without a forward none that means anything (a GraphModule's copy has
+    such in train mode, whatever the original's).
+    """
     if "train" in vars(model):  # torch.export overrides it in the instance: calling it raises
         return []
-    return [fqn for fqn, module in model.named_modules() if module.training]
+    return [fqn for fqn, module in model.named_modules() if module.training and type(module) is not nn.Module]
 
 
 def _runner(thing: Comparable, role: str) -> tuple[str, Runner]:

@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from normswap.capture.functional import FunctionalNorm, read_functional_norm
 from normswap.capture.ops import (
+    LAYER_CALLS,
     class_of,
     is_functional_norm,
     is_layer,
@@ -33,10 +33,6 @@ from normswap.capture.symbolic import Capture, Trace, has_optional_arguments, ho
 from normswap.nn import ChannelAffine, FilterLayout
 
 __all__ = ["Dataflow", "Finding"]
-
-_FUNCTIONAL_LAYERS: frozenset[Any] = frozenset(
-    {F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear}
-)
 
 
 @dataclass(frozen=True)
@@ -87,7 +83,7 @@ class Dataflow:
                     self._owners[id(parameter)].append(f"{fqn}.{name}")
                     if not parameter.is_meta and parameter.numel():
                         self._places[parameter.data_ptr()].append(f"{fqn}.{name}")
-        trained: dict[str, set[bool]] = defaultdict(set)
+        trained: dict[str, dict[int, set[bool]]] = defaultdict(lambda: defaultdict(set))
         for trace in capture.traces:
             for node in trace.graph.nodes:
                 if node.op == "call_module":
@@ -96,11 +92,15 @@ class Dataflow:
                     self._note_read(trace, node)
                 elif is_functional_norm(node):
                     self._add_functional(trace, node, trained)
-                elif node.target in _FUNCTIONAL_LAYERS:
+                elif node.target in LAYER_CALLS:
                     owner = capture.aliases[node.meta["owner"]]
-                    self.functional_layers.setdefault(f"{owner}:{node.target.__name__}", node.target.__name__)
-        for key, flags in trained.items():
-            if flags == {True}:
+                    self.functional_layers.setdefault(f"{owner}:{self._name(owner, node)}", node.target.__name__)
+        for key, runs in trained.items():
+            flags = set().union(*runs.values())
+            if any(len(flags_in_run) > 1 for flags_in_run in runs.values()):
+                self.refused[key] = "of its calls some use the batch's statistics and some the stored ones"
+                del self.functional[key]
+            elif flags == {True}:
                 self.refused[key] = "it uses the batch's statistics in eval mode, too, so it has none to take over"
                 del self.functional[key]
             elif flags == {False}:
@@ -110,7 +110,7 @@ class Dataflow:
         self.calls[key][trace.run].append(_Call(trace, node))
         self.order.setdefault(key, len(self.order))
 
-    def _add_functional(self, trace: Trace, node: fx.Node, trained: dict[str, set[bool]]) -> None:
+    def _add_functional(self, trace: Trace, node: fx.Node, trained: dict[str, dict[int, set[bool]]]) -> None:
         owner = self.capture.aliases[node.meta["owner"]]
         prefix = node.meta["owner"].removeprefix(trace.scope).lstrip(".")
         module = self.capture.modules[owner]
@@ -118,12 +118,17 @@ class Dataflow:
         if not isinstance(module, fx.GraphModule) and has_optional_arguments(module):
             norm = "its forward has optional arguments, of which a rewritten forward would know one way only"
         if isinstance(norm, str):
-            self.refused.setdefault(f"{owner}:batch_norm", norm)
+            self.refused.setdefault(f"{owner}:{self._name(owner, node)}", norm)
             return
         key = f"{owner}.{norm.name}".lstrip(".") if norm.holder else f"{owner}:{norm.name}"
         self.functional.setdefault(key, (owner, norm))
         self._add(key, trace, node)
-        trained[key].add(norm.training)
+        trained[key][trace.run].add(norm.training)
+
+    def _name(self, owner: str, node: fx.Node) -> str:
+        """Return how a functional call is named in a plan: a GraphModule's calls have names of their own."""
+        own = isinstance(self.capture.modules[owner], fx.GraphModule)
+        return node.name if own else node.target.__name__  # type: ignore[union-attr]
 
     def _note_read(self, trace: Trace, node: fx.Node) -> None:
         """Note which tensor a node reads; the functional norm that takes it is no other reader."""

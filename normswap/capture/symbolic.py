@@ -191,6 +191,8 @@ def _refuse_wrappers(model: nn.Module) -> None:
         what, hint = "a TorchScript model", "convert the Python model that it was made from"
     elif class_of(model).__module__.startswith("torch.nn.parallel"):
         what, hint = f"wrapped in {class_of(model).__name__}", "convert model.module, and wrap the result again"
+    elif isinstance(model, torch.export.ExportedProgram) or "validate_inputs" in vars(model):
+        what, hint = "an exported program", "convert normswap.from_exported(program)"
     else:
         return
     raise InputError(f"the model is {what}; its modules cannot be replaced", code="wrapped-model", hint=hint)

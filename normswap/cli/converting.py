@@ -85,7 +85,7 @@ def convert_model(
         typer.Option(
             "-o",
             "--output",
-            help="a .safetensors file; with --fold a .pt (default: MODEL.RECIPE.safetensors)",
+            help="a .safetensors file, with --fold a .pt; or a .pt2 program (default: MODEL.RECIPE.safetensors)",
             rich_help_panel=options.OUTPUT,
         ),
     ] = None,
@@ -160,9 +160,10 @@ def convert_model(
     with staged(*filter(None, (target, onnx, save_plan)), inputs=(model,)) as place:
         network = source.open(model)
         inputs = example = files.example_inputs(network, shapes, input_file)
+        program = target is not None and target.suffix == ".pt2"
         if (
-            onnx is not None and example is None
-        ):  # they show nothing of the user's sizes, so that the plan does not see them
+            onnx is not None or program
+        ) and example is None:  # they show nothing of the user's sizes, so that the plan does not see them
             example = files.required_inputs(network, (), None, use=", and the file takes no other height and width")
         batches = files.calibration_batches(network, calibration, batch_size)
         selected: dict[str, Any] = {"include": include or (), "exclude": exclude or ()}
@@ -209,11 +210,12 @@ def _target(model: Path, recipe: str, output: Path | None, *, fold: bool, onnx: 
     """Return where the converted model goes; None where the ONNX file alone is wanted."""
     if onnx is not None and onnx.suffix != ".onnx":
         raise InputError(f"--onnx {onnx} does not end with .onnx", code="output-kind", hint=f"write {onnx.stem}.onnx")
-    suffix = ".pt" if fold else ".safetensors"
+    suffix = ".pt2" if model.suffix == ".pt2" else ".pt" if fold else ".safetensors"
     if output is None:
         return None if onnx is not None and not fold else model.with_name(f"{model.stem}.{recipe}{suffix}")
-    if output.suffix == suffix or (fold and output.suffix == ".pth"):
+    if output.suffix in ((".pt", ".pth", ".pt2") if fold else (".safetensors", ".pt2")):
         return output
+    suffix = ".pt" if fold else ".safetensors"
     hints = {
         ".pt": f"add --fold for plain weights in a .pt, or write {output.stem}.safetensors",
         ".pth": f"add --fold for plain weights in a .pth, or write {output.stem}.safetensors",
@@ -233,7 +235,7 @@ def _write(
 ) -> ExportArtifact | None:
     if target is not None and not fold:
         with working(f"writing {target}"):
-            ns.save(result.model, place(target))
+            files.store(result.model, place(target), example)
     if not fold and onnx is None:
         return None
     result.model.eval()
@@ -241,11 +243,14 @@ def _write(
         folded = ns.fold_with_report(result.model, example_inputs=example).model
     if fold and target is not None:
         with working(f"writing {target}"):
-            files.save_whole(folded, place(target))
+            files.save_whole(folded, place(target), example)
     if onnx is None:
         return None
     with working(f"writing {onnx} and verifying it"):
-        artifact = ns.export_onnx(folded, place(onnx), example_inputs=example, opset=opset)
+        from normswap.capture.exported import has_fixed_batch
+
+        dynamic = not has_fixed_batch(result.model)
+        artifact = ns.export_onnx(folded, place(onnx), example_inputs=example, opset=opset, dynamic_batch=dynamic)
     return dataclasses.replace(artifact, path=onnx)
 
 

@@ -24,7 +24,9 @@ def fold_model(
     model: options.Model,
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", help="a .pt file (default: MODEL.folded.pt)", rich_help_panel=options.OUTPUT),
+        typer.Option(
+            "-o", "--output", help="a .pt or .pt2 file (default: MODEL.folded.pt)", rich_help_panel=options.OUTPUT
+        ),
     ] = None,
     input_shape: options.InputShape = None,
     input_file: options.InputFile = None,
@@ -35,19 +37,21 @@ def fold_model(
 ) -> None:
     """Turn reparameterized weights into plain ones, for deployment."""
     shapes = options.read_shapes(input_shape)
-    target = output or model.with_name(f"{model.stem}.folded.pt")
-    if target.suffix not in (".pt", ".pth"):
+    program = model.suffix == ".pt2"
+    target = output or model.with_name(f"{model.stem}.folded.pt{2 if program else ''}")
+    if target.suffix not in (".pt", ".pth", ".pt2"):
         raise InputError(
             f"a folded model is not written to {target}", code="output-kind", hint=f"write {target.stem}.pt"
         )
     source = files.Source.of(trust, arch, arch_kwargs)
     with staged(target, inputs=(model,)) as place:
         network = source.open(model).eval()
-        inputs = files.example_inputs(network, shapes, input_file)
+        take = files.required_inputs if target.suffix == ".pt2" else files.example_inputs
+        inputs = take(network, shapes, input_file)
         with working("folding"):
             folding = ns.fold_with_report(network, example_inputs=inputs)
         with working(f"writing {target}"):
-            files.save_whole(folding.model, place(target))
+            files.save_whole(folding.model, place(target), inputs)
     if as_json:
         record = {
             "rows": [dataclasses.asdict(row) for row in folding.rows],
@@ -104,13 +108,15 @@ def export_model(
         inputs = files.required_inputs(
             network, shapes, input_file, use="" if dynamic_spatial else ", and the file takes no other height and width"
         )
+        from normswap.capture.exported import has_fixed_batch
+
         with working(f"writing {target} and verifying it"):
             artifact = ns.export_onnx(
                 network,
                 place(target),
                 example_inputs=inputs,
                 opset=opset,
-                dynamic_batch=dynamic_batch,
+                dynamic_batch=dynamic_batch and not has_fixed_batch(network),
                 dynamic_spatial=dynamic_spatial,
             )
     artifact = dataclasses.replace(artifact, path=target)

@@ -50,7 +50,17 @@ class Source:
         return cls(tuple(trust or ()), arch, read_arch_kwargs(arch_kwargs))
 
     def open(self, path: Path) -> nn.Module:
-        """Return the model in ``path``: stored by normswap, a whole model, or a state dict."""
+        """Return the model in ``path``: stored by normswap, a whole model, an exported program, or a state dict."""
+        model = self._open(path)
+        from normswap.capture.exported import fixed_sizes
+
+        if sizes := fixed_sizes(model):
+            note(
+                f"as exported, {path} takes {', '.join(f'{n} {size}' for n, size in sizes.items())} and no other sizes"
+            )
+        return model
+
+    def _open(self, path: Path) -> nn.Module:
         with working(f"reading {path}"):
             from normswap import storage
             from normswap.loading import load_model
@@ -105,6 +115,10 @@ def required_inputs(model: nn.Module | None, shapes: Shapes, path: Path | None, 
     if (inputs := example_inputs(model, shapes, path)) is not None:
         return inputs
     with working("making inputs up"):
+        from normswap.capture.exported import recorded_inputs
+
+        if model is not None and (inputs := recorded_inputs(model)) is not None:
+            return inputs
         from normswap.inputs import make_up_inputs
 
         made_up = None if model is None else make_up_inputs(model)
@@ -200,11 +214,50 @@ def write_text(path: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
 
 
-def save_whole(model: nn.Module, path: Path) -> None:
-    """Write a folded model with ``torch.save``, such that :func:`normswap.loading.load_model` reads it."""
+def store(model: nn.Module, path: Path, inputs: Any) -> None:
+    """Write a converted model with :func:`normswap.storage.save`, or as a program where ``path`` is a .pt2 file."""
+    from normswap import storage
+
+    if path.suffix == ".pt2":
+        _save_program(model, path, inputs)
+    else:
+        storage.save(model, path)
+
+
+def _save_program(model: nn.Module, path: Path, inputs: Any) -> None:
+    """Write a model, as it is in evaluation, as an exported program."""
     import torch
 
+    from normswap.capture.exported import to_exported
+    from normswap.inputs import as_inputs
+
+    program = to_exported(model.eval(), as_inputs(inputs))
+    with reported(path):
+        torch.export.save(program, path)
+
+
+def save_whole(model: nn.Module, path: Path, inputs: Any) -> None:
+    """Write a folded model such that :func:`normswap.loading.load_model` reads it.
+
+    Args:
+        model: The model.
+        path: A .pt2 file becomes a program, exported with ``inputs``, any other a file by ``torch.save``.
+        inputs: Inputs of the model.
+    """
+    import torch
+    from torch import fx
+
     from normswap.loading.importing import scripts_as_main
+
+    if path.suffix == ".pt2":
+        _save_program(model, path, inputs)
+        return
+    if isinstance(model, fx.GraphModule):
+        raise InputError(
+            f"the {type(model).__name__} comes from an exported program: it has no class that {path.name} could name",
+            code="output-kind",
+            hint=f"write {path.stem}.pt2",
+        )
 
     try:
         with scripts_as_main(), reported(path), path.open("wb") as file:

@@ -48,7 +48,9 @@ def _recipes_like(start: str) -> list[tuple[str, str]]:
 
 Model = Annotated[
     Path,
-    typer.Argument(metavar="MODEL", help="a model by torch.save, a state dict (with --arch), or a stored conversion"),
+    typer.Argument(
+        metavar="MODEL", help="a model by torch.save, a .pt2 program, a state dict (with --arch), a stored conversion"
+    ),
 ]
 Trust = Annotated[
     list[str] | None,
@@ -62,7 +64,7 @@ Arch = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="what a state dict belongs to: torchvision:NAME, timm:NAME or package:callable",
+        help="what a state dict is of: torchvision:NAME, timm:NAME, package:callable, PROGRAM.pt2",
         rich_help_panel=READING,
     ),
 ]
