@@ -96,7 +96,7 @@ def run_side_by_side(
         original: The original; left as it was.
         converted: The converted network, whose parameters ``fit`` changes in place.
         places: The sites, in execution order as far as it is known.
-        batches: Batch.
+        batches: The inputs of each forward pass.
         fit: Fits one site to all its visits. A place that is called more than once is fitted at its first call.
 
     Returns:
@@ -208,6 +208,7 @@ class _Run:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._closed = False
+        self.done = False
 
     def advance(self) -> None:
         """Compute up to the next pause, or to the end."""
@@ -232,17 +233,16 @@ class _Run:
     def until(self, name: str) -> _Event | None:
         """Compute until the place ``name`` was reached, and return what was found there; None if it never is."""
         while name not in self.found:
-            if self._thread is not None and not self._thread.is_alive():
+            if self.done:
                 return None
             self.advance()
-            if self.event is None:
-                return self.found.get(name)
-            self.found[self.event.name] = self.event
+            if self.event is not None:
+                self.found[self.event.name] = self.event
         return self.found[name]
 
     def finish(self) -> Any:
         """Compute to the end and return the output."""
-        while self._thread is None or self.event is not None:
+        while not self.done:
             self.found.clear()
             self.advance()
         return self.output
@@ -277,7 +277,7 @@ class _Run:
         except BaseException as error:
             self._error = error
         finally:
-            self.event = None
+            self.event, self.done = None, True
             self._here.release()
 
 

@@ -369,9 +369,10 @@ class _Fitting:
         for ridge in _RIDGES if self.holds_out else _RIDGES[:2]:
             found = solve(fit, anchor, ridge, zero_sum=zero_sum)
             error = float((held.error(found) * importance).sum())
-            if error < least:
-                solution, least = found, error
-        if solution is None:
+            if error >= least:
+                break
+            solution, least = found, error
+        if solution is None:  # the moments are not finite
             return
         weight, bias = solution.weight.flatten(0, 1), solution.bias.flatten()
         if self.norm is None:
