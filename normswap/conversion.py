@@ -11,8 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from normswap.capture import capture_symbolic
-from normswap.capture.observed import norm_input_shapes
+from normswap.capture import capture
 from normswap.errors import InitializationError, InputError, NothingToConvertError, VerificationError
 from normswap.initialization.absorb import absorb
 from normswap.initialization.moments import Moments, input_moments, measure_statistics, noise_like
@@ -151,10 +150,7 @@ def _plan(
     exclude: Sequence[str],
     has_data: bool,
 ) -> Plan:
-    capture = capture_symbolic(model)
-    if example is not None:
-        capture = dataclasses.replace(capture, shapes=norm_input_shapes(model, example))
-    matches = match(capture, example, has_data=has_data)
+    matches = match(capture(model, example), example, has_data=has_data)
     return make_plan(type(model).__name__, matches, recipe, include=include, exclude=exclude, has_data=has_data)
 
 

@@ -54,11 +54,12 @@ def inspect_model(
         print_json(plan.to_json()) if as_json else show_plan(plan)
         return
     with working("reading the dataflow"):
-        from normswap.capture import capture_symbolic
+        from normswap.capture import capture
         from normswap.inputs import as_inputs
         from normswap.matching import match
 
-        matches = match(capture_symbolic(network), None if inputs is None else as_inputs(inputs))
+        example = None if inputs is None else as_inputs(inputs)
+        matches = match(capture(network, example), example)
         parameters = sum(p.numel() for p in network.parameters())
     name = type(network).__name__
     if as_json:
@@ -67,7 +68,7 @@ def inspect_model(
         return
     say(f"{name}: {parameters:,} parameters, {len(matches.sites)} BatchNorm sites\n")
     rows = [
-        (s.norm, s.norm_type, str(s.num_features), s.layer or "–", s.layer_type or "–", s.proof, s.reason or "")
+        (s.norm, s.norm_type, str(s.num_features), s.layer or "–", s.layer_type or "–", s.evidence, "; ".join(s.remarks))
         for s in matches.sites
     ]
     table(("norm", "is", "channels", "layer", "layer is", "proof", "notes"), rows)

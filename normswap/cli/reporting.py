@@ -40,8 +40,8 @@ def show_plan(plan: Plan) -> None:
 
 def _row(step: Step) -> tuple[str, ...]:
     site = step.site
-    notes = "; ".join([*([site.reason] if site.reason else []), *step.notes])
-    return site.norm, site.norm_type, site.layer or "–", step.weight or "–", step.norm, site.proof, notes
+    notes = "; ".join((*site.remarks, *step.notes))
+    return site.norm, site.norm_type, site.layer or "–", step.weight or "–", step.norm, site.evidence, notes
 
 
 def _grouped(skips: Sequence[Skip]) -> list[tuple[tuple[str, str], list[str]]]:
