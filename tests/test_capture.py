@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import normswap as ns
-from normswap.capture import capture_symbolic
-from normswap.capture.observed import norm_input_shapes
+from normswap.capture import capture_recorded, capture_symbolic
 
 
 class Careless(nn.Module):
@@ -65,10 +64,10 @@ def test_a_run_on_example_inputs_leaves_the_model_as_it_was(failure: BaseExcepti
     model, x = Careless(failure).train(), torch.randn(2, 3, 6, 6)
     before = fingerprint(model)
     if failure is None:
-        assert norm_input_shapes(model, (x,))["bn"] == frozenset({(4, 16)})
+        assert capture_recorded(model, (x,)).shapes["bn"] == frozenset({(4, 16)})
     else:
         with pytest.raises(KeyboardInterrupt if isinstance(failure, KeyboardInterrupt) else ns.NormswapError):
-            norm_input_shapes(model, (x,))
+            capture_recorded(model, (x,))
     assert fingerprint(model) == before
 
 

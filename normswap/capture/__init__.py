@@ -23,8 +23,8 @@ def capture(
     Args:
         model: The model.
         example_inputs: Its inputs, positional or by keyword.
-        how: ``"symbolic"`` traces; ``"recorded"`` writes down a run on ``example_inputs``; ``"auto"`` traces what can be
-            traced and takes the record for the rest, where there are inputs. A record also knows the shapes.
+        how: ``"symbolic"`` traces; ``"recorded"`` writes down runs on ``example_inputs``; ``"auto"`` traces what can
+            be traced and takes the record for the rest, where there are inputs. A record also knows the shapes.
 
     Raises:
         InputError: The model does not run on ``example_inputs``, or is a wrapper that hides its modules.

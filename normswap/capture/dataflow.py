@@ -108,7 +108,9 @@ class Dataflow:
         for key, flags in trained.items():
             if flags == {True}:
                 calls = [call for run in self.calls[key].values() for call in run]
-                self._refuse(key, "it uses the batch's statistics in eval mode, too, so it has none to take over", calls)
+                self._refuse(
+                    key, "it uses the batch's statistics in eval mode, too, so it has none to take over", calls
+                )
                 del self.functional[key]
             elif flags == {False}:
                 self.frozen.add(key)

@@ -14,7 +14,6 @@ from itertools import product
 from typing import Any
 
 import numpy as np
-
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -81,12 +80,12 @@ def scales_with_its_parameters(layer: nn.Module) -> bool:
 
 
 # Note [Garbage]
-# Where no graph shows it, whether a layer feeds its norm and nothing else is tried on a copy of the model. The layer gets
-# random weights that are the true ones only while it is being called, and returns random numbers; the norm, when it is
-# handed those very numbers, takes the true output in their stead. Whoever else reads the weight, or uses or changes the
-# output, computes something else than in a run of the untouched copy. Every result of every operation is compared, not
-# the model's output alone: a detector that finds nothing returns nothing. All is bit for bit the same where the pairs
-# are right, so the tolerance is that of operations whose sums have no fixed order.
+# Where no graph shows it, whether a layer feeds its norm and nothing else is tried on a copy of the model. The layer
+# gets random weights that are the true ones only while it is being called, and returns random numbers; the norm, when
+# it is handed those very numbers, takes the true output in their stead. Whoever else reads the weight, or uses or
+# changes the output, computes something else than in a run of the untouched copy. The results of all operations are
+# compared, not the model's output alone: a detector that finds nothing returns nothing. All is bit for bit the same
+# where the pairs are right, so the tolerance is that of operations whose sums have no fixed order.
 
 _RANDOM_ORDER = 1e-5
 _SAMPLES = 64
@@ -174,7 +173,8 @@ class _Trial:
                     output = run_on(self.model, inputs)
             except Exception:
                 return None
-            return self._digests.found + [_digest(leaf) for leaf in pytree.tree_leaves(output)]
+            kept = [*pytree.tree_leaves(output), *self.model.buffers()]
+            return self._digests.found + [_digest(leaf) for leaf in kept]
 
     def passes(self, pairs: Sequence[Pair]) -> set[Pair] | None:
         """Return which of ``pairs`` the model calls, None where someone sees the garbage of one."""
@@ -270,7 +270,7 @@ class _Digests(TorchDispatchMode):
     """Notes a few numbers of every result of every operation."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.found: list[_Digest] = []
         self._paused = False
 
@@ -292,17 +292,19 @@ class _Digests(TorchDispatchMode):
 
 @cache
 def _computes(func: torch._ops.OpOverload) -> bool:
-    """Tell whether ``func`` gives new values: views, copies and memory that no one has written yet have none."""
+    """Tell whether ``func`` gives new values: views, copies and memory that no one has written yet are none."""
     if any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):
         return False
-    return not func._schema.name.startswith(("aten::clone", "aten::empty", "aten::new_empty", "aten::resize"))
+    return not func._schema.name.startswith(
+        ("aten::clone", "aten::copy_", "aten::empty", "aten::new_empty", "aten::resize")
+    )
 
 
 def _digest(value: Any) -> _Digest:
     """Return the sum and some of the values of a tensor, or a number; None for anything else."""
     if isinstance(value, (bool, int, float)):
         return (float(value),)
-    if not isinstance(value, Tensor) or value.is_complex() and not value.numel():
+    if not isinstance(value, Tensor) or (value.is_complex() and not value.numel()):
         return None
     try:
         if value.is_complex():
@@ -310,8 +312,8 @@ def _digest(value: Any) -> _Digest:
         n = value.numel()
         places = torch.linspace(0, max(n - 1, 0), min(n, _SAMPLES), dtype=torch.float64).long().to(value.device)
         sample = value.take(places).double()
-        value = value if value.is_floating_point() else value.double()
-        return (float(torch.linalg.vector_norm(value, dtype=torch.float64)), *sample.tolist())
+        value = value if value.dtype in (torch.float32, torch.float64) else value.double()
+        return (float(torch.linalg.vector_norm(value)), *sample.tolist())
     except Exception:  # of a layout that cannot be read so; what is computed from it can
         return None
 

@@ -36,12 +36,19 @@ from normswap.errors import InputError
 __all__ = ["capture_recorded", "changed_in_place", "untracked"]
 
 # Asking a tensor for these tells nothing of its values, and so is no use of it.
-_PROPERTIES = """shape ndim dtype device layout itemsize nbytes requires_grad is_leaf grad_fn is_cpu is_cuda is_meta is_mps
-    is_xpu is_sparse is_sparse_csr is_quantized is_nested is_mkldnn _version"""
-_METHODS = """size dim ndimension numel nelement stride storage_offset is_contiguous get_device element_size
-    is_floating_point is_complex is_inference is_pinned __len__ __hash__"""
+_PROPERTIES = """
+    shape ndim dtype device layout itemsize nbytes requires_grad is_leaf grad_fn is_cpu is_cuda is_meta is_mps is_xpu
+    is_sparse is_sparse_csr is_quantized is_nested is_mkldnn _version
+"""
+_METHODS = """
+    size dim ndimension numel nelement stride storage_offset is_contiguous get_device element_size is_floating_point
+    is_complex is_inference is_pinned __len__ __hash__
+"""
 _VALUE_FREE: frozenset[Any] = frozenset(
-    [getattr(Tensor, name).__get__ for name in _PROPERTIES.split()] + [getattr(Tensor, name) for name in _METHODS.split()]
+    (
+        *(getattr(Tensor, name).__get__ for name in _PROPERTIES.split()),
+        *(getattr(Tensor, name) for name in _METHODS.split()),
+    )
 )
 _PLAIN = (
     *(type(None), bool, int, float, complex, str, type(Ellipsis)),

@@ -68,7 +68,15 @@ def inspect_model(
         return
     say(f"{name}: {parameters:,} parameters, {len(matches.sites)} BatchNorm sites\n")
     rows = [
-        (s.norm, s.norm_type, str(s.num_features), s.layer or "–", s.layer_type or "–", s.evidence, "; ".join(s.remarks))
+        (
+            s.norm,
+            s.norm_type,
+            str(s.num_features),
+            s.layer or "–",
+            s.layer_type or "–",
+            s.evidence,
+            "; ".join(s.remarks),
+        )
         for s in matches.sites
     ]
     table(("norm", "is", "channels", "layer", "layer is", "proof", "notes"), rows)
