@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from normswap.capture import capture
+from normswap.capture.guard import copy_of
 from normswap.errors import InitializationError, InputError, NothingToConvertError, VerificationError
 from normswap.initialization.absorb import absorb
 from normswap.initialization.moments import Moments, input_moments, measure_statistics, noise_like
@@ -170,7 +171,7 @@ def _refuse_unfit(model: nn.Module) -> None:
 
 def _copy(model: nn.Module) -> nn.Module:
     try:
-        return copy.deepcopy(model)
+        return copy_of(model)
     except Exception as cause:
         raise InputError(
             f"the model cannot be copied: {type(cause).__name__}: {cause}",

@@ -7,7 +7,6 @@ two in a row become one, and what is left becomes a depthwise 1×1 convolution.
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict, defaultdict
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from torch.nn.utils import skip_init
 from normswap.capture import capture_symbolic
 from normswap.capture.batch_norms import after_norm, read_batch_norm
 from normswap.capture.dataflow import Dataflow
+from normswap.capture.guard import copy_of
 from normswap.capture.observed import run_on
 from normswap.capture.ops import is_layer, is_norm
 from normswap.errors import FoldError, VerificationError
@@ -94,7 +94,7 @@ def fold_with_report(model: nn.Module, *, example_inputs: Any = None) -> Folding
             code="fold-train-mode",
             hint="call model.eval() before folding",
         )
-    folded = copy.deepcopy(model)
+    folded = copy_of(model)
     inputs = None if example_inputs is None else as_inputs(example_inputs)
     if inputs is not None:
         _note_ranks(folded, inputs)

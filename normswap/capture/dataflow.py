@@ -220,14 +220,15 @@ class Dataflow:
                     return replace(found, recorded=call.trace.recorded)
                 layers.add(found.layer)
             else:
-                shown[run] = calls[0].trace.recorded
+                recorded = shown[run] = calls[0].trace.recorded
                 if len(layers) > 1:
                     several = ", ".join(sorted(layers)[:3])
-                    return Finding(reason=f"it normalizes the outputs of several layers ({several})")
+                    return Finding(reason=f"it normalizes the outputs of several layers ({several})", recorded=recorded)
                 (layer,) = layers
                 made = self.calls[layer].get(run, [])
                 if len(made) != len(calls):
-                    return Finding(layer, f"{layer} is called {len(made)} times and the norm {len(calls)} times")
+                    why = f"{layer} is called {len(made)} times and the norm {len(calls)} times"
+                    return Finding(layer, why, recorded=recorded)
         if not shown:
             return Finding(reason=unseen)
         (layer,) = layers

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import math
 import random
@@ -21,7 +20,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from normswap.capture.guard import set_mode, untouched
+from normswap.capture.guard import copy_of, set_mode, untouched
 from normswap.capture.observed import run_on
 from normswap.capture.ops import LAYERS, class_of
 from normswap.nn import FilterLayout
@@ -106,7 +105,7 @@ def confirm_feeds(
         The pairs that passed wherever they were called, each with the modes (train mode: True) in which it was called.
     """
     try:
-        clone = copy.deepcopy(model)
+        clone = copy_of(model)
     except Exception:  # a model that cannot be copied cannot be tried
         return {}
     good, called = list(pairs), {pair: set[bool]() for pair in pairs}
@@ -159,8 +158,8 @@ class _Trial:
         self.runs = reference is not None
         self._reference = reference or []
 
-    def _run(self) -> list[_Digest] | None:
-        """Return the digests of one run, None where the model does not run."""
+    def _run(self, garbage: Sequence[_Garbage] = ()) -> list[_Digest] | None:
+        """Return the digests of one run, None where the model does not run or garbage has gone astray."""
         inputs = pytree.tree_map_only(Tensor, self._signed, self.inputs)
         with untouched(self.model, values=True), torch.no_grad():
             torch.manual_seed(0)
@@ -173,6 +172,8 @@ class _Trial:
                     output = run_on(self.model, inputs)
             except Exception:
                 return None
+            if any(one.astray() for one in garbage):
+                return None
             kept = [*pytree.tree_leaves(output), *self.model.buffers()]
             return self._digests.found + [_digest(leaf) for leaf in kept]
 
@@ -182,11 +183,11 @@ class _Trial:
         try:
             for one in garbage:
                 one.place()
-            found = self._run()
+            found = self._run(garbage)
         finally:
             for one in garbage:
                 one.remove()
-        if found is None or len(found) != len(self._reference) or any(one.leaked() for one in garbage):
+        if found is None or len(found) != len(self._reference):
             return None
         if not all(map(_same, found, self._reference)):
             return None
@@ -222,8 +223,8 @@ class _Garbage:
             handle.remove()
         self._write(self.clean)
 
-    def leaked(self) -> bool:
-        """Tell whether an output went elsewhere than into the norm, or is still held by someone."""
+    def astray(self) -> bool:
+        """Tell whether an output went elsewhere than into the norm, or is still held by someone after the run."""
         if self.seen or self.pending:
             return True
         if any(ref() is not None for ref in self.given):
