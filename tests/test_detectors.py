@@ -111,10 +111,7 @@ def test_a_head_with_norms_shared_by_all_levels_keeps_its_function() -> None:
 
 
 class ModelOutput(OrderedDict[str, Tensor]):
-    """A dict of a class of its own, whose entries are attributes, too."""
-
-    def __getattr__(self, name: str) -> Tensor:
-        return self[name]
+    """A dict of a class of its own, into which torch's tree utilities do not look."""
 
 
 class ConvLayer(nn.Module):
