@@ -187,6 +187,9 @@ def test_conv_and_norm_beside_each_other_in_an_untraceable_forward_are_found() -
         before = model(x)
         assert distance(dict(result.model(x)), dict(before)) < 1e-12
         folded = ns.fold(result.model.eval(), example_inputs={"pixel_values": x})
+        convolutions = [m for m in folded.modules() if isinstance(m, nn.Conv2d)]
+        assert len(convolutions) == 7  # none in a norm's place
+        assert all(m.bias is not None for m in convolutions)
         assert distance(dict(folded(x)), dict(before)) < 1e-12
         result.model.stem.normalization.bias[0] += 0.1
         assert distance(dict(result.model(x)), dict(before)) > 1e-3

@@ -16,7 +16,11 @@ __all__ = ["Capture", "Trace", "capture", "capture_recorded", "capture_symbolic"
 
 
 def capture(
-    model: nn.Module, example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None, how: str = "auto"
+    model: nn.Module,
+    example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
+    how: str = "auto",
+    *,
+    modes: tuple[bool, ...] = (False, True),
 ) -> Capture:
     """Return the dataflow of ``model``; read-only.
 
@@ -25,6 +29,7 @@ def capture(
         example_inputs: Its inputs, positional or by keyword.
         how: ``"symbolic"`` traces; ``"recorded"`` writes down runs on ``example_inputs``; ``"auto"`` traces what can
             be traced and takes the record for the rest, where there are inputs. A record also knows the shapes.
+        modes: The values of the train flag to trace and run with.
 
     Raises:
         InputError: The model does not run on ``example_inputs``, or is a wrapper that hides its modules.
@@ -32,14 +37,14 @@ def capture(
     if how not in ("auto", "symbolic", "recorded"):
         raise InputError(f"how={how!r} is unknown", code="unknown-capture", hint="choose auto, symbolic or recorded")
     if how == "symbolic" or (how == "auto" and example_inputs is None):
-        return capture_symbolic(model)
+        return capture_symbolic(model, modes)
     if example_inputs is None:
         raise InputError("a record needs a run", code="no-inputs", hint="give example_inputs")
     if how == "recorded":
-        return capture_recorded(model, example_inputs)
-    traced = capture_symbolic(model)
-    modes = (False, True) if traced.opaque else (False,)  # for the shapes, evaluation is enough
+        return capture_recorded(model, example_inputs, modes)
+    traced = capture_symbolic(model, modes)
     first = 1 + max((trace.run for trace in traced.traces), default=-1)
-    record = capture_recorded(model, example_inputs, modes, first_run=first)
+    # Where the graphs lack nothing but the shapes, one run is enough.
+    record = capture_recorded(model, example_inputs, modes if traced.opaque else modes[:1], first_run=first)
     traces = traced.traces + (record.traces if traced.opaque else ())
     return dataclasses.replace(traced, traces=traces, shapes=record.shapes)

@@ -182,8 +182,6 @@ def _children(scope: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def _no_forward(module: nn.Module) -> str | None:
     """Return why ``module``'s forward is not the one of its class, or that it has none."""
-    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-        return "container"
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance"
     if type(module).forward is nn.Module.forward:
