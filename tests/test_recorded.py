@@ -119,7 +119,7 @@ def inference(m: Pair, y: Tensor) -> Tensor:
         return (y * 2).sum().clone()
 
 
-def hidden_region(m: Pair, y: Tensor) -> Tensor:
+def hidden_region(_: Any, y: Tensor) -> Tensor:
     with torch._C.DisableTorchFunction():
         return y.tanh().sum()
 
@@ -369,6 +369,34 @@ def test_a_record_counts_every_call_of_a_shared_head() -> None:
     assert layer_of(result.plan) == "conv"
     with torch.no_grad():
         assert distance(result.model(levels), model(levels)) < EXACT
+
+
+class Across(nn.Module):
+    """A layer at the end of one traceable child feeds a norm at the beginning of another."""
+
+    def __init__(self, use: Callable[[Tensor], Tensor | int]) -> None:
+        super().__init__()
+        self.post = nn.Sequential(nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6))
+        self.pre = nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 6, 3))
+        self.use = use
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() == 0:
+            return x
+        y = self.pre(x)
+        return self.post(y) + self.use(y)
+
+
+@pytest.mark.parametrize(
+    ("use", "layer"), [(lambda y: 0, "pre.2"), (lambda y: y.tanh(), None), (lambda y: hidden_region(None, y), None)]
+)
+def test_a_layer_is_found_across_the_bounds_of_what_could_be_traced(use: Any, layer: str | None) -> None:
+    model, x = randomize_(Across(use), 0).double(), torch.randn(2, 4, 7, 7, dtype=torch.float64)
+    result = ns.convert(model, "wn+mobn", example_inputs=x)
+    found = [(step.site.norm, step.site.layer, step.site.found_by) for step in result.plan.steps]
+    assert found == [("post.0", layer, "recorded"), ("post.3", "post.2", "symbolic")]  # in the order of the run
+    with torch.no_grad():
+        assert distance(result.model(x), model(x)) < EXACT
 
 
 def test_the_rank_of_a_batch_norm_1d_is_decided_by_the_run() -> None:

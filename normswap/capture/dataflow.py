@@ -90,6 +90,9 @@ class Dataflow:
                     self._owners[id(parameter)].append(f"{fqn}.{name}")
                     if not parameter.is_meta and parameter.numel():
                         self._places[parameter.data_ptr()].append(f"{fqn}.{name}")
+        for trace in capture.traces:
+            if trace.recorded:  # scopes are traced one after the other, and only runs know in which order they are called
+                self._note_order(trace)
         trained: dict[str, set[bool]] = defaultdict(set)
         recorded: list[_Call] = []
         for trace in capture.traces:
@@ -120,6 +123,11 @@ class Dataflow:
     def _add(self, key: str, trace: Trace, node: fx.Node) -> None:
         self.calls[key][trace.run].append(_Call(trace, node))
         self.order.setdefault(key, len(self.order))
+
+    def _note_order(self, trace: Trace) -> None:
+        for node in trace.graph.nodes:
+            if node.op == "call_module":
+                self.order.setdefault(self.capture.aliases[trace.fqn(str(node.target))], len(self.order))
 
     def _add_functional(self, trace: Trace, node: fx.Node, trained: dict[str, set[bool]]) -> None:
         owner = self.capture.aliases[node.meta["owner"]]

@@ -94,8 +94,6 @@ def capture_recorded(
         recorder = _Recorder(modules, model)
         try:
             graph = recorder.record(model, inputs, training)
-        except InputError:
-            raise
         except Exception as cause:
             if traces:
                 continue
