@@ -91,7 +91,9 @@ class Dataflow:
                     if not parameter.is_meta and parameter.numel():
                         self._places[parameter.data_ptr()].append(f"{fqn}.{name}")
         for trace in capture.traces:
-            if trace.recorded:  # scopes are traced one after the other, and only runs know in which order they are called
+            if (
+                trace.recorded
+            ):  # scopes are traced one after the other, and only runs know in which order they are called
                 self._note_order(trace)
         trained: dict[str, set[bool]] = defaultdict(set)
         recorded: list[_Call] = []

@@ -145,7 +145,7 @@ class _Recorder(TorchFunctionMode):
         self.shapes: dict[str, set[tuple[int, int]]] = defaultdict(set)
         self._named = {id(t): (name, t) for name, t in (*model.named_buffers(), *model.named_parameters())}
         self._known: dict[int, _Known] = {}
-        self._calls: list[_Call] = []
+        self._calls: list[_Call] = [_Call(model, "")]
         self._leaf: _Call | None = None
         self._thread = threading.get_ident()
         self._lock = threading.Lock()
@@ -193,8 +193,8 @@ class _Recorder(TorchFunctionMode):
             self._calls.append(call)
 
         def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            if threading.get_ident() != self._thread:
-                return
+            if threading.get_ident() != self._thread or self._calls[-1].module is not module:
+                return  # not entered here: in another thread, or stopped by a hook before
             call = self._calls.pop()
             with torch._C.DisableTorchFunction():
                 if call is self._leaf:
@@ -220,7 +220,7 @@ class _Recorder(TorchFunctionMode):
         result = func(*args, **kwargs)
         op, target = _target(func)
         if target in (getattr, setattr):
-            given = (*given, func.__self__.__name__)
+            given = (*given, getattr(getattr(func, "__self__", None), "__name__", "a property"))
         self._note_results(result, self._create(op, target, given, named))
         return result
 
@@ -229,7 +229,7 @@ class _Recorder(TorchFunctionMode):
     def _create(self, op: str, target: Any, args: Any = (), kwargs: Any = None) -> fx.Node:
         with self._lock:
             node = self.graph.create_node(op, target, tuple(args), dict(kwargs or {}))
-        node.meta["owner"] = self._calls[-1].fqn if self._calls else ""
+        node.meta["owner"] = self._calls[-1].fqn
         return node
 
     def _barrier(self, node: fx.Node) -> fx.Node:
@@ -316,7 +316,8 @@ class _Recorder(TorchFunctionMode):
         """Make the output node: it uses what the output holds, and what the model or anyone else still holds."""
         if self._held() - {id(t) for t in _tensors(output)}:
             gc.collect()
-        kept = [self._known[key].node for key in sorted(self._held())]
+        held = self._held()
+        kept = [known.node for key, known in self._known.items() if key in held]
         self.graph.create_node("output", "output", (tuple(dict.fromkeys(kept)),))
 
     def _held(self) -> set[int]:
