@@ -18,10 +18,10 @@ from torch.nn.utils import skip_init
 from normswap.capture import capture
 from normswap.capture.batch_norms import after_norm, read_batch_norm
 from normswap.capture.dataflow import Dataflow
+from normswap.capture.garbage import confirm_feeds
 from normswap.capture.guard import copy_of
 from normswap.capture.observed import run_on
 from normswap.capture.ops import is_layer, is_norm
-from normswap.capture.probes import confirm_feeds
 from normswap.errors import FoldError, VerificationError
 from normswap.forwards import is_rewritten, trace_own_forward
 from normswap.inputs import Inputs, as_inputs, make_up_inputs

@@ -12,8 +12,8 @@ from torch.nn.parameter import is_lazy
 from normswap.capture import Capture
 from normswap.capture.batch_norms import after_norm, read_batch_norm
 from normswap.capture.dataflow import Dataflow
+from normswap.capture.garbage import confirm_feeds
 from normswap.capture.ops import class_of, is_layer, is_norm, is_other_norm
-from normswap.capture.probes import confirm_feeds
 from normswap.nn import FilterLayout
 from normswap.records import FoundBy, NormKind, Proof, Site, Skip
 

@@ -23,7 +23,7 @@ from zoo import ZOO, Entry, randomize_
 
 import normswap as ns
 from normswap.capture import Capture, capture, capture_recorded, capture_symbolic
-from normswap.capture.probes import confirm_feeds
+from normswap.capture.garbage import confirm_feeds
 from normswap.errors import InputError, NormswapError
 from normswap.matching import match
 from normswap.records import Plan

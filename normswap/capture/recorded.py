@@ -6,7 +6,7 @@ identity, by its version and by its address: one that was written through a view
 the value that a node once gave, and stands in the graph as ``changed_in_place``. A tensor that appears from nowhere
 (of a thread, a TorchScript function, ``vmap``, a region without torch functions) stands there as ``untracked``. What
 consumes a tensor in such places, no record sees. So a record is an observation: where it shows a layer in front of a
-norm, a numeric check must agree (see probes).
+norm, a numeric check must agree (see garbage).
 """
 
 from __future__ import annotations
