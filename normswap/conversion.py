@@ -11,8 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from normswap.capture import capture_symbolic
-from normswap.capture.observed import Batch, norm_input_shapes
+from normswap.capture import capture
+from normswap.capture.guard import copy_of
+from normswap.capture.observed import Batch
 from normswap.errors import InitializationError, InputError, NothingToConvertError, VerificationError
 from normswap.initialization.absorb import absorb
 from normswap.initialization.match import match_to
@@ -244,10 +245,7 @@ def _plan(
     exclude: Sequence[str],
     has_data: bool,
 ) -> Plan:
-    capture = capture_symbolic(model)
-    if example is not None:
-        capture = dataclasses.replace(capture, shapes=norm_input_shapes(model, example))
-    matches = match(capture, example, has_data=has_data)
+    matches = match(capture(model, example), example, has_data=has_data)
     return make_plan(type(model).__name__, matches, recipe, include=include, exclude=exclude, has_data=has_data)
 
 
@@ -267,7 +265,7 @@ def _refuse_unfit(model: nn.Module) -> None:
 
 def _copy(model: nn.Module) -> nn.Module:
     try:
-        return copy.deepcopy(model)
+        return copy_of(model)
     except Exception as cause:
         raise InputError(
             f"the model cannot be copied: {type(cause).__name__}: {cause}",

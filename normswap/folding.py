@@ -7,7 +7,6 @@ two in a row become one, and what is left becomes a depthwise 1×1 convolution.
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict, defaultdict
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +15,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import skip_init
 
-from normswap.capture import capture_symbolic
+from normswap.capture import capture
 from normswap.capture.batch_norms import after_norm, read_batch_norm
 from normswap.capture.dataflow import Dataflow
+from normswap.capture.garbage import confirm_feeds
+from normswap.capture.guard import copy_of
 from normswap.capture.observed import run_on
 from normswap.capture.ops import is_layer, is_norm
 from normswap.errors import FoldError, VerificationError
@@ -81,7 +82,8 @@ def fold_with_report(model: nn.Module, *, example_inputs: Any = None) -> Folding
 
     Args:
         model: In eval mode.
-        example_inputs: Inputs to compare both models on; without, inputs are made up where the model takes them.
+        example_inputs: Inputs to compare both models on; without, inputs are made up where the model takes them. They
+            also show, by runs, which layers feed what inside modules that cannot be traced.
 
     Raises:
         FoldError: The model is in train mode.
@@ -93,7 +95,7 @@ def fold_with_report(model: nn.Module, *, example_inputs: Any = None) -> Folding
             code="fold-train-mode",
             hint="call model.eval() before folding",
         )
-    folded = copy.deepcopy(model)
+    folded = copy_of(model)
     inputs = example_of(model, example_inputs)
     if inputs is not None:
         _note_ranks(folded, inputs)
@@ -101,7 +103,7 @@ def fold_with_report(model: nn.Module, *, example_inputs: Any = None) -> Folding
     left: list[FoldRow] = []
     for name, reason in make_plain(folded):
         (left if reason else rows).append(FoldRow(name, "as it was" if reason else "a plain weight", reason))
-    while done := _fold_affines(folded):
+    while done := _fold_affines(folded, inputs):
         rows += done
     _simplify(folded)
     for row in _replace_the_rest(folded):
@@ -140,27 +142,38 @@ def _as_affine(module: nn.Module) -> _Affine | None:
     return _Affine(scale, state.beta.double() - scale * state.mean.double(), after)
 
 
-def _fold_affines(model: nn.Module) -> list[FoldRow]:
+def _fold_affines(model: nn.Module, inputs: Inputs | None) -> list[FoldRow]:
     """Fold every affine that directly follows a layer, or another affine, into it; one pass over one capture."""
-    flow = Dataflow(capture_symbolic(model, modes=(False,)))
-    rows: list[FoldRow] = []
-    taken: set[str] = set()
+    flow = Dataflow(capture(model, inputs, modes=(False,)))
+    affines: dict[str, _Affine] = {}
+    feeding: dict[str, str] = {}
+    open_pairs: list[tuple[str, str]] = []
     for fqn in sorted(flow.order, key=flow.order.__getitem__):
         module = flow.capture.modules.get(fqn)
-        if module is None or fqn in flow.functional or fqn in taken:
+        if module is None or fqn in flow.functional:
             continue
         affine = _as_affine(module)
         if affine is None or module._forward_hooks or module._forward_pre_hooks:
             continue
         found = flow.layer_feeding(fqn, affine.scale.numel(), _rank(flow, fqn), _takes_affine)
-        if found.layer is None or found.reason or found.gap or found.layer in taken:
+        if found.layer is None or found.reason:
             continue
-        _into(flow.capture.modules[found.layer], affine)
+        affines[fqn], feeding[fqn] = affine, found.layer
+        if found.gap:
+            open_pairs.append((found.layer, fqn))
+    closed = confirm_feeds(model, open_pairs, inputs) if open_pairs and inputs is not None else {}
+    rows: list[FoldRow] = []
+    taken: set[str] = set()
+    for fqn, layer in feeding.items():
+        if fqn in taken or layer in taken or ((layer, fqn) in open_pairs and (layer, fqn) not in closed):
+            continue
+        affine = affines[fqn]
+        _into(flow.capture.modules[layer], affine)
         rest = affine.rest()
         for name in flow.capture.names[fqn]:
             _replace(model, name, rest)
-        taken |= {fqn, found.layer}
-        rows.append(FoldRow(fqn, f"part of {found.layer}"))
+        taken |= {fqn, layer}
+        rows.append(FoldRow(fqn, f"part of {layer}"))
     return rows
 
 

@@ -13,6 +13,7 @@ from normswap.errors import PlanError
 __all__ = [
     "Agreement",
     "Fit",
+    "FoundBy",
     "InitReport",
     "InitRow",
     "NormKind",
@@ -42,9 +43,18 @@ class Proof:
     PROVEN = "proven"
     """The graph shows it."""
     CHECKED = "checked"
-    """The graph has a gap there; a numeric check on example inputs closed it."""
+    """The graph has a gap there, or is the record of a run; a numeric check on example inputs closed it."""
     NONE = "none"
     """Nothing is absorbed at this site; ``Site.reason`` says why."""
+
+
+class FoundBy:
+    """What shows that a site's norm is where it is."""
+
+    SYMBOLIC = "symbolic"
+    """A graph that was traced, in train and in eval mode."""
+    RECORDED = "recorded"
+    """Runs on example inputs: what is absorbed on their strength has passed a numeric check."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +80,8 @@ class Site:
         proof: A :class:`Proof`.
         reason: Why there is no layer, or None.
         aliases: Further fqns of the same norm.
+        found_by: A :class:`FoundBy`.
+        caveat: What the numeric check of a layer could not reach, or None.
     """
 
     norm: str
@@ -89,6 +101,18 @@ class Site:
     proof: str = Proof.NONE
     reason: str | None = None
     aliases: tuple[str, ...] = ()
+    found_by: str = FoundBy.SYMBOLIC
+    caveat: str | None = None
+
+    @property
+    def evidence(self) -> str:
+        """The grade of proof, and that a record is behind it where one is: ``checked, recorded``."""
+        return f"{self.proof}, {self.found_by}" if self.found_by == FoundBy.RECORDED else self.proof
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Why there is no layer, and what the check of the layer could not reach."""
+        return tuple(text for text in (self.reason, self.caveat) if text)
 
 
 @dataclass(frozen=True)
@@ -158,8 +182,8 @@ class Plan:
                 step.site.layer or "–",
                 step.weight or "–",
                 step.norm,
-                step.site.proof,
-                "; ".join([*([step.site.reason] if step.site.reason else []), *step.notes]),
+                step.site.evidence,
+                "; ".join((*step.site.remarks, *step.notes)),
             )
             for step in self.steps
         ]

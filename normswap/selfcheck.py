@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from normswap.capture.guard import set_mode, untouched
+from normswap.capture.guard import copy_of, set_mode, untouched
 from normswap.capture.observed import run_on
 from normswap.inputs import Inputs
 from normswap.verification import Verification, verify
@@ -53,7 +52,7 @@ def own_rounding(model: nn.Module, inputs: Inputs) -> float:
     try:
         pairs = zip(
             pytree.tree_leaves(eval_output(model, inputs)),
-            pytree.tree_leaves(eval_output(copy.deepcopy(model).double(), wide)),
+            pytree.tree_leaves(eval_output(copy_of(model).double(), wide)),
             strict=True,
         )
     except Exception:  # a model that casts inside its forward has no float64 copy

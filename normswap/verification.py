@@ -246,8 +246,12 @@ def named_leaves(tree: Any, root: str = "output") -> Named:
         keys = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path]
         if not path or isinstance(path[0], pytree.SequenceKey):
             keys.insert(0, root)
+        fields: dict[str, Any] | None = None
         if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
             fields = {field.name: getattr(leaf, field.name) for field in dataclasses.fields(leaf)}
+        elif isinstance(leaf, Mapping):  # of a class that torch does not know
+            fields = dict(leaf)
+        if fields is not None:
             prefix = "_".join(keys) + "_" if path else ""
             found += [(prefix + name, value) for name, value in named_leaves(fields, root)]
         elif leaf is not None:

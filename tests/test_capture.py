@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -12,9 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import normswap as ns
-from normswap.capture import capture_symbolic
-from normswap.capture.observed import norm_input_shapes
-from normswap.capture.probes import confirm_feeds
+from normswap.capture import capture_recorded, capture_symbolic
 
 
 class Careless(nn.Module):
@@ -67,10 +64,10 @@ def test_a_run_on_example_inputs_leaves_the_model_as_it_was(failure: BaseExcepti
     model, x = Careless(failure).train(), torch.randn(2, 3, 6, 6)
     before = fingerprint(model)
     if failure is None:
-        assert norm_input_shapes(model, (x,))["bn"] == frozenset({(4, 16)})
+        assert capture_recorded(model, (x,)).shapes["bn"] == frozenset({(4, 16)})
     else:
         with pytest.raises(KeyboardInterrupt if isinstance(failure, KeyboardInterrupt) else ns.NormswapError):
-            norm_input_shapes(model, (x,))
+            capture_recorded(model, (x,))
     assert fingerprint(model) == before
 
 
@@ -113,25 +110,3 @@ def test_wrappers_are_refused_with_what_to_do(wrap: object) -> None:
     with pytest.raises(ns.NormswapError, match="cannot be replaced") as error:
         ns.plan(wrap(model), "ln")  # type: ignore[operator]
     assert error.value.hint
-
-
-class Finds(nn.Module):
-    """Returns what ``finds`` makes of the output of two layers in a row, each with its norm."""
-
-    def __init__(self, finds: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.first, self.bn1 = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
-        self.second, self.bn2 = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
-        self.finds = finds
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.finds(self.bn2(self.second(self.bn1(self.first(x)).relu())))
-
-
-@pytest.mark.parametrize(
-    ("finds", "proven"), [(Tensor.sigmoid, True), (lambda y: y[y > 1e9], False), (torch.zeros_like, False)]
-)
-def test_an_output_that_shows_nothing_proves_nothing(finds: Callable[[Tensor], Tensor], proven: bool) -> None:
-    pairs = [("first", "bn1"), ("second", "bn2")]
-    found = confirm_feeds(Finds(finds), pairs, (torch.randn(2, 3, 8, 8),))
-    assert found == (frozenset(pairs) if proven else frozenset())

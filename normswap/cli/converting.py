@@ -49,12 +49,13 @@ def inspect_model(
         print_json(plan.to_json()) if as_json else show_plan(plan)
         return
     with working("reading the dataflow"):
-        from normswap.capture import capture_symbolic
+        from normswap.capture import capture
         from normswap.inputs import as_inputs
         from normswap.matching import match
         from normswap.origin import origin_of
 
-        matches = match(capture_symbolic(network), None if inputs is None else as_inputs(inputs))
+        example = None if inputs is None else as_inputs(inputs)
+        matches = match(capture(network, example), example)
         parameters = sum(p.numel() for p in network.parameters())
     name = type(network).__name__
     if as_json:
@@ -67,10 +68,10 @@ def inspect_model(
     show_norms(
         ("norm", "is", "channels", "layer", "layer is", "proof"),
         [
-            (s.norm, s.norm_type, str(s.num_features), s.layer or "–", s.layer_type or "–", s.proof)
+            (s.norm, s.norm_type, str(s.num_features), s.layer or "–", s.layer_type or "–", s.evidence)
             for s in matches.sites
         ],
-        [[s.reason] if s.reason else [] for s in matches.sites],
+        [s.remarks for s in matches.sites],
     )
     if matches.sites and matches.skips:
         say()

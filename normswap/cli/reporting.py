@@ -42,10 +42,10 @@ def show_plan(plan: Plan) -> None:
         show_norms(
             ("norm", "is", "layer", "weight", "becomes", "proof"),
             [
-                (s.site.norm, s.site.norm_type, s.site.layer or "–", s.weight or "–", s.norm, s.site.proof)
+                (s.site.norm, s.site.norm_type, s.site.layer or "–", s.weight or "–", s.norm, s.site.evidence)
                 for s in plan.steps
             ],
-            [(*([step.site.reason] if step.site.reason else []), *step.notes) for step in plan.steps],
+            [(*step.site.remarks, *step.notes) for step in plan.steps],
         )
         say()
     if plan.skips:
@@ -128,7 +128,7 @@ def _noted(plan: Plan, init: InitReport) -> list[str]:
     """Return what a person should know of single norms, each once with the norms that it is about."""
     names: dict[str, list[str]] = defaultdict(list)
     for step in plan.steps:
-        for text in (*([step.site.reason] if step.site.reason else []), *step.notes):
+        for text in (*step.site.remarks, *step.notes):
             names[text].append(step.site.norm)
     for row in init.rows:
         for text in row.notes:
