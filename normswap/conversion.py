@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from normswap.initialization.match import match_to
 from normswap.initialization.moments import Moments, input_moments, measure_statistics, noise_like
 from normswap.initialization.steadying import SPREAD
 from normswap.initialization.tune import tune_to
-from normswap.inputs import Inputs, bind_batches, example_of, make_up_inputs
+from normswap.inputs import Inputs, bind_batches, example_of, make_up_inputs, some_samples
 from normswap.matching import match
 from normswap.origin import Origin, remember, skeleton_of
 from normswap.planning import make_plan, step_at
@@ -75,6 +75,8 @@ def plan(
     """Return what :func:`convert` would do; the model is only read, and may be on the meta device."""
     recipe = make_recipe(to, options)
     example = example_of(model, example_inputs)
+    if example is None and calibration is not None and not isinstance(calibration, Iterator):  # which would be used up
+        example = some_samples(next(bind_batches(model, calibration)))
     return _plan(model, recipe, example, include, exclude, calibration is not None)
 
 
@@ -102,7 +104,7 @@ def convert(
         model: The model; left as it is unless ``inplace``.
         to: A recipe's name, or a recipe.
         example_inputs: Inputs of the model: a tensor, a tuple, or a dict by keyword. They decide what the graph leaves
-            open (ranks, hidden consumers) and serve the check of exact recipes.
+            open (ranks, hidden consumers) and serve the check of exact recipes. Default: the first calibration samples.
         calibration: Unlabelled data: a tensor, tuple or dict of inputs, or an iterable of those, such as a DataLoader.
             Entries that ``forward`` does not require (labels) are left out.
         forward_fn: Called as ``forward_fn(model, batch)`` for each batch of ``calibration``, for data that the rule
@@ -135,8 +137,12 @@ def convert(
         to, options = plan.recipe, dict(plan.options)
     recipe = make_recipe(to, options)
     method = _method(init, recipe, calibration is not None)
-    example = example_of(model, example_inputs)
+    notes: list[str] = []
     _refuse_unfit(model)
+    batches = None if calibration is None else list(bind_batches(model, calibration, notes, forward_fn))
+    example = example_of(model, example_inputs)
+    if example is None and batches is not None:
+        example = some_samples(batches[0])
     least_group = _least_group(recipe) if plan is None else None
     if least_group is not None and method not in ("match", "tune"):
         raise InputError(
@@ -152,8 +158,6 @@ def convert(
             code="nothing-to-convert",
             hint=_first_reason(plan),
         )
-    notes: list[str] = []
-    batches = None if calibration is None else list(bind_batches(model, calibration, notes, forward_fn))
     statistics = _missing_statistics(model, plan, batches)
     moments, assumption = ({}, "") if method == "none" else _moments(model, plan, recipe, batches, example)
     reference = _reference(model, recipe, example, check and method != "none")

@@ -17,7 +17,7 @@ from normswap.capture.ops import is_layer
 from normswap.errors import InputError
 from normswap.nn import FilterLayout
 
-__all__ = ["Inputs", "as_inputs", "bind_batches", "example_of", "make_up_inputs"]
+__all__ = ["Inputs", "as_inputs", "bind_batches", "example_of", "make_up_inputs", "some_samples"]
 
 Inputs = tuple[Any, ...] | Mapping[str, Any]
 """One call's inputs: positional or by keyword."""
@@ -97,6 +97,22 @@ def bind_batches(
         raise InputError(
             "the data holds no batch", code="no-data", hint="give a fresh iterable with at least one batch"
         )
+
+
+def some_samples(batch: Batch, count: int = 2) -> Inputs | None:
+    """Return the first samples of a batch, the whole batch where its tensors share no first axis.
+
+    Of a function that calls the model, which holds a batch of its own, None.
+    """
+    if callable(batch):
+        return None
+    values = list(batch.values()) if isinstance(batch, Mapping) else list(batch)
+    sizes = {len(value) if isinstance(value, Tensor) and value.ndim > 0 else None for value in values}
+    if len(sizes) != 1 or None in sizes:
+        return batch
+    if isinstance(batch, Mapping):
+        return {name: value[:count] for name, value in batch.items()}
+    return tuple(value[:count] for value in batch)
 
 
 def _call(forward_fn: Callable[[nn.Module, Any], Any], batch: Any, model: nn.Module) -> Any:
