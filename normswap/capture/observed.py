@@ -13,20 +13,59 @@ from torch.overrides import TorchFunctionMode
 
 from normswap.capture.guard import set_mode, untouched
 from normswap.capture.ops import is_norm
-from normswap.errors import InputError
+from normswap.errors import InputError, NormswapError
 
-__all__ = ["Batch", "norm_input_shapes", "run_on"]
+__all__ = ["Batch", "call", "first_input", "norm_input_shapes", "run_on", "run_on_data"]
 
 Batch = tuple[Any, ...] | Mapping[str, Any] | Callable[[nn.Module], Any]
 """What a model is run on: positional inputs, inputs by keyword, or a function that calls it."""
 
 
 def run_on(model: nn.Module, inputs: Batch) -> Any:
-    """Run ``model`` on ``inputs``, without gradient."""
+    """Call ``model`` on ``inputs``, without gradient."""
     with torch.no_grad():
-        if callable(inputs):
-            return inputs(model)
-        return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
+        return call(model, inputs)
+
+
+def call(model: nn.Module, inputs: Batch) -> Any:
+    """Call ``model`` on copies of ``inputs``: a forward may change what it is given in place."""
+    if callable(inputs):
+        return inputs(model)
+    if isinstance(inputs, Mapping):
+        return model(**{name: _copies(value) for name, value in inputs.items()})
+    return model(*map(_copies, inputs))
+
+
+def run_on_data(model: nn.Module, inputs: Batch) -> Any:
+    """Run ``model`` on ``inputs`` as :func:`run_on` does.
+
+    Raises:
+        InputError: The model does not run on ``inputs``.
+    """
+    try:
+        return run_on(model, inputs)
+    except NormswapError:
+        raise
+    except Exception as cause:
+        first = (str(cause).splitlines() or [""])[0]
+        raise InputError(
+            f"the model does not run on the inputs it was given: {type(cause).__name__}: {first}",
+            code="inputs-do-not-run",
+            hint="give inputs of the shapes and dtypes that the model's forward takes",
+        ) from cause
+
+
+def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Return what a hook's module is called on: torch's layers and norms name it ``input``."""
+    return args[0] if args else kwargs.get("input")
+
+
+def _copies(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    if type(value) is dict:
+        return {key: _copies(item) for key, item in value.items()}
+    return type(value)(map(_copies, value)) if type(value) in (tuple, list) else value
 
 
 def norm_input_shapes(
@@ -47,22 +86,13 @@ def norm_input_shapes(
         for fqn, module in model.named_modules():
             if is_norm(module):
 
-                def note(_: nn.Module, args: tuple[Any, ...], fqn: str = fqn) -> None:
-                    seen[fqn].add(_shape(args[0]))
+                def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fqn: str = fqn) -> None:
+                    seen[fqn].add(_shape(first_input(args, kwargs)))
 
-                handles.append(module.register_forward_pre_hook(note))
+                handles.append(module.register_forward_pre_hook(note, with_kwargs=True))
         try:
             with _FunctionalNorms(names, seen):
-                run_on(model, inputs)
-        except InputError:
-            raise
-        except Exception as cause:
-            first = (str(cause).splitlines() or [""])[0]
-            raise InputError(
-                f"the model does not run on the inputs it was given: {type(cause).__name__}: {first}",
-                code="inputs-do-not-run",
-                hint="give inputs of the shapes and dtypes that the model's forward takes",
-            ) from cause
+                run_on_data(model, inputs)
         finally:
             for handle in handles:
                 handle.remove()
