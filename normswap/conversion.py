@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -16,7 +18,7 @@ from normswap.capture.guard import copy_of
 from normswap.capture.observed import Batch
 from normswap.errors import InitializationError, InputError, NothingToConvertError, VerificationError
 from normswap.initialization.absorb import absorb
-from normswap.initialization.match import match_to
+from normswap.initialization.match import agreement, match_to
 from normswap.initialization.moments import Moments, input_moments, measure_statistics, noise_like
 from normswap.initialization.steadying import SPREAD
 from normswap.initialization.tune import tune_to
@@ -137,6 +139,7 @@ def convert(
         to, options = plan.recipe, dict(plan.options)
     recipe = make_recipe(to, options)
     method = _method(init, recipe, calibration is not None)
+    _check_numbers(spread, tune_steps)
     notes: list[str] = []
     _refuse_unfit(model)
     batches = None if calibration is None else list(bind_batches(model, calibration, notes, forward_fn))
@@ -168,28 +171,35 @@ def convert(
     fits = method in ("match", "tune")
     target = model if inplace and not fits else _copy(model)
     placed = [_with_statistics(p, statistics) for p in rewrite(target, plan, recipe)]
-    agreement = None
+    agreed = None
     if method == "none":
         rows = [InitRow(p.step.site.norm, "fresh") for p in placed]
     else:
         rows = [absorb(p, moments) for p in placed]
     if fits:
         assert batches is not None
-        fitted, agreement = match_to(
-            model, target, placed, batches, least_group=least_group, spread=spread, progress=progress
-        )
+        fitted = match_to(model, target, placed, batches, least_group=least_group, spread=spread, progress=progress)
         sites = {row.name for row in rows}
         rows = [fitted.get(row.name, row) for row in rows] + [r for name, r in fitted.items() if name not in sites]
         if method == "tune":
             notes.append(_tune(model, target, placed, fitted, batches, tune_steps, progress))
+        agreed = agreement(model, target, batches)
         plan = _with_groups(plan, recipe, placed)
         if inplace:
             rewrite(model, plan, recipe)
-            model.load_state_dict(target.state_dict())
+            _take_values(model, target)
             target = model
     remember(target, Origin(plan, recipe, skeleton))
-    report = InitReport(method, tuple(rows), tuple(n for n in (*notes, assumption) if n), agreement)
+    report = InitReport(method, tuple(rows), tuple(n for n in (*notes, assumption) if n), agreed)
     return Conversion(target, plan, report, _self_check(target, reference))
+
+
+def _take_values(model: nn.Module, source: nn.Module) -> None:
+    """Give ``model`` the values of ``source``, a model of the same structure; a state dict may be a user's own."""
+    with torch.no_grad():
+        for tensors in ((model.parameters(), source.parameters()), (model.buffers(), source.buffers())):
+            for mine, found in zip(*tensors, strict=True):
+                mine.copy_(found)
 
 
 def _least_group(recipe: Recipe) -> int | None:
@@ -224,6 +234,13 @@ def _with_groups(plan: Plan, recipe: Recipe, placed: Sequence[Placed]) -> Plan:
     counts = {one.step.site.norm: getattr(one.norm, "num_groups", None) for one in placed}
     steps = (step_at(step.site, recipe, counts.get(step.site.norm, step.num_groups)) for step in plan.steps)
     return dataclasses.replace(plan, steps=tuple(steps))
+
+
+def _check_numbers(spread: float, tune_steps: int) -> None:
+    if not 0 <= spread < math.inf:
+        raise InputError(f"spread={spread} is no distance", code="spread", hint="give 0 or more; the default is 1")
+    if tune_steps < 0:
+        raise InputError(f"tune_steps={tune_steps} is no number of steps", code="tune-steps", hint="give 0 or more")
 
 
 def _method(init: str | None, recipe: Recipe, has_data: bool) -> str:

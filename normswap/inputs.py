@@ -63,7 +63,7 @@ def bind_batches(
     what ``forward`` requires is used, in order: the labels of an (inputs, targets) pair are left out.
 
     Raises:
-        InputError: There is no batch, or one holds NaN or is no tensor.
+        InputError: There is no batch, or one is empty, holds NaN or is no tensor.
     """
     if isinstance(data, (Tensor, tuple, Mapping)):
         batches: Iterable[Any] = [data]
@@ -146,7 +146,14 @@ def _required(model: nn.Module) -> int | None:
 
 
 def _check_finite(inputs: Inputs, index: int) -> None:
-    named = inputs.items() if isinstance(inputs, Mapping) else enumerate(inputs)
+    named = list(inputs.items() if isinstance(inputs, Mapping) else enumerate(inputs))
+    tensors = [value for _, value in named if isinstance(value, Tensor)]
+    if tensors and not any(value.numel() for value in tensors):
+        raise InputError(
+            f"batch {index} holds no values: its shape is {tuple(tensors[0].shape)}",
+            code="no-data",
+            hint="leave empty batches out",
+        )
     for name, value in named:
         if isinstance(value, Tensor) and value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise InputError(

@@ -6,17 +6,58 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["Batch", "run_on"]
+from normswap.errors import InputError, NormswapError
+
+__all__ = ["Batch", "call", "first_input", "run_on", "run_on_data"]
 
 Batch = tuple[Any, ...] | Mapping[str, Any] | Callable[[nn.Module], Any]
 """What a model is run on: positional inputs, inputs by keyword, or a function that calls it."""
 
 
 def run_on(model: nn.Module, inputs: Batch) -> Any:
-    """Run ``model`` on ``inputs``, without gradient."""
+    """Call ``model`` on ``inputs``, without gradient."""
     with torch.no_grad():
-        if callable(inputs):
-            return inputs(model)
-        return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
+        return call(model, inputs)
+
+
+def call(model: nn.Module, inputs: Batch) -> Any:
+    """Call ``model`` on copies of ``inputs``: a forward may change what it is given in place."""
+    if callable(inputs):
+        return inputs(model)
+    if isinstance(inputs, Mapping):
+        return model(**{name: _copies(value) for name, value in inputs.items()})
+    return model(*map(_copies, inputs))
+
+
+def run_on_data(model: nn.Module, inputs: Batch) -> Any:
+    """Run ``model`` on ``inputs`` as :func:`run_on` does.
+
+    Raises:
+        InputError: The model does not run on ``inputs``.
+    """
+    try:
+        return run_on(model, inputs)
+    except NormswapError:
+        raise
+    except Exception as cause:
+        first = (str(cause).splitlines() or [""])[0]
+        raise InputError(
+            f"the model does not run on the inputs it was given: {type(cause).__name__}: {first}",
+            code="inputs-do-not-run",
+            hint="give inputs of the shapes and dtypes that the model's forward takes",
+        ) from cause
+
+
+def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Return what a hook's module is called on: torch's layers and norms name it ``input``."""
+    return args[0] if args else kwargs.get("input")
+
+
+def _copies(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    if type(value) is dict:
+        return {key: _copies(item) for key, item in value.items()}
+    return type(value)(map(_copies, value)) if type(value) in (tuple, list) else value

@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from normswap.capture.guard import set_mode, untouched
-from normswap.capture.observed import Batch, run_on
+from normswap.capture.observed import Batch, first_input, run_on, run_on_data
 from normswap.errors import InitializationError
 
-__all__ = ["ADDITIONS", "Place", "Visit", "evaluating", "find_additions", "run_side_by_side", "tensors_of"]
+__all__ = ["ADDITIONS", "Place", "Visit", "find_additions", "run_side_by_side", "tensors_of"]
 
 ADDITIONS: frozenset[Any] = frozenset(
     {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__}
@@ -89,29 +89,28 @@ def run_side_by_side(
     places: Sequence[Place],
     batches: Sequence[Batch],
     fit: Callable[[Place, Sequence[Visit]], None],
-) -> tuple[list[Any], list[Any]]:
+) -> None:
     """Run both networks over ``batches`` and call ``fit`` once for each place, in the order of execution.
 
     Args:
         original: The original; left as it was.
-        converted: The converted network, whose parameters ``fit`` changes in place.
+        converted: The converted network, of which only what ``fit`` changes of its parameters in place stays changed.
         places: The sites, in execution order as far as it is known.
         batches: The inputs of each forward pass.
         fit: Fits one site to all its visits. A place that is called more than once is fitted at its first call.
 
-    Returns:
-        The outputs of both networks, batch by batch.
-
     Raises:
-        InitializationError: The forward fails, or computes otherwise when it is paused.
+        InputError: The forward fails.
+        InitializationError: The forward computes otherwise when it is paused.
     """
     rank = {place.name: i for i, place in enumerate(places)}
     by_name = {place.name: place for place in places}
     fitted: set[str] = set()
     with ExitStack() as stack:
         stack.enter_context(untouched(original, values=True))
-        stack.enter_context(evaluating(converted))
+        stack.enter_context(untouched(converted, values=True))
         set_mode(original, False)
+        set_mode(converted, False)
         norms = [place for place in places if place.norm is not None and place.original is not None]
         # In both networks: what a BatchNorm with an activation gives is not what the new norm before it gives.
         added = find_additions(original, {p.name: p.original for p in norms if p.original}, batches[0])
@@ -134,11 +133,12 @@ def run_side_by_side(
                 for first, second in arrived:
                     here, there = second.event, first.until(name)
                     assert here is not None
-                    if there is None:
+                    if there is None or not there.valid:
                         continue
                     beside = None
-                    if there.beside is not None and here.beside is not None and here.beside.shape == there.beside.shape:
-                        beside = there.beside, here.beside
+                    if there.beside is not None and here.beside is not None:
+                        one_shape = here.beside.shape == there.beside.shape == there.x.shape
+                        beside = (there.beside, here.beside) if one_shape else None
                     visits.append(Visit(here.x, there.x, beside))
                 if visits:
                     fit(by_name[name], visits)
@@ -146,10 +146,8 @@ def run_side_by_side(
             for first, second in arrived:
                 first.found.pop(name, None)
                 second.advance()
-        expected = [run.finish() for run in firsts]
-        outputs = [run.output for run in seconds]
-    _check_undisturbed(original, batches[0], expected[0])
-    return expected, outputs
+        output = firsts[0].finish()
+    _check_undisturbed(original, batches[0], output)
 
 
 @dataclass
@@ -159,15 +157,24 @@ class _Event:
     name: str
     x: Tensor
     beside: Tensor | None = None
-    version: int = field(init=False)
+    _versions: list[tuple[Tensor, int]] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.version = self.x._version
+        self._versions = [(self.x, _version(self.x))]
+
+    def set_beside(self, beside: Tensor) -> None:
+        """Set the other addend, now that it is known."""
+        self.beside = beside
+        self._versions.append((beside, _version(beside)))
 
     @property
     def valid(self) -> bool:
-        """Whether ``x`` still has the values that it had then: a forward may change it in place."""
-        return self.x._version == self.version
+        """Whether its tensors still have the values that they had then: a forward may change them in place."""
+        return all(_version(tensor) == version for tensor, version in self._versions)
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
 
 
 class _Closed(BaseException):
@@ -207,8 +214,8 @@ class _Run:
         self._go, self._here = threading.Semaphore(0), threading.Semaphore(0)
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._closed = False
-        self.done = False
+        self._closed = self._done = False
+        self._device = torch.get_default_device()  # which is each thread's own
 
     def advance(self) -> None:
         """Compute up to the next pause, or to the end."""
@@ -221,28 +228,19 @@ class _Run:
         self._here.acquire()
         if self._error is not None:
             error, self._error = self._error, None
-            if isinstance(error, Exception) and not isinstance(error, InitializationError):
-                first = (str(error).splitlines() or [""])[0]
-                raise InitializationError(
-                    f"the forward pass failed: {type(error).__name__}: {first}",
-                    code="calibration-forward",
-                    hint="give calibration data that the model takes; the model is as it was",
-                ) from error
             raise error
 
     def until(self, name: str) -> _Event | None:
         """Compute until the place ``name`` was reached, and return what was found there; None if it never is."""
-        while name not in self.found:
-            if self.done:
-                return None
+        while name not in self.found and not self._done:
             self.advance()
             if self.event is not None:
                 self.found[self.event.name] = self.event
-        return self.found[name]
+        return self.found.get(name)
 
     def finish(self) -> Any:
         """Compute to the end and return the output."""
-        while not self.done:
+        while not self._done:
             self.found.clear()
             self.advance()
         return self.output
@@ -270,14 +268,14 @@ class _Run:
     def _work(self) -> None:
         _current.run = self
         try:
-            with _Additions(self):
-                self.output = run_on(self.model, self.inputs)
+            with self._device, _Additions(self):
+                self.output = run_on_data(self.model, self.inputs)
         except _Closed:
             pass
         except BaseException as error:
             self._error = error
         finally:
-            self.event, self.done = None, True
+            self.event, self._done = None, True
             self._here.release()
 
 
@@ -295,14 +293,13 @@ class _Additions(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in ADDITIONS and self.run.pending:
-            addends = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-            for i, mine in enumerate(addends):
+            addends = _addends(args, kwargs)
+            for mine, other in zip(addends, reversed(addends), strict=True):
                 if id(mine) in self.run.pending:
                     output, event, again = self.run.pending.pop(id(mine))
                     if not event.valid:
                         break
-                    if len(addends) == 2 and kwargs.get("alpha", 1) == 1:
-                        event.beside = addends[1 - i]
+                    event.set_beside(other)
                     self.run.pause(event)
                     if again is not None:
                         output.copy_(again())
@@ -326,23 +323,23 @@ def _watch_original(place: Place, added: bool) -> Iterator[None]:
         yield
         return
 
-    def before(_: nn.Module, args: tuple[Any, ...]) -> None:
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         run = _present()
         if run is not None and not added:
-            _reach_original(run, place, args[0])
+            _reach_original(run, place, first_input(args, kwargs))
 
-    def after(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         run = _present()
         if run is None or not (added or place.norm is None) or not run.first_call(place):
             return
         if place.norm is None:
             run.pause(_Event(place.name, output))
         else:
-            run.pending[id(output)] = output, _Event(place.name, args[0]), None
+            run.pending[id(output)] = output, _Event(place.name, first_input(args, kwargs)), None
 
     alone = place.norm is None
-    handles = [] if alone else [place.original.register_forward_pre_hook(before)]
-    handles.append(place.original.register_forward_hook(after))
+    handles = [] if alone else [place.original.register_forward_pre_hook(before, with_kwargs=True)]
+    handles.append(place.original.register_forward_hook(after, with_kwargs=True))
     try:
         yield
     finally:
@@ -354,16 +351,21 @@ def _watch_original(place: Place, added: bool) -> Iterator[None]:
 def _watch_converted(place: Place, added: bool) -> Iterator[None]:
     """Pause the converted network where ``place`` has made its output; it goes on with the fitted one."""
 
-    def before(_: nn.Module, args: tuple[Any, ...]) -> None:
-        if (run := _present()) is not None and len(args) == 1 and isinstance(args[0], Tensor):
-            run.inputs_of[place.name] = _Event(place.name, args[0])
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if (run := _present()) is None:
+            return
+        x = first_input(args, kwargs)
+        run.inputs_of.pop(place.name, None)
+        # With anything beside its input, such as a transposed convolution's output size, it could not be run again.
+        if len(args) + len(kwargs) == 1 and isinstance(x, Tensor):
+            run.inputs_of[place.name] = _Event(place.name, x)
 
     def after(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         run = _present()
-        if run is None or not run.first_call(place) or place.name not in run.inputs_of:
+        if run is None:
             return None
-        event = run.inputs_of.pop(place.name)
-        if not event.valid:
+        event = run.inputs_of.pop(place.name, None)
+        if not run.first_call(place) or event is None or not event.valid:
             return None
         if added:
             run.pending[id(output)] = output, event, lambda: place.output(event.x)
@@ -372,7 +374,7 @@ def _watch_converted(place: Place, added: bool) -> Iterator[None]:
         return place.output(event.x)
 
     handles = [
-        place.source.register_forward_pre_hook(before),
+        place.source.register_forward_pre_hook(before, with_kwargs=True),
         place.end.register_forward_hook(after),
     ]
     try:
@@ -380,18 +382,6 @@ def _watch_converted(place: Place, added: bool) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Keep ``model`` in evaluation mode, and put each module's mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    set_mode(model, False)
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.__dict__["training"] = training
 
 
 def find_additions(model: nn.Module, norms: Mapping[str, nn.Module], inputs: Batch) -> frozenset[str]:
@@ -403,10 +393,11 @@ def find_additions(model: nn.Module, norms: Mapping[str, nn.Module], inputs: Bat
     handles = [norm.register_forward_hook(partial(pilot.note, name)) for name, norm in norms.items()]
     try:
         with pilot:
-            run_on(model, inputs)
+            returned = run_on_data(model, inputs)
     finally:
         for handle in handles:
             handle.remove()
+    pilot.use(None, returned)
     found: dict[int, str] = {}
     for name, calls in pilot.calls.items():
         uses = pilot.uses.get(name, [])
@@ -432,15 +423,25 @@ class _Pilot(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        addition = func in ADDITIONS and len(tensors) == 2 and tensors[0].shape == tensors[1].shape
-        addition = addition and tensors[0] is not tensors[1] and kwargs.get("alpha", 1) == 1
+        addends = _addends(args, kwargs) if func in ADDITIONS else ()
+        addition = len(addends) == 2 and addends[0].shape == addends[1].shape and addends[0] is not addends[1]
         self.additions += addition
-        for value in _nested(args, kwargs):
-            found = self.outputs.get(id(value))
-            if found is not None and getattr(func, "__name__", "") != "__get__":  # .shape and the like
-                self.uses.setdefault(found[1], []).append(self.additions if addition else None)
+        if getattr(func, "__name__", "") != "__get__":  # .shape and the like
+            self.use(self.additions if addition else None, args, kwargs)
         return func(*args, **kwargs)
+
+    def use(self, addition: int | None, *values: Any) -> None:
+        """Note that ``values`` go into an addition, or into anything else."""
+        for value in _nested(*values):
+            if (found := self.outputs.get(id(value))) is not None:
+                self.uses.setdefault(found[1], []).append(addition)
+
+
+def _addends(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    """Return what an addition adds where that is two tensors as they are, else nothing."""
+    values = (*args, *(kwargs[name] for name in ("input", "other") if name in kwargs))
+    plain = len(values) == 2 and kwargs.get("alpha", 1) == 1 and kwargs.get("out") is None
+    return values if plain and all(isinstance(value, Tensor) for value in values) else ()
 
 
 def _nested(*values: Any) -> Iterator[Tensor]:
@@ -454,17 +455,26 @@ def _nested(*values: Any) -> Iterator[Tensor]:
 
 
 def _check_undisturbed(model: nn.Module, inputs: Batch, output: Any) -> None:
-    """Refuse a model whose forward keeps state of its own between its layers: paused batches would mix it up."""
+    """Refuse a model whose forward keeps state of its own between its layers: paused batches would mix it up.
+
+    One that draws random numbers is refused, too: both networks would draw others.
+    """
     with untouched(model, values=True):
         set_mode(model, False)
         plain = run_on(model, inputs)
-    for a, b in zip(tensors_of(plain), tensors_of(output), strict=True):
-        if a.shape != b.shape or not torch.allclose(a, b, rtol=1e-3, atol=1e-3 * float(a.abs().amax()), equal_nan=True):
-            raise InitializationError(
-                "the model gives another output when it is paused between its layers: its forward keeps state",
-                code="calibration-state",
-                hint="calibrate with one batch, or convert with init='absorb'",
-            )
+    expected, found = tensors_of(plain), tensors_of(output)
+    if len(expected) != len(found) or not all(map(_same, expected, found)):
+        raise InitializationError(
+            "the model gives another output when it is paused between its layers: its forward keeps state or is random",
+            code="calibration-state",
+            hint="calibrate with one batch if it keeps state, or convert with init='absorb'",
+        )
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    finite = a[a.isfinite()].abs()
+    size = float(finite.amax()) if finite.numel() else 0.0
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-3 * size, equal_nan=True)
 
 
 def tensors_of(value: Any) -> list[Tensor]:

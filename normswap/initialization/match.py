@@ -23,9 +23,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from normswap.capture.guard import set_mode, untouched
-from normswap.capture.observed import Batch, run_on
+from normswap.capture.observed import Batch, run_on_data
 from normswap.capture.ops import is_layer
 from normswap.initialization.lockstep import Place, Visit, run_side_by_side, tensors_of
 from normswap.initialization.moments import patches
@@ -36,7 +37,7 @@ from normswap.recipes.parts import Takes, WeightPart
 from normswap.records import Agreement, Fit, InitRow, NormKind
 from normswap.rewriting import Placed
 
-__all__ = ["match_to"]
+__all__ = ["agreement", "match_to"]
 
 _RIDGES = (1.0, 1e-2, 1e-4)
 _HOLD_OUT = 5  # every fifth sample
@@ -55,7 +56,7 @@ def match_to(
     least_group: int | None = None,
     spread: float = SPREAD,
     progress: Callable[[str, int, int], None] | None = None,
-) -> tuple[dict[str, InitRow], Agreement]:
+) -> dict[str, InitRow]:
     """Fit ``converted``, whose sites hold the absorbed BatchNorms, to ``original``.
 
     Args:
@@ -69,10 +70,9 @@ def match_to(
         progress: Called with a site's name, how many were fitted, and how many there are.
 
     Returns:
-        A row for each site that was reached, by its norm's name, and for each fitted head; and how far the networks
-        agree in the end.
+        A row for each site that was reached, by its norm's name, and for each fitted head.
     """
-    goals = {one.step.site.norm: _Goal.at(one) for one in placed}
+    goals = {one.step.site.norm: _Goal.at(one, original) for one in placed}
     places = _places(original, placed)
     heads = _heads(original, converted, {id(place.source) for place in places}, batches[0])
     goals |= {place.name: _Goal.of_layer(place.source) for place in heads}
@@ -85,8 +85,53 @@ def match_to(
         if progress is not None:
             progress(place.name, len(rows), len(places))
 
-    expected, found = run_side_by_side(original, converted, places, batches, fit)
-    return rows, _agreement(expected, found)
+    run_side_by_side(original, converted, places, batches, fit)
+    for place in places:  # no parameter, and so put back with all else that the forwards may have changed
+        if (row := rows.get(place.name)) and row.fit and row.fit.num_groups is not None and place.norm is not None:
+            place.norm.__dict__["num_groups"] = row.fit.num_groups
+    return rows
+
+
+def agreement(original: nn.Module, converted: nn.Module, batches: Sequence[Batch]) -> Agreement | None:
+    """Compare both networks' outputs on the held-out samples, on all where there are too few to hold any out.
+
+    Both networks are only read. What is not finite in the original's output is left out.
+
+    Returns:
+        How far they agree; None where the outputs hold nothing to compare.
+    """
+    pairs: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    with untouched(original, values=True), untouched(converted, values=True):
+        set_mode(original, False)
+        set_mode(converted, False)
+        for inputs in batches:
+            outputs = (tensors_of(run_on_data(model, inputs)) for model in (original, converted))
+            for i, (a, b) in enumerate(zip(*outputs, strict=False)):
+                if a.ndim > 0 and a.shape == b.shape and a.numel():
+                    pairs.setdefault(i, []).append((a.double(), b.double()))
+    error = size = 0.0
+    cosines: list[Tensor] = []  # those of each output
+    same: list[Tensor] = []  # of the first one
+    for i, several in pairs.items():
+        samples, seen, of_this = sum(len(a) for a, _ in several), 0, []
+        for a, b in several:
+            held = _is_held_out(len(a), seen).to(a.device) | (samples < 2 * _HOLD_OUT)
+            seen += len(a)
+            if i == min(pairs) and a.ndim == 2 and a.shape[1] > 1:
+                same.append((a.argmax(1) == b.argmax(1))[held].double())
+            valued = a.isfinite()
+            a, b = (torch.where(valued, t, 0.0)[held].unsqueeze(1).flatten(1) for t in (a, b))
+            error, size = error + float((b - a).square().sum()), size + float(a.square().sum())
+            of_this.append(torch.cosine_similarity(a, b))
+        cosines.append(torch.cat(of_this))
+    if not cosines:
+        return None
+    return Agreement(
+        samples=len(cosines[0]),
+        relative_error=math.sqrt(error / max(size, 1e-30)),
+        cosine=float(torch.stack([c.mean() for c in cosines]).mean()),
+        top1=float(torch.cat(same).mean()) if same else None,
+    )
 
 
 def _places(original: nn.Module, placed: Sequence[Placed]) -> list[Place]:
@@ -108,66 +153,54 @@ def _places(original: nn.Module, placed: Sequence[Placed]) -> list[Place]:
 
 def _heads(original: nn.Module, converted: nn.Module, taken: set[int], inputs: Batch) -> list[Place]:
     """Return the layers without a norm whose output the model returns, such as a classifier, in the order of calls."""
-    outputs: dict[str, list[Tensor]] = {}
+    outputs: dict[str, list[Any]] = {}
 
     def note(name: str) -> Callable[..., None]:
         return lambda _, args, output: outputs.setdefault(name, []).append(output)
 
     handles = []
     owners = Counter(id(p) for m in converted.modules() for p in m._parameters.values())
-    for name, layer in converted.named_modules():
-        weight = layer._parameters.get("weight")
-        if is_layer(layer) and id(layer) not in taken and weight is not None and owners[id(weight)] == 1:
-            handles.append(original.get_submodule(name).register_forward_hook(note(name)))
+    reads: Counter[int] = Counter()
     try:
-        with untouched(original, values=True):
+        with untouched(original, values=True), _Reads(reads):
             set_mode(original, False)
-            returned = {id(tensor) for tensor in tensors_of(run_on(original, inputs))}
+            for name, layer in converted.named_modules():
+                own = [p for p in layer._parameters.values() if p is not None]
+                alone = layer._parameters.get("weight") is not None and all(owners[id(p)] == 1 for p in own)
+                if is_layer(layer) and id(layer) not in taken and alone:
+                    handles.append(original.get_submodule(name).register_forward_hook(note(name)))
+            returned = {id(tensor) for tensor in tensors_of(run_on_data(original, inputs))}
     finally:
         for handle in handles:
             handle.remove()
     heads = []
     for name, found in outputs.items():
-        layer = converted.get_submodule(name)
-        by_channel = isinstance(found[0], Tensor) and (found[0].ndim == 2 or not isinstance(layer, nn.Linear))
-        if len(found) == 1 and id(found[0]) in returned and by_channel:
-            heads.append(Place(name, layer, None, original.get_submodule(name)))
+        layer, before = converted.get_submodule(name), original.get_submodule(name)
+        once = len(found) == 1 and all(reads[id(p)] == 1 for p in before._parameters.values() if p is not None)
+        # Channels lie on axis 1 of a batch; more axes of a linear layer come before them.
+        axes = 2 if isinstance(layer, nn.Linear) else FilterLayout.weight(layer).ndim
+        if once and isinstance(found[0], Tensor) and id(found[0]) in returned and found[0].ndim == axes:
+            heads.append(Place(name, layer, None, before))
     return heads
+
+
+class _Reads(TorchFunctionMode):
+    """Counts, by id, how often each parameter is computed with."""
+
+    def __init__(self, counts: Counter[int]) -> None:
+        super().__init__()
+        self.counts = counts
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") != "__get__":  # .shape and the like
+            values = (*args, *(kwargs or {}).values())
+            self.counts.update({id(value) for value in values if isinstance(value, nn.Parameter)})
+        return func(*args, **(kwargs or {}))
 
 
 def _is_held_out(samples: int, seen: int) -> Tensor:
     """Return which of ``samples`` samples, that come after ``seen`` others, are held out."""
     return (torch.arange(samples) + seen) % _HOLD_OUT == _HOLD_OUT - 1
-
-
-def _agreement(expected: Sequence[Any], found: Sequence[Any]) -> Agreement:
-    """Compare both networks' outputs on the held-out samples, on all where there are too few to hold any out."""
-    pairs: dict[int, list[tuple[Tensor, Tensor]]] = {}
-    for one, other in zip(expected, found, strict=True):
-        for i, pair in enumerate(zip(tensors_of(one), tensors_of(other), strict=False)):
-            if pair[0].ndim > 0 and pair[0].shape == pair[1].shape:
-                pairs.setdefault(i, []).append(pair)
-    error = size = 0.0
-    cosines, same, samples = [], [], 0
-    for i, several in pairs.items():
-        a, b = (
-            torch.cat([t.float().flatten(1) if t.ndim > 1 else t[:, None] for t in ts])
-            for ts in zip(*several, strict=True)
-        )
-        held = _is_held_out(len(a), 0) if len(a) >= 2 * _HOLD_OUT else torch.ones(len(a), dtype=torch.bool)
-        a, b = a[held.to(a.device)], b[held.to(b.device)]
-        error, size = error + float((b - a).square().sum()), size + float(a.square().sum())
-        cosines.append(float(torch.cosine_similarity(a, b).mean()))
-        if i == 0:
-            samples = len(a)
-            if several[0][0].ndim == 2 and a.shape[1] > 1:
-                same.append(float((a.argmax(1) == b.argmax(1)).float().mean()))
-    return Agreement(
-        samples=samples,
-        relative_error=math.sqrt(error / size) if size else 0.0,
-        cosine=sum(cosines) / len(cosines) if cosines else 1.0,
-        top1=same[0] if same else None,
-    )
 
 
 @dataclass(frozen=True)
@@ -186,12 +219,13 @@ class _Goal:
     part: WeightPart | None
 
     @classmethod
-    def at(cls, placed: Placed) -> _Goal:
+    def at(cls, placed: Placed, original: nn.Module) -> _Goal:
         state = placed.state
         assert state.mean is not None
         anchor = state.inverse_std[:, None]
-        if placed.layer is not None and placed.weight is not None:
-            anchor = FilterLayout.of(placed.layer).flatten(placed.weight.double()) * anchor
+        if placed.step.site.layer is not None:
+            layer = original.get_submodule(placed.step.site.layer)
+            anchor = FilterLayout.of(layer).flatten(FilterLayout.weight(layer).detach().double()) * anchor
         gain, shift, mean = state.gamma.float(), state.beta.float(), state.mean.float()
         return cls(gain, shift, mean, state.inverse_std.float(), anchor, placed.weight_part)
 
@@ -258,7 +292,8 @@ class _Fitting:
     def __init__(
         self, place: Place, goal: _Goal, visits: Sequence[Visit], least_group: int | None, spread: float
     ) -> None:
-        self.place, self.goal, self.visits = place, goal, visits
+        self.place, self.goal = place, goal
+        self.visits = [visit for visit in visits if visit.x.numel() and visit.reference.numel()]
         self.least_group, self.spread = least_group, spread
         self.source, self.norm = place.source, place.norm
         self.parameters = (*self.source.parameters(), *(() if self.norm is None else self.norm.parameters()))
@@ -269,6 +304,8 @@ class _Fitting:
     def run(self) -> InitRow:
         """Fit the site and return its row."""
         name = self.place.name
+        if not self.visits:
+            return InitRow(name, "absorbed", ("no sample reaches it: not fitted",))
         if not all(self._agrees(visit) for visit in self.visits):
             return InitRow(name, "absorbed", ("the networks' shapes differ here: not fitted",))
         before = best = self._measure(None)
@@ -467,12 +504,17 @@ class _Sums:
     def __init__(self) -> None:
         self.count = 0
         self._sums: Tensor | None = None
+        self._origins: tuple[Tensor, Tensor] | None = None  # the first values' means, which spare the squares digits
 
     def add(self, h: Tensor, y: Tensor) -> None:
         """Take in values ``(N, C, ...)``."""
         if not len(h):
             return
         axes = [0, *range(2, h.ndim)]
+        if self._origins is None:
+            self._origins = h.mean(axes, keepdim=True), y.mean(axes, keepdim=True)
+        shape = (1, -1, *(1,) * (h.ndim - 2))
+        h, y = h - self._origins[0].view(shape), y - self._origins[1].view(shape)
         sums = torch.stack([v.sum(axes).double() for v in (h, y, h * h, h * y, y * y)])
         self._sums = sums if self._sums is None else self._sums + sums
         self.count += h.numel() // h.shape[1]
@@ -481,25 +523,29 @@ class _Sums:
         assert self._sums is not None
         return self._sums[index] / self.count
 
+    def _full_mean(self, index: int) -> Tensor:
+        assert self._origins is not None
+        return self._mean(index) + self._origins[index].double().flatten()
+
     @property
     def mean(self) -> Tensor:
-        return self._mean(0)
+        return self._full_mean(0)
 
     @property
     def target_mean(self) -> Tensor:
-        return self._mean(1)
+        return self._full_mean(1)
 
     @property
     def variance(self) -> Tensor:
-        return (self._mean(2) - self.mean.square()).clamp(min=0)
+        return (self._mean(2) - self._mean(0).square()).clamp(min=0)
 
     @property
     def covariance(self) -> Tensor:
-        return self._mean(3) - self.mean * self.target_mean
+        return self._mean(3) - self._mean(0) * self._mean(1)
 
     @property
     def target_variance(self) -> Tensor:
-        return (self._mean(4) - self.target_mean.square()).clamp(min=0)
+        return (self._mean(4) - self._mean(1).square()).clamp(min=0)
 
     @property
     def total_mean(self) -> float:

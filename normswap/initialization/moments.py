@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from normswap.capture.batch_norms import read_batch_norm
 from normswap.capture.guard import set_mode, untouched
-from normswap.capture.observed import Batch, run_on
+from normswap.capture.observed import Batch, first_input, run_on, run_on_data
 from normswap.capture.ops import class_of, is_norm
 from normswap.nn import FilterLayout
 
@@ -147,10 +147,10 @@ def input_moments(
         handles = []
         for name in layers:
 
-            def collect(layer: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
-                kept[name].append(_sample(layer, args[0], sum(map(len, kept[name])), generator))
+            def collect(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
+                kept[name].append(_sample(layer, first_input(args, kwargs), sum(map(len, kept[name])), generator))
 
-            handles.append(model.get_submodule(name).register_forward_pre_hook(collect))
+            handles.append(model.get_submodule(name).register_forward_pre_hook(collect, with_kwargs=True))
         if shaped:
             handles += [
                 m.register_forward_pre_hook(_shape_frozen)
@@ -163,7 +163,7 @@ def input_moments(
                     with _ShapedByStatistics():
                         run_on(model, inputs)
                 else:
-                    run_on(model, inputs)
+                    run_on_data(model, inputs)
         finally:
             for handle in handles:
                 handle.remove()
@@ -271,15 +271,15 @@ def measure_statistics(
         handles = []
         for name in norms:
 
-            def add(_: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
-                x = args[0].double().movedim(1, -1).flatten(0, -2)
+            def add(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
+                x = first_input(args, kwargs).double().movedim(1, -1).flatten(0, -2)
                 before = sums.get(name, (0, 0, 0))
                 sums[name] = (before[0] + x.sum(0), before[1] + x.square().sum(0), before[2] + len(x))
 
-            handles.append(model.get_submodule(name).register_forward_pre_hook(add))
+            handles.append(model.get_submodule(name).register_forward_pre_hook(add, with_kwargs=True))
         try:
             for inputs in batches:
-                run_on(model, inputs)
+                run_on_data(model, inputs)
         finally:
             for handle in handles:
                 handle.remove()

@@ -39,6 +39,8 @@ class SecondMoments:
             patches: ``(n, G, p)``.
             target: ``(n, C)``.
         """
+        if not len(patches):
+            return
         groups = patches.shape[1]
         u, t = patches.transpose(0, 1), target.unflatten(1, (groups, -1)).transpose(0, 1)  # (G, n, p), (G, n, C/G)
         if self._origin is None:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from normswap.capture.guard import set_mode, untouched
-from normswap.capture.observed import Batch
-from normswap.initialization.lockstep import ADDITIONS, evaluating, find_additions, tensors_of
+from normswap.capture.observed import Batch, call
+from normswap.initialization.lockstep import ADDITIONS, find_additions, tensors_of
 
 __all__ = ["tune_to"]
 
@@ -59,8 +59,10 @@ def tune_to(
     wanted = [p.requires_grad for p in converted.parameters()]
     with ExitStack() as stack:
         stack.enter_context(untouched(original, values=True))
-        stack.enter_context(evaluating(converted))
+        stack.enter_context(untouched(converted, values=True))
+        stack.enter_context(torch.enable_grad())
         set_mode(original, False)
+        set_mode(converted, False)
         ends = [{name: network.get_submodule(name) for name in places} for network in (original, converted)]
         seen = _Compared((original, converted), ends, find_additions(original, ends[0], batches[0]))
         stack.enter_context(seen.watching())
@@ -148,12 +150,8 @@ class _Compared:
     def _run(self, network: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], list[Tensor]]:
         self.found, self.pending = {}, {}
         with _NotingSums(self):
-            output = batch(network) if callable(batch) else _call(network, batch)
+            output = call(network, batch)
         return self.found, tensors_of(output)
-
-
-def _call(network: nn.Module, batch: Any) -> Any:
-    return network(**batch) if isinstance(batch, dict) else network(*batch)
 
 
 def _relative(found: Tensor, expected: Tensor) -> Tensor:
