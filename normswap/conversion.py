@@ -22,7 +22,7 @@ from normswap.initialization.match import agreement, match_to
 from normswap.initialization.moments import Moments, input_moments, measure_statistics, noise_like
 from normswap.initialization.steadying import SPREAD
 from normswap.initialization.tune import tune_to
-from normswap.inputs import Inputs, bind_batches, example_of, make_up_inputs, some_samples
+from normswap.inputs import Inputs, bind_batches, example_of, make_up_inputs, sample_count, some_samples
 from normswap.matching import match
 from normswap.origin import Origin, remember, skeleton_of
 from normswap.planning import make_plan, step_at
@@ -36,6 +36,7 @@ from normswap.verification import Verification
 __all__ = ["Conversion", "convert", "plan", "swap_norms"]
 
 Progress = Callable[[str, int, int], None]
+ENOUGH_SAMPLES = 1000
 METHODS = ("absorb", "match", "tune", "none")
 
 
@@ -108,7 +109,7 @@ def convert(
         example_inputs: Inputs of the model: a tensor, a tuple, or a dict by keyword. They decide what the graph leaves
             open (ranks, hidden consumers) and serve the check of exact recipes. Default: the first calibration samples.
         calibration: Unlabelled data: a tensor, tuple or dict of inputs, or an iterable of those, such as a DataLoader.
-            Entries that ``forward`` does not require (labels) are left out.
+            Entries that ``forward`` does not require (labels) are left out. Closed forms use the first 1000 samples.
         forward_fn: Called as ``forward_fn(model, batch)`` for each batch of ``calibration``, for data that the rule
             above does not fit.
         init: ``"absorb"`` keeps the model's function by what its BatchNorms know, exactly under an exact recipe and
@@ -162,7 +163,8 @@ def convert(
             hint=_first_reason(plan),
         )
     statistics = _missing_statistics(model, plan, batches)
-    moments, assumption = ({}, "") if method == "none" else _moments(model, plan, recipe, batches, example)
+    enough = None if batches is None else _enough(batches, notes)
+    moments, assumption = ({}, "") if method == "none" else _moments(model, plan, recipe, enough, example)
     reference = _reference(model, recipe, example, check and method != "none")
     skeleton = skeleton_of(model)
     if inplace and skeleton is not None:  # a plan that does not fit must not leave half of itself behind
@@ -178,12 +180,13 @@ def convert(
         rows = [absorb(p, moments) for p in placed]
     if fits:
         assert batches is not None
-        fitted = match_to(model, target, placed, batches, least_group=least_group, spread=spread, progress=progress)
+        assert enough is not None
+        fitted = match_to(model, target, placed, enough, least_group=least_group, spread=spread, progress=progress)
         sites = {row.name for row in rows}
         rows = [fitted.get(row.name, row) for row in rows] + [r for name, r in fitted.items() if name not in sites]
         if method == "tune":
             notes.append(_tune(model, target, placed, fitted, batches, tune_steps, progress))
-        agreed = agreement(model, target, batches)
+        agreed = agreement(model, target, enough)
         plan = _with_groups(plan, recipe, placed)
         if inplace:
             rewrite(model, plan, recipe)
@@ -192,6 +195,17 @@ def convert(
     remember(target, Origin(plan, recipe, skeleton))
     report = InitReport(method, tuple(rows), tuple(n for n in (*notes, assumption) if n), agreed)
     return Conversion(target, plan, report, _self_check(target, reference))
+
+
+def _enough(batches: Sequence[Batch], notes: list[str]) -> Sequence[Batch]:
+    """Return the first batches that hold enough samples for closed forms, which have few parameters to find."""
+    samples = 0
+    for i, batch in enumerate(batches):
+        if samples >= ENOUGH_SAMPLES:
+            notes.append(f"closed forms were fitted to the first {samples} samples")
+            return batches[:i]
+        samples += sample_count(batch)
+    return batches
 
 
 def _take_values(model: nn.Module, source: nn.Module) -> None:

@@ -17,7 +17,7 @@ from normswap.capture.ops import is_layer
 from normswap.errors import InputError
 from normswap.nn import FilterLayout
 
-__all__ = ["Inputs", "as_inputs", "bind_batches", "example_of", "make_up_inputs", "some_samples"]
+__all__ = ["Inputs", "as_inputs", "bind_batches", "example_of", "make_up_inputs", "sample_count", "some_samples"]
 
 Inputs = tuple[Any, ...] | Mapping[str, Any]
 """One call's inputs: positional or by keyword."""
@@ -97,6 +97,12 @@ def bind_batches(
         raise InputError(
             "the data holds no batch", code="no-data", hint="give a fresh iterable with at least one batch"
         )
+
+
+def sample_count(batch: Batch) -> int:
+    """Return how many samples a batch holds: the first axis of its first tensor, 1 where that is not known."""
+    values = () if callable(batch) else batch.values() if isinstance(batch, Mapping) else batch
+    return next((len(value) for value in values if isinstance(value, Tensor) and value.ndim > 0), 1)
 
 
 def some_samples(batch: Batch, count: int = 2) -> Inputs | None:
