@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict, defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch.nn.utils import skip_init
 from normswap.capture import capture_symbolic
 from normswap.capture.batch_norms import after_norm, read_batch_norm
 from normswap.capture.dataflow import Dataflow
-from normswap.capture.observed import run_on
+from normswap.capture.observed import norm_input_shapes, run_on
 from normswap.capture.ops import is_layer, is_norm
 from normswap.errors import FoldError, VerificationError
 from normswap.forwards import is_rewritten, trace_own_forward
@@ -96,13 +97,15 @@ def fold_with_report(model: nn.Module, *, example_inputs: Any = None) -> Folding
         )
     folded = copy.deepcopy(model)
     inputs = None if example_inputs is None else as_inputs(example_inputs)
+    shapes: _Shapes = {}
     if inputs is not None:
+        shapes = norm_input_shapes(folded, inputs)
         _note_ranks(folded, inputs)
     rows: list[FoldRow] = []
     left: list[FoldRow] = []
     for name, reason in make_plain(folded):
         (left if reason else rows).append(FoldRow(name, "as it was" if reason else "a plain weight", reason))
-    while done := _fold_affines(folded):
+    while done := _fold_affines(folded, shapes):
         rows += done
     _simplify(folded)
     for row in _replace_the_rest(folded):
@@ -141,7 +144,11 @@ def _as_affine(module: nn.Module) -> _Affine | None:
     return _Affine(scale, state.beta.double() - scale * state.mean.double(), after)
 
 
-def _fold_affines(model: nn.Module) -> list[FoldRow]:
+_Shapes = Mapping[str, frozenset[tuple[int, int]]]
+"""The (axes, positions per channel) seen at each norm's input."""
+
+
+def _fold_affines(model: nn.Module, shapes: _Shapes) -> list[FoldRow]:
     """Fold every affine that directly follows a layer, or another affine, into it; one pass over one capture."""
     flow = Dataflow(capture_symbolic(model, modes=(False,)))
     rows: list[FoldRow] = []
@@ -153,7 +160,9 @@ def _fold_affines(model: nn.Module) -> list[FoldRow]:
         affine = _as_affine(module)
         if affine is None or module._forward_hooks or module._forward_pre_hooks:
             continue
-        found = flow.layer_feeding(fqn, affine.scale.numel(), _rank(flow, fqn), _takes_affine)
+        if any(flow.reads(t) for t in (*module._parameters.values(), *module._buffers.values()) if t is not None):
+            continue  # the model reads its tensors outside of its call: it must stay
+        found = flow.layer_feeding(fqn, affine.scale.numel(), _rank(flow, fqn, shapes), _takes_affine)
         if found.layer is None or found.reason or found.gap or found.layer in taken:
             continue
         _into(flow.capture.modules[found.layer], affine)
@@ -169,10 +178,11 @@ def _takes_affine(module: nn.Module) -> bool:
     return is_layer(module) or isinstance(module, ChannelAffine)
 
 
-def _rank(flow: Dataflow, fqn: str) -> int | None:
+def _rank(flow: Dataflow, fqn: str, shapes: _Shapes) -> int | None:
     module = flow.capture.modules[fqn]
     known = module.rank if isinstance(module, (ChannelAffine, MeanOnlyBatchNorm)) else None
-    return known or flow.rank(fqn)
+    seen = {axes for axes, _ in shapes.get(fqn, ())}
+    return known or flow.rank(fqn, (seen.pop(), 0) if len(seen) == 1 else None)
 
 
 def _into(layer: nn.Module, affine: _Affine) -> None:
