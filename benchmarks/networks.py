@@ -1,4 +1,4 @@
-"""The networks of timm, torchvision, transformers, smp and ultralytics: how they are listed and made, what they take."""
+"""The networks of timm, torchvision, transformers, smp and ultralytics: how they are made, and what they take."""
 
 from __future__ import annotations
 
@@ -169,13 +169,13 @@ _SMALL_VIT = {
     "intermediate_size": 128,
     "out_indices": [0, 1, 2, 3],
 }
-_SMALL_DETR = {"d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "num_queries": 20}
 _SERIES = {"num_input_channels": 7, "context_length": 32}
 _SMALL_SPEECH = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
 
 
-def _backbone(hf: Any) -> dict[str, Any]:
+def _small_detr(hf: Any) -> dict[str, Any]:
     return {
+        **{"d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "num_queries": 20},
         "backbone_config": hf.ResNetConfig(**_SMALL_RESNET, out_features=["stage4"]),
         "use_timm_backbone": False,
         "backbone": None,
@@ -245,9 +245,9 @@ _TRANSFORMERS: tuple[tuple[str, str, Any, Callable[[int, int], Inputs], tuple[in
     ("HGNetV2ForImageClassification", "HGNetV2Config", {}, _pixels, (64,)),
     ("TextNetForImageClassification", "TextNetConfig", {}, _pixels, (64,)),
     ("PPLCNetForImageClassification", "PPLCNetConfig", {}, _pixels, (64,)),
-    ("DetrForObjectDetection", "DetrConfig", lambda hf: _SMALL_DETR | _backbone(hf), _pixels, (64,)),
-    ("ConditionalDetrForObjectDetection", "ConditionalDetrConfig", lambda hf: _SMALL_DETR | _backbone(hf), _pixels, (64,)),
-    ("TableTransformerForObjectDetection", "TableTransformerConfig", lambda hf: _SMALL_DETR | _backbone(hf), _pixels, (64,)),
+    ("DetrForObjectDetection", "DetrConfig", _small_detr, _pixels, (64,)),
+    ("ConditionalDetrForObjectDetection", "ConditionalDetrConfig", _small_detr, _pixels, (64,)),
+    ("TableTransformerForObjectDetection", "TableTransformerConfig", _small_detr, _pixels, (64,)),
     (
         "VitMatteForImageMatting",
         "VitMatteConfig",
