@@ -7,7 +7,8 @@
 Each network is drawn by hypothesis (``tests/random_networks.py``), fifty from each seed, and must keep every
 promise of ``tests/conversion_checks.py``: one exact recipe keeps the output, in evaluation and in training with
 the statistics held; one inexact recipe is the original at the expected statistics; the folded models compute the same;
-the plan holds every norm and layer once; ``torch.export``'s graph contradicts no site; the model is left untouched.
+the plan holds every norm and layer once; the model is left untouched. Of every fourth network ``torch.export``'s graph,
+which takes as long to make as everything else, must contradict no site.
 With ``--shrink`` each kind of failure is reduced to a small network and printed as code. The exit code is 1 if a
 promise was broken, or if 2 % of the norms are refused.
 """
@@ -22,7 +23,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 conversion_checks = import_module("conversion_checks")
 generator = import_module("random_networks")
 
-CHUNK = 50
+CHUNK, ORACLE_EVERY = 50, 4
 MOST_REFUSED = 0.02
 
 
@@ -112,7 +113,7 @@ def count_chunk(start: int, size: int) -> Count:
         count.features.update(network.features)
         known = [why for why, applies in generator.KNOWN_BUGS.items() if applies(network)]
         try:
-            found = conversion_checks.check(network)
+            found = conversion_checks.check(network, oracle=count.networks % ORACLE_EVERY == 0)
         except conversion_checks.BrokenPromiseError as broken:
             if known:
                 count.known[f"{known[0]} (seen)"] += 1
@@ -196,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         size = min(CHUNK, options.count - (start - options.seed) * CHUNK)
         key = f"{start}:{size}"
         if key not in done:
-            done[key] = asdict(count_chunk(start, size))
+            done[key] = vars(count_chunk(start, size))
             if options.results is not None:
                 with options.results.open("a", encoding="utf-8") as file:
                     file.write(json.dumps({"chunk": key, "count": done[key]}) + "\n")
