@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -185,22 +185,25 @@ def folded_is_same(network: Network, model: nn.Module, what: str) -> None:
 
 def same(network: Network, found: nn.Module, expected: nn.Module, what: str) -> None:
     """Check that two models give the same, on inputs that the conversion has seen and on others."""
-    for inputs in all_inputs(network):
-        error = distance(run(found, inputs()), run(expected, inputs()))
-        promise(error <= ALLOWED, "wrong output", f"{what}: {error:.1e}")
+    for inputs, options in all_inputs(network):
+        error = distance(run(found, inputs(), **options), run(expected, inputs(), **options))
+        promise(error <= ALLOWED, "wrong output", f"{what}: {error:.1e} {options or ''}")
 
 
-def all_inputs(network: Network) -> Iterator[Any]:
-    yield network.inputs
-    if "norm: no statistics" not in network.features:  # those are the batch's: another batch has others
-        yield lambda: network.inputs(2, 5)
+def all_inputs(network: Network) -> Iterator[tuple[Callable[[], tuple[Tensor, ...]], dict[str, bool]]]:
+    yield network.inputs, {}
+    if "norm: no statistics" in network.features:  # those are the batch's: another batch has others
+        return
+    yield lambda: network.inputs(2, 5), {}
+    if "optional argument" in network.features:
+        yield network.inputs, {"more": True}
 
 
 @torch.no_grad()
-def run(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+def run(model: nn.Module, inputs: tuple[Tensor, ...], **options: bool) -> list[Tensor]:
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)  # dropout
-        return laws.leaves(model(*inputs))
+        return laws.leaves(model(*inputs, **options))
 
 
 def distance(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

@@ -481,7 +481,8 @@ class _Scope:
             return self.layer(v)
         self.mark("weight read")
         path = self.draw(st.sampled_from(plain)).path
-        return self.put(f"{v.name} * (1 + {path}.weight.mean())", v.channels, v.space)
+        weight = self.pick("{}.weight", "{}.weight", "next({}.parameters())", "{}._parameters['weight'].data")
+        return self.put(f"{v.name} * (1 + {weight.format(path)}.mean())", v.channels, v.space)
 
     def read_statistics(self, v: _Value) -> _Value:
         if not self.norms or not self.rarely(6):
