@@ -25,13 +25,14 @@ import math
 import statistics
 import sys
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from networks import TESTS, Inputs, timm_networks
+from networks import TESTS, Inputs, Network, timm_networks
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 from zoo_coverage import ALLOWED, batch_norms, call, distance, doubled, real
@@ -287,28 +288,32 @@ def awkward() -> Iterator[Case]:
 
 
 def timm_cases(count: int, skip: Callable[[str], bool]) -> Iterator[tuple[str, Case | None]]:
-    """Of each family in turn the smallest model with a BatchNorm; None for one whose result is known."""
-    families: dict[str, list[Any]] = {}
+    """Of each family in turn the next model with a BatchNorm, by name; None for one whose result is known."""
+    families: dict[str, list[Network]] = {}
     for network in timm_networks():
-        try:
-            with torch.device("meta"):
-                model = network.make()
-        except Exception:
-            continue
-        size = sum(p.numel() for p in model.parameters())
-        if batch_norms(model) and size <= LARGEST:
-            families.setdefault(network.family, []).append((size, network.full_name, network))
-    for family in families.values():
-        family.sort(key=lambda one: one[:2])
-    chosen: list[Any] = []
-    while len(chosen) < count and any(families.values()):
-        chosen += [family.pop(0) for family in families.values() if family]
-    for _, name, network in chosen[:count]:
-        if skip(name):
-            yield name, None
-            continue
-        model, side = real(network)
-        yield name, Case(name, model, network.inputs(2, side), len(batch_norms(model)))
+        families.setdefault(network.family, []).append(network)
+    waiting = deque(families.values())
+    while count and waiting:
+        family = waiting.popleft()
+        while family:
+            network = family.pop(0)
+            if skip(network.full_name):
+                yield network.full_name, None
+            elif _fits(network):
+                model, side = real(network)
+                norms = len(batch_norms(model))
+                yield network.full_name, Case(network.full_name, model, network.inputs(2, side), norms)
+            else:
+                continue
+            count -= 1
+            waiting.append(family)
+            break
+
+
+def _fits(network: Network) -> bool:
+    with torch.device("meta"):
+        model = network.make()
+    return bool(batch_norms(model)) and sum(p.numel() for p in model.parameters()) <= LARGEST
 
 
 # ---------------------------------------------------------------------------------------------------- reports

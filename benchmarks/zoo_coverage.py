@@ -41,6 +41,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 import normswap as ns
+from normswap.errors import VerificationError
 from normswap.loading.importing import first_line
 from normswap.records import Plan, text_table
 
@@ -251,7 +252,10 @@ def check(network: Network) -> Checked:
     if not all(bool(t.isfinite().all()) for t in call(model, inputs)):
         raise ValueError("the network's own output is not finite")
     dtype = torch.float32
-    exact, fold, plan = moved(model, inputs)
+    try:
+        exact, fold, plan = moved(model, inputs)
+    except VerificationError:  # the package's own check, on a network that is chaotic in float32
+        exact = fold = float("inf")
     if not max(exact, fold) <= ALLOWED[dtype]:
         try:
             model, inputs, dtype = model.double(), doubled(inputs), torch.float64

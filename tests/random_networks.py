@@ -77,7 +77,7 @@ class Network:
 
 def _reads_statistics_untraced(network: Network) -> bool:
     reads = {"norm: holder", "statistics read"} & network.features
-    return bool(reads) and any(feature.startswith("branch") for feature in network.features)
+    return bool(reads) and any(feature.startswith(("branch", "in place", "checkpoint")) for feature in network.features)
 
 
 KNOWN_BUGS: dict[str, Callable[[Network], bool]] = {
@@ -246,7 +246,8 @@ class _Scope:
             given += f", padding_mode='{self.pick('circular', 'replicate')}'"
         if kind == "subclass" and n == 2 and not transposed:
             self.mark("layer subclass")
-            cls = self.pick("SamePadConv2d", "StandardizedConv2d")
+            one_value = c == groups and kernel == 1  # has no deviation
+            cls = "SamePadConv2d" if one_value else self.pick("SamePadConv2d", "StandardizedConv2d")
             if cls == "SamePadConv2d":
                 given = given.replace(", padding=1", "")
         code = f"{cls}({given})"
@@ -411,8 +412,10 @@ class _Scope:
         return self.put(f"torch.cat([{v.name}, {u.name}], 1)", v.channels + u.channels, v.space)
 
     def chunk(self, v: _Value) -> _Value:
+        if v.channels == 1:
+            return self.activation(v)
         if v.channels % 2:
-            return self.put(f"{v.name}[:, 1:]" if v.channels > 2 else v.name, max(v.channels - 1, 2), v.space)
+            return self.put(f"{v.name}[:, 1:]", v.channels - 1, v.space)
         left, right = self.name("v"), self.name("v")
         self.emit(f"{left}, {right} = {v.name}.chunk(2, 1)")
         self.values += [_Value(name, v.channels // 2, v.space) for name in (left, right)]
