@@ -22,30 +22,33 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.profiler import ProfilerActivity, profile
 
 import normswap as ns
+from normswap.capture import capture_recorded
 from normswap.loading.importing import import_quietly
 from normswap.recipes import make_recipe
 from normswap.records import text_table
 from normswap.rewriting import rewrite
 
-PLANNING, REWRITING, INITIALIZING, GROWING = 5.0, 3.0, 1.5, 1.5
+PLANNING, REWRITING, INITIALIZING, GROWING, RECORDING, REMEMBERING = 5.0, 3.0, 1.5, 1.5, 1.5, 1.2
 RECIPES = ("gn+ws", "wn+mobn")
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """What was measured against what; the times are medians in seconds of CPU time."""
+    """What was measured against what: medians in seconds of CPU time, or ``unit`` "MB" in bytes."""
 
     what: str
     against: str
-    seconds: float
+    value: float
     reference: float
     allowed: float | None = None
+    unit: str = "ms"
 
     @property
     def ratio(self) -> float:
-        return self.seconds / self.reference
+        return self.value / self.reference
 
     @property
     def ok(self) -> bool:
@@ -53,8 +56,9 @@ class Ratio:
 
     def cells(self) -> tuple[str, ...]:
         required = "–" if self.allowed is None else f"≤ {self.allowed:g}"
-        times = f"{self.seconds * 1e3:.1f} ms", f"{self.reference * 1e3:.1f} ms"
-        return self.what, self.against, *times, f"{self.ratio:.2f}", required, "ok" if self.ok else "MISSED"
+        factor = {"ms": 1e3, "MB": 1e-6}[self.unit]
+        values = (f"{value * factor:.1f} {self.unit}" for value in (self.value, self.reference))
+        return self.what, self.against, *values, f"{self.ratio:.2f}", required, "ok" if self.ok else "MISSED"
 
 
 def medians(repetitions: int, *works: Callable[[], Callable[[], Any]]) -> list[float]:
@@ -88,6 +92,35 @@ def planning(repetitions: int) -> Iterator[Ratio]:
     model = resnet50()
     plan, trace = medians(repetitions, lambda: lambda: ns.plan(model), lambda: lambda: fx.symbolic_trace(model))
     yield Ratio("plan of ResNet-50", "torch.fx.symbolic_trace", plan, trace, PLANNING)
+
+
+def recording(repetitions: int) -> Iterator[Ratio]:
+    """One recorded run against a plain forward pass without gradients: its time, and the memory at its peak."""
+    model, batch = resnet50(), torch.randn(1, 3, 224, 224)
+
+    def record() -> None:
+        capture_recorded(model, (batch,), modes=(False,))
+
+    def forward() -> None:
+        evaluate(model, batch)
+
+    time_of_record, time_of_forward = medians(repetitions, lambda: record, lambda: forward)
+    what = "record of ResNet-50, 1×3×224×224"
+    yield Ratio(what, "one forward pass", time_of_record, time_of_forward, RECORDING)
+    most = [peak_memory(work) for work in (record, forward)]
+    yield Ratio(f"{what}: memory beside the weights", "one forward pass", *most, REMEMBERING, "MB")
+
+
+def peak_memory(work: Callable[[], Any]) -> float:
+    """Return the bytes of tensors that ``work`` holds at its peak, as torch's allocator tells them."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        work()
+    held = most = 0
+    for event in profiled.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most
 
 
 def rewriting(repetitions: int) -> Iterator[Ratio]:
@@ -146,7 +179,7 @@ def training(repetitions: int) -> Iterator[Ratio]:
         yield Ratio(f"training step of ResNet-50 with {name}, 8×3×64×64", "with BatchNorm", seconds, reference)
 
 
-PARTS = {part.__name__: part for part in (planning, rewriting, initializing, growing, training)}
+PARTS = {part.__name__: part for part in (planning, recording, rewriting, initializing, growing, training)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from normswap.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from normswap.capture.exported import from_exported as from_exported
     from normswap.conversion import Conversion as Conversion
     from normswap.conversion import convert as convert
     from normswap.conversion import plan as plan
@@ -45,6 +46,7 @@ _HOMES = {
     "convert": "conversion",
     "fold": "folding",
     "fold_with_report": "folding",
+    "from_exported": "capture.exported",
     "export_onnx": "exporting",
     "initialize": "initialization.data_dependent",
     "make_recipe": "recipes",

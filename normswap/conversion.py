@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from normswap.capture import capture_symbolic
-from normswap.capture.observed import norm_input_shapes
+from normswap.capture import capture
+from normswap.capture.guard import copy_of
+from normswap.capture.observed import Batch
 from normswap.errors import InitializationError, InputError, NothingToConvertError, VerificationError
 from normswap.initialization.absorb import absorb
+from normswap.initialization.match import match_to
 from normswap.initialization.moments import Moments, input_moments, measure_statistics, noise_like
-from normswap.inputs import Inputs, as_inputs, bind_batches, make_up_inputs
+from normswap.initialization.steadying import SPREAD
+from normswap.initialization.tune import tune_to
+from normswap.inputs import Inputs, bind_batches, example_of, make_up_inputs
 from normswap.matching import match
 from normswap.origin import Origin, remember, skeleton_of
-from normswap.planning import make_plan
+from normswap.planning import make_plan, step_at
 from normswap.recipes import Recipe, make_recipe
+from normswap.recipes.base import AUTO_GROUPS, GroupedRecipe
 from normswap.records import InitReport, InitRow, Plan
 from normswap.rewriting import Placed, rewrite
 from normswap.selfcheck import eval_output, keeps_output
@@ -28,7 +33,8 @@ from normswap.verification import Verification
 
 __all__ = ["Conversion", "convert", "plan", "swap_norms"]
 
-METHODS = ("absorb", "none")
+Progress = Callable[[str, int, int], None]
+METHODS = ("absorb", "match", "tune", "none")
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,7 @@ def plan(
 ) -> Plan:
     """Return what :func:`convert` would do; the model is only read, and may be on the meta device."""
     recipe = make_recipe(to, options)
-    example = None if example_inputs is None else as_inputs(example_inputs)
+    example = example_of(model, example_inputs)
     return _plan(model, recipe, example, include, exclude, calibration is not None)
 
 
@@ -78,12 +84,16 @@ def convert(
     *,
     example_inputs: Any = None,
     calibration: Any = None,
-    init: str = "absorb",
+    forward_fn: Callable[[nn.Module, Any], Any] | None = None,
+    init: str | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     plan: Plan | None = None,
     inplace: bool = False,
     check: bool = True,
+    spread: float = SPREAD,
+    tune_steps: int = 300,
+    progress: Progress | None = None,
     **options: Any,
 ) -> Conversion:
     """Swap a model's BatchNorms for another normalization.
@@ -95,13 +105,22 @@ def convert(
             open (ranks, hidden consumers) and serve the check of exact recipes.
         calibration: Unlabelled data: a tensor, tuple or dict of inputs, or an iterable of those, such as a DataLoader.
             Entries that ``forward`` does not require (labels) are left out.
-        init: ``"absorb"`` keeps the model's function, exactly under an exact recipe and closely under the others;
-            ``"none"`` leaves the new norms fresh.
+        forward_fn: Called as ``forward_fn(model, batch)`` for each batch of ``calibration``, for data that the rule
+            above does not fit.
+        init: ``"absorb"`` keeps the model's function by what its BatchNorms know, exactly under an exact recipe and
+            closely under the others; ``"match"``, the default where there is calibration data, then fits each site to
+            the original in closed form; ``"tune"`` then takes gradient steps towards the original's own values, without
+            labels; ``"none"`` leaves the new norms fresh.
         include: Globs of the norms to convert; default all.
         exclude: Globs of norms to leave as they are.
         plan: A plan to replay instead of making one.
         inplace: Convert ``model`` itself, for models that fill the memory; a failed self-check leaves it so.
         check: Whether an exact recipe verifies that the output stayed, on ``example_inputs`` or on inputs made up.
+        spread: How far apart ``"match"`` sets the offsets of a group's channels, in their standard deviations. 0 leaves
+            a group's statistics to the sample alone; with more they are steadier, the swap closer, and less is
+            normalized (:mod:`normswap.initialization.steadying`).
+        tune_steps: How many steps ``"tune"`` takes, of one batch each.
+        progress: Called by ``"match"`` and ``"tune"`` with what is done, how much of it is, and how much there is.
         **options: Options of the recipe.
 
     Returns:
@@ -112,13 +131,19 @@ def convert(
         VerificationError: An exact recipe moved the output.
         InputError: An argument does not fit.
     """
-    if init not in METHODS:
-        raise InputError(f"init={init!r} is unknown", code="unknown-init", hint=f"choose from {', '.join(METHODS)}")
     if plan is not None and not isinstance(to, Recipe):
         to, options = plan.recipe, dict(plan.options)
     recipe = make_recipe(to, options)
-    example = None if example_inputs is None else as_inputs(example_inputs)
+    method = _method(init, recipe, calibration is not None)
+    example = example_of(model, example_inputs)
     _refuse_unfit(model)
+    least_group = _least_group(recipe) if plan is None else None
+    if least_group is not None and method not in ("match", "tune"):
+        raise InputError(
+            "num_groups='auto' chooses by calibration data and none is used",
+            code="no-calibration",
+            hint="give calibration=, some hundred unlabelled samples, or a number",
+        )
     if plan is None:
         plan = _plan(model, recipe, example, include, exclude, calibration is not None)
     if not plan.steps:
@@ -128,19 +153,88 @@ def convert(
             hint=_first_reason(plan),
         )
     notes: list[str] = []
-    batches = None if calibration is None else list(bind_batches(model, calibration, notes))
+    batches = None if calibration is None else list(bind_batches(model, calibration, notes, forward_fn))
     statistics = _missing_statistics(model, plan, batches)
-    moments, assumption = ({}, "") if init == "none" else _moments(model, plan, recipe, batches, example)
-    reference = _reference(model, recipe, example, check and init != "none")
+    moments, assumption = ({}, "") if method == "none" else _moments(model, plan, recipe, batches, example)
+    reference = _reference(model, recipe, example, check and method != "none")
     skeleton = skeleton_of(model)
     if inplace and skeleton is not None:  # a plan that does not fit must not leave half of itself behind
         rewrite(copy.deepcopy(skeleton), plan, recipe)
-    target = model if inplace else _copy(model)
+    # Matching needs the original beside the copy, also where the model itself is to become the converted one.
+    fits = method in ("match", "tune")
+    target = model if inplace and not fits else _copy(model)
     placed = [_with_statistics(p, statistics) for p in rewrite(target, plan, recipe)]
+    agreement = None
+    if method == "none":
+        rows = [InitRow(p.step.site.norm, "fresh") for p in placed]
+    else:
+        rows = [absorb(p, moments) for p in placed]
+    if fits:
+        assert batches is not None
+        fitted, agreement = match_to(
+            model, target, placed, batches, least_group=least_group, spread=spread, progress=progress
+        )
+        sites = {row.name for row in rows}
+        rows = [fitted.get(row.name, row) for row in rows] + [r for name, r in fitted.items() if name not in sites]
+        if method == "tune":
+            notes.append(_tune(model, target, placed, fitted, batches, tune_steps, progress))
+        plan = _with_groups(plan, recipe, placed)
+        if inplace:
+            rewrite(model, plan, recipe)
+            model.load_state_dict(target.state_dict())
+            target = model
     remember(target, Origin(plan, recipe, skeleton))
-    rows = tuple(InitRow(p.step.site.norm, "fresh") if init == "none" else absorb(p, moments) for p in placed)
-    report = InitReport(init, rows, tuple(n for n in (*notes, assumption) if n))
+    report = InitReport(method, tuple(rows), tuple(n for n in (*notes, assumption) if n), agreement)
     return Conversion(target, plan, report, _self_check(target, reference))
+
+
+def _least_group(recipe: Recipe) -> int | None:
+    """Return the fewest channels of a group where ``recipe`` leaves the group counts to the data, else None."""
+    if isinstance(recipe, GroupedRecipe) and recipe.num_groups == AUTO_GROUPS:
+        return recipe.group_size or 2
+    return None
+
+
+def _tune(
+    model: nn.Module,
+    target: nn.Module,
+    placed: Sequence[Placed],
+    fitted: Mapping[str, InitRow],
+    batches: Sequence[Batch],
+    steps: int,
+    progress: Progress | None,
+) -> str:
+    """Tune all parameters that the swap has touched, and say what came of it."""
+    heads = [target.get_submodule(name) for name in fitted.keys() - {one.step.site.norm for one in placed}]
+    parts = [m for one in placed for m in (one.layer, one.affine, one.norm) if m is not None]
+    parameters = {id(p): p for part in (*parts, *heads) for p in part.parameters()}
+    places = [name for name in fitted if ":" not in name]
+    before, after = tune_to(model, target, places, list(parameters.values()), batches, steps=steps, progress=progress)
+    if after < before:
+        return f"{steps} gradient steps took the held-out error from {before:.3g} to {after:.3g}"
+    return f"{steps} gradient steps did not lessen the held-out error of {before:.3g}: the matched values were kept"
+
+
+def _with_groups(plan: Plan, recipe: Recipe, placed: Sequence[Placed]) -> Plan:
+    """Return ``plan`` with the group counts that its norms have now."""
+    counts = {one.step.site.norm: getattr(one.norm, "num_groups", None) for one in placed}
+    steps = (step_at(step.site, recipe, counts.get(step.site.norm, step.num_groups)) for step in plan.steps)
+    return dataclasses.replace(plan, steps=tuple(steps))
+
+
+def _method(init: str | None, recipe: Recipe, has_data: bool) -> str:
+    """Return how the new parts get their values."""
+    if init is None:
+        return "match" if has_data and not recipe.exact else "absorb"
+    if init not in METHODS:
+        raise InputError(f"init={init!r} is unknown", code="unknown-init", hint=f"choose from {', '.join(METHODS)}")
+    if init in ("match", "tune") and not has_data:
+        raise InputError(
+            f"init={init!r} fits to data and none was given",
+            code="no-calibration",
+            hint="give calibration=, some hundred unlabelled samples",
+        )
+    return "absorb" if init in ("match", "tune") and recipe.exact else init
 
 
 def _plan(
@@ -151,10 +245,7 @@ def _plan(
     exclude: Sequence[str],
     has_data: bool,
 ) -> Plan:
-    capture = capture_symbolic(model)
-    if example is not None:
-        capture = dataclasses.replace(capture, shapes=norm_input_shapes(model, example))
-    matches = match(capture, example, has_data=has_data)
+    matches = match(capture(model, example), example, has_data=has_data)
     return make_plan(type(model).__name__, matches, recipe, include=include, exclude=exclude, has_data=has_data)
 
 
@@ -174,7 +265,7 @@ def _refuse_unfit(model: nn.Module) -> None:
 
 def _copy(model: nn.Module) -> nn.Module:
     try:
-        return copy.deepcopy(model)
+        return copy_of(model)
     except Exception as cause:
         raise InputError(
             f"the model cannot be copied: {type(cause).__name__}: {cause}",
@@ -189,7 +280,7 @@ def _first_reason(plan: Plan) -> str:
 
 
 def _missing_statistics(
-    model: nn.Module, plan: Plan, batches: Sequence[Inputs] | None
+    model: nn.Module, plan: Plan, batches: Sequence[Batch] | None
 ) -> dict[str, tuple[Tensor, Tensor]]:
     missing = [s.site.norm for s in plan.steps if not s.site.has_statistics]
     if not missing:
@@ -217,7 +308,7 @@ def _with_statistics(placed: Placed, statistics: Mapping[str, tuple[Tensor, Tens
 
 
 def _moments(
-    model: nn.Module, plan: Plan, recipe: Recipe, batches: Sequence[Inputs] | None, example: Inputs | None
+    model: nn.Module, plan: Plan, recipe: Recipe, batches: Sequence[Batch] | None, example: Inputs | None
 ) -> tuple[dict[str, Moments], str]:
     """Return the input moments of the layers that are going to be standardized, and what was assumed for them."""
     layers = []
@@ -262,7 +353,7 @@ def _self_check(model: nn.Module, reference: tuple[Any, Inputs] | None) -> Verif
         return None
     expected, inputs = reference
     result = keeps_output(expected, model, inputs)
-    if not result.ok:
+    if result is not None and not result.ok:
         raise VerificationError(
             f"the converted model's output moved by {result.max_rel:.1e} of its size; an exact recipe must keep it",
             code="self-check",

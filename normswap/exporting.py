@@ -15,8 +15,6 @@ import dataclasses
 import inspect
 import io
 import logging
-import os
-import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -42,6 +40,7 @@ from normswap.verification import (
     training_modules,
     verify,
 )
+from normswap.writing import check_target, reported, staged
 
 if TYPE_CHECKING:
     import onnx
@@ -150,21 +149,11 @@ def export_onnx(
     for node in program.model.graph.all_nodes():
         node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # names files of this machine
 
-    try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-            written = Path(folder) / path.name
-            _write(program.model, written)
-            verification = _verified(model, written, trials, rtol) if verify_outputs else None
-            artifact = _describe(program.model, path, verification)
-            for file in sorted(Path(folder).iterdir(), key=lambda file: file.suffix == ".onnx"):
-                os.replace(file, path.parent / file.name)  # the weights first: the .onnx file refers to them
-    except OSError as cause:
-        raise ExportError(
-            f"cannot write {str(path)!r}: {cause}",
-            code="export-path",
-            hint="choose a folder with write access",
-        ) from cause
-    return artifact
+    with staged(path) as place:
+        with reported(path):
+            _write(program.model, place(path))
+        verification = _verified(model, place(path), trials, rtol) if verify_outputs else None
+        return _describe(program.model, path, verification)
 
 
 def weight_arithmetic(model: onnx.ModelProto | ir.Model) -> list[str]:
@@ -228,12 +217,9 @@ def _refuse(model: nn.Module, path: Path, opset: int) -> None:
             code="export-opset",
             hint="leave opset at its default, 18, which runs fastest in onnxruntime",
         )
-    if path.suffix != ".onnx" or not path.parent.is_dir() or path.is_dir():
-        raise ExportError(
-            f"cannot write {str(path)!r}",
-            code="export-path",
-            hint="give a name that ends with .onnx, in a folder that exists",
-        )
+    if path.suffix != ".onnx":
+        raise ExportError(f"{str(path)!r} does not end with .onnx", code="export-path", hint=f"write {path.stem}.onnx")
+    check_target(path)
 
 
 def _unfolded(module: nn.Module) -> str:

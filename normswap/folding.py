@@ -7,9 +7,7 @@ two in a row become one, and what is left becomes a depthwise 1×1 convolution.
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict, defaultdict
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,20 +15,22 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import skip_init
 
-from normswap.capture import capture_symbolic
+from normswap.capture import capture
 from normswap.capture.batch_norms import after_norm, read_batch_norm
 from normswap.capture.dataflow import Dataflow
-from normswap.capture.observed import norm_input_shapes, run_on
+from normswap.capture.garbage import confirm_feeds
+from normswap.capture.guard import copy_of
+from normswap.capture.observed import run_on
 from normswap.capture.ops import is_layer, is_norm
 from normswap.errors import FoldError, VerificationError
 from normswap.forwards import is_rewritten, trace_own_forward
-from normswap.inputs import Inputs, as_inputs, make_up_inputs
+from normswap.inputs import Inputs, example_of, make_up_inputs
 from normswap.nn import ChannelAffine, ChannelLayerNorm, FilterLayout, MeanOnlyBatchNorm
 from normswap.nn.plain import make_plain
 from normswap.origin import forget
 from normswap.records import text_table
 from normswap.selfcheck import eval_output, keeps_output
-from normswap.verification import Verification
+from normswap.verification import Verification, training_modules
 
 __all__ = ["FoldRow", "Folding", "fold", "fold_with_report"]
 
@@ -55,7 +55,7 @@ class Folding:
         model: The folded model.
         rows: What was folded and how.
         left: What could not be folded, and why.
-        check: The comparison of both models' outputs; None where there were no inputs for it.
+        check: The comparison of both models' outputs; None where there were no inputs for it, or no output on them.
     """
 
     model: nn.Module
@@ -82,30 +82,28 @@ def fold_with_report(model: nn.Module, *, example_inputs: Any = None) -> Folding
 
     Args:
         model: In eval mode.
-        example_inputs: Inputs to compare both models on; without, inputs are made up where the model takes them.
+        example_inputs: Inputs to compare both models on; without, inputs are made up where the model takes them. They
+            also show, by runs, which layers feed what inside modules that cannot be traced.
 
     Raises:
         FoldError: The model is in train mode.
         VerificationError: The output moved.
     """
-    training = [name for name, module in model.named_modules() if module.training]
-    if training:
+    if training := training_modules(model):
         raise FoldError(
             f"the model is in train mode ({training[0]!r} and {len(training) - 1} more modules)",
             code="fold-train-mode",
             hint="call model.eval() before folding",
         )
-    folded = copy.deepcopy(model)
-    inputs = None if example_inputs is None else as_inputs(example_inputs)
-    shapes: _Shapes = {}
+    folded = copy_of(model)
+    inputs = example_of(model, example_inputs)
     if inputs is not None:
-        shapes = norm_input_shapes(folded, inputs)
         _note_ranks(folded, inputs)
     rows: list[FoldRow] = []
     left: list[FoldRow] = []
     for name, reason in make_plain(folded):
         (left if reason else rows).append(FoldRow(name, "as it was" if reason else "a plain weight", reason))
-    while done := _fold_affines(folded, shapes):
+    while done := _fold_affines(folded, inputs):
         rows += done
     _simplify(folded)
     for row in _replace_the_rest(folded):
@@ -144,33 +142,40 @@ def _as_affine(module: nn.Module) -> _Affine | None:
     return _Affine(scale, state.beta.double() - scale * state.mean.double(), after)
 
 
-_Shapes = Mapping[str, frozenset[tuple[int, int]]]
-"""The (axes, positions per channel) seen at each norm's input."""
-
-
-def _fold_affines(model: nn.Module, shapes: _Shapes) -> list[FoldRow]:
+def _fold_affines(model: nn.Module, inputs: Inputs | None) -> list[FoldRow]:
     """Fold every affine that directly follows a layer, or another affine, into it; one pass over one capture."""
-    flow = Dataflow(capture_symbolic(model, modes=(False,)))
-    rows: list[FoldRow] = []
-    taken: set[str] = set()
+    flow = Dataflow(capture(model, inputs, modes=(False,)))
+    affines: dict[str, _Affine] = {}
+    feeding: dict[str, str] = {}
+    open_pairs: list[tuple[str, str]] = []
     for fqn in sorted(flow.order, key=flow.order.__getitem__):
         module = flow.capture.modules.get(fqn)
-        if module is None or fqn in flow.functional or fqn in taken:
+        if module is None or fqn in flow.functional:
             continue
         affine = _as_affine(module)
         if affine is None or module._forward_hooks or module._forward_pre_hooks:
             continue
         if any(flow.reads(t) for t in (*module._parameters.values(), *module._buffers.values()) if t is not None):
             continue  # the model reads its tensors outside of its call: it must stay
-        found = flow.layer_feeding(fqn, affine.scale.numel(), _rank(flow, fqn, shapes), _takes_affine)
-        if found.layer is None or found.reason or found.gap or found.layer in taken:
+        found = flow.layer_feeding(fqn, affine.scale.numel(), _rank(flow, fqn), _takes_affine)
+        if found.layer is None or found.reason:
             continue
-        _into(flow.capture.modules[found.layer], affine)
+        affines[fqn], feeding[fqn] = affine, found.layer
+        if found.gap:
+            open_pairs.append((found.layer, fqn))
+    closed = confirm_feeds(model, open_pairs, inputs) if open_pairs and inputs is not None else {}
+    rows: list[FoldRow] = []
+    taken: set[str] = set()
+    for fqn, layer in feeding.items():
+        if fqn in taken or layer in taken or ((layer, fqn) in open_pairs and (layer, fqn) not in closed):
+            continue
+        affine = affines[fqn]
+        _into(flow.capture.modules[layer], affine)
         rest = affine.rest()
         for name in flow.capture.names[fqn]:
             _replace(model, name, rest)
-        taken |= {fqn, found.layer}
-        rows.append(FoldRow(fqn, f"part of {found.layer}"))
+        taken |= {fqn, layer}
+        rows.append(FoldRow(fqn, f"part of {layer}"))
     return rows
 
 
@@ -178,10 +183,10 @@ def _takes_affine(module: nn.Module) -> bool:
     return is_layer(module) or isinstance(module, ChannelAffine)
 
 
-def _rank(flow: Dataflow, fqn: str, shapes: _Shapes) -> int | None:
+def _rank(flow: Dataflow, fqn: str) -> int | None:
     module = flow.capture.modules[fqn]
     known = module.rank if isinstance(module, (ChannelAffine, MeanOnlyBatchNorm)) else None
-    seen = {axes for axes, _ in shapes.get(fqn, ())}
+    seen = {axes for axes, _ in flow.capture.shapes.get(fqn, ())}
     return known or flow.rank(fqn, (seen.pop(), 0) if len(seen) == 1 else None)
 
 
@@ -304,7 +309,7 @@ def _check(model: nn.Module, folded: nn.Module, example: Inputs | None) -> Verif
     if inputs is None:
         return None
     check = keeps_output(eval_output(model, inputs), folded, inputs)
-    if not check.ok:
+    if check is not None and not check.ok:
         raise VerificationError(
             f"folding moved the output by {check.max_rel:.1e} of its size (allowed {check.tolerance:.0e})",
             code="fold-mismatch",

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from normswap.capture.exported import recorded_inputs
 from normswap.capture.guard import set_mode, untouched
-from normswap.capture.observed import run_on
+from normswap.capture.observed import Batch, run_on
 from normswap.capture.ops import is_layer
 from normswap.errors import InputError
 from normswap.nn import FilterLayout
 
-__all__ = ["Inputs", "as_inputs", "bind_batches", "make_up_inputs"]
+__all__ = ["Inputs", "as_inputs", "bind_batches", "example_of", "make_up_inputs"]
 
 Inputs = tuple[Any, ...] | Mapping[str, Any]
 """One call's inputs: positional or by keyword."""
@@ -40,8 +42,22 @@ def as_inputs(value: Any, what: str = "example_inputs") -> Inputs:
     )
 
 
-def bind_batches(model: nn.Module, data: Any, notes: list[str] | None = None) -> Iterator[Inputs]:
-    """Yield one call's inputs per batch of ``data``.
+def example_of(model: nn.Module, given: Any) -> Inputs | None:
+    """Return ``given`` as one call's inputs or, without, those that ``model`` was exported with; None where none are.
+
+    Raises:
+        InputError: ``given`` is neither a tensor, a tuple, a list nor a dict.
+    """
+    return recorded_inputs(model) if given is None else as_inputs(given)
+
+
+def bind_batches(
+    model: nn.Module,
+    data: Any,
+    notes: list[str] | None = None,
+    forward_fn: Callable[[nn.Module, Any], Any] | None = None,
+) -> Iterator[Batch]:
+    """Yield one call's inputs per batch of ``data``; with ``forward_fn`` what calls ``forward_fn(model, batch)``.
 
     A tensor, tuple or dict is one batch; anything else is iterated over, as a DataLoader is. Of a loader's batch only
     what ``forward`` requires is used, in order: the labels of an (inputs, targets) pair are left out.
@@ -63,6 +79,10 @@ def bind_batches(model: nn.Module, data: Any, notes: list[str] | None = None) ->
     wanted = _required(model)
     count = 0
     for batch in batches:
+        if forward_fn is not None:
+            count += 1
+            yield partial(_call, forward_fn, batch)
+            continue
         inputs = as_inputs(batch, "a batch")
         if not single and isinstance(inputs, tuple) and wanted is not None and len(inputs) > max(wanted, 1):
             if not count and notes is not None:
@@ -77,6 +97,10 @@ def bind_batches(model: nn.Module, data: Any, notes: list[str] | None = None) ->
         raise InputError(
             "the data holds no batch", code="no-data", hint="give a fresh iterable with at least one batch"
         )
+
+
+def _call(forward_fn: Callable[[nn.Module, Any], Any], batch: Any, model: nn.Module) -> Any:
+    return forward_fn(model, batch)
 
 
 def _known(model: nn.Module, inputs: dict[str, Any], notes: list[str] | None) -> dict[str, Any]:

@@ -12,10 +12,10 @@ from torch.nn.parameter import is_lazy
 from normswap.capture import Capture
 from normswap.capture.batch_norms import after_norm, read_batch_norm
 from normswap.capture.dataflow import Dataflow
+from normswap.capture.garbage import confirm_feeds
 from normswap.capture.ops import class_of, is_layer, is_norm, is_other_norm
-from normswap.capture.probes import confirm_feeds
 from normswap.nn import FilterLayout
-from normswap.records import NormKind, Proof, Site, Skip
+from normswap.records import FoundBy, NormKind, Proof, Site, Skip
 
 __all__ = ["Matches", "match"]
 
@@ -45,7 +45,7 @@ def match(
     sites: list[Site] = []
     skips: list[Skip] = []
     conditional: dict[str, str] = {}
-    holders = {key for key, (_, norm) in flow.functional.items() if norm.holder}
+    holders = {key for key, (_, norm) in flow.functional.items() if norm.holder} | set(flow.refused)
     for fqn, module in capture.modules.items():
         if not is_norm(module) or fqn in holders:
             continue
@@ -66,6 +66,8 @@ def match(
             matched.append(replace(site, reason="the norm stores no statistics"))
             continue
         found = flow.layer_feeding(site.norm, site.num_features, site.rank)
+        if found.recorded:
+            site = replace(site, found_by=FoundBy.RECORDED)
         if found.reason or found.layer is None:
             matched.append(replace(site, reason=found.reason))
             if found.layer:
@@ -161,21 +163,30 @@ def _close_gaps(
 ) -> list[Site]:
     """Decide the absorptions whose flow has a gap, by running the model; without inputs, absorb nothing there."""
     pairs = [(s.layer, s.norm) for s in sites if s.norm in conditional and s.layer and s.kind == NormKind.MODULE]
-    confirmed: frozenset[tuple[str, str]] = frozenset()
+    confirmed: dict[tuple[str, str], frozenset[bool]] = {}
     if pairs and example_inputs is not None:
         confirmed = confirm_feeds(capture.model, pairs, example_inputs)
     closed = []
     for site in sites:
         if gap := conditional.get(site.norm):
-            if (site.layer, site.norm) in confirmed:
-                site = replace(site, proof=Proof.CHECKED)
+            modes = confirmed.get((site.layer or "", site.norm))
+            if modes is not None:
+                site = replace(site, proof=Proof.CHECKED, caveat=_CAVEATS.get(modes))
             else:
                 tail = (
-                    "example inputs show that it does" if example_inputs else "give example inputs to have it checked"
+                    "example inputs show that it does, or do not come there"
+                    if example_inputs is not None
+                    else "give example inputs to have it checked"
                 )
                 site = replace(site, layer=None, layer_type=None, fan_in=0, proof=Proof.NONE, reason=f"{gap}: {tail}")
         closed.append(site)
     return closed
+
+
+_CAVEATS = {
+    frozenset({False}): "checked in eval mode only: in train mode the example inputs do not come there",
+    frozenset({True}): "checked in train mode only: in eval mode the example inputs do not come there",
+}
 
 
 def _layer_skips(capture: Capture, flow: Dataflow, sites: list[Site], refused: Mapping[str, str]) -> list[Skip]:

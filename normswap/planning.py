@@ -10,7 +10,7 @@ from normswap.matching import Matches
 from normswap.recipes import Recipe
 from normswap.records import Plan, Site, Skip, Step
 
-__all__ = ["make_plan"]
+__all__ = ["make_plan", "step_at"]
 
 
 def make_plan(
@@ -45,7 +45,7 @@ def make_plan(
             if site.layer is not None and site.layer_type is not None:
                 skips.append(Skip(site.layer, "layer", site.layer_type, code, f"its norm stays: {reason}"))
             continue
-        steps.append(_step(site, recipe))
+        steps.append(step_at(site, recipe, recipe.groups_at(site)))
     return Plan(model_name, recipe.name, recipe.options(), tuple(steps), tuple(skips))
 
 
@@ -67,9 +67,9 @@ def _refusal(
     return None if reason is None else ("recipe-refuses", reason)
 
 
-def _step(site: Site, recipe: Recipe) -> Step:
+def step_at(site: Site, recipe: Recipe, groups: int | None) -> Step:
+    """Return what ``recipe`` does at ``site`` with so many groups, None where its norm has none."""
     weight = recipe.weight(site) if site.layer is not None else None
-    groups = recipe.groups_at(site)
     norm = str(recipe.norm(site, groups))
     if groups is not None:
         norm += f" of {site.num_features // groups}"

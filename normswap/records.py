@@ -10,7 +10,20 @@ from typing import Any
 
 from normswap.errors import PlanError
 
-__all__ = ["InitReport", "InitRow", "NormKind", "Plan", "Proof", "Site", "Skip", "Step", "text_table"]
+__all__ = [
+    "Agreement",
+    "Fit",
+    "FoundBy",
+    "InitReport",
+    "InitRow",
+    "NormKind",
+    "Plan",
+    "Proof",
+    "Site",
+    "Skip",
+    "Step",
+    "text_table",
+]
 
 PLAN_FORMAT = 1
 
@@ -30,9 +43,18 @@ class Proof:
     PROVEN = "proven"
     """The graph shows it."""
     CHECKED = "checked"
-    """The graph has a gap there; a numeric check on example inputs closed it."""
+    """The graph has a gap there, or is the record of a run; a numeric check on example inputs closed it."""
     NONE = "none"
     """Nothing is absorbed at this site; ``Site.reason`` says why."""
+
+
+class FoundBy:
+    """What shows that a site's norm is where it is."""
+
+    SYMBOLIC = "symbolic"
+    """A graph that was traced, in train and in eval mode."""
+    RECORDED = "recorded"
+    """Runs on example inputs: what is absorbed on their strength has passed a numeric check."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +80,8 @@ class Site:
         proof: A :class:`Proof`.
         reason: Why there is no layer, or None.
         aliases: Further fqns of the same norm.
+        found_by: A :class:`FoundBy`.
+        caveat: What the numeric check of a layer could not reach, or None.
     """
 
     norm: str
@@ -77,6 +101,18 @@ class Site:
     proof: str = Proof.NONE
     reason: str | None = None
     aliases: tuple[str, ...] = ()
+    found_by: str = FoundBy.SYMBOLIC
+    caveat: str | None = None
+
+    @property
+    def evidence(self) -> str:
+        """The grade of proof, and that a record is behind it where one is: ``checked, recorded``."""
+        return f"{self.proof}, {self.found_by}" if self.found_by == FoundBy.RECORDED else self.proof
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Why there is no layer, and what the check of the layer could not reach."""
+        return tuple(text for text in (self.reason, self.caveat) if text)
 
 
 @dataclass(frozen=True)
@@ -146,8 +182,8 @@ class Plan:
                 step.site.layer or "–",
                 step.weight or "–",
                 step.norm,
-                step.site.proof,
-                "; ".join([*([step.site.reason] if step.site.reason else []), *step.notes]),
+                step.site.evidence,
+                "; ".join((*step.site.remarks, *step.notes)),
             )
             for step in self.steps
         ]
@@ -211,12 +247,66 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class Fit:
+    """How closely a site's output was matched to the original's, on held-out samples.
+
+    Args:
+        samples: How many samples reached the site.
+        mean: The original's output's mean, over all channels.
+        std: Its standard deviation.
+        mean_before: The converted network's mean with what the BatchNorm alone told it.
+        std_before: Its standard deviation.
+        noise_before: Its error, ``E‖y' − y‖² / Var y``.
+        mean_after: The mean after the fit.
+        std_after: The standard deviation after the fit.
+        noise_after: The error after the fit.
+        num_groups: The norm's group count, where it has groups.
+        ridge: The ridge that was chosen, None where the site was not fitted.
+    """
+
+    samples: int
+    mean: float
+    std: float
+    mean_before: float
+    std_before: float
+    noise_before: float
+    mean_after: float
+    std_after: float
+    noise_after: float
+    num_groups: int | None = None
+    ridge: float | None = None
+
+
+@dataclass(frozen=True)
 class InitRow:
-    """How one module got its values: its fqn, the method, and notes."""
+    """How one module got its values: its fqn, the method, notes, and where it was matched how closely."""
 
     name: str
     method: str
     notes: tuple[str, ...] = ()
+    fit: Fit | None = None
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far the original's and the converted network's outputs agree on held-out calibration samples.
+
+    Args:
+        samples: How many samples.
+        relative_error: ``‖found − expected‖ / ‖expected‖`` over all outputs.
+        cosine: The mean cosine between a sample's two outputs.
+        top1: The share of samples whose largest output is the same; None where the output is no score per class.
+    """
+
+    samples: int
+    relative_error: float
+    cosine: float
+    top1: float | None = None
+
+    def __str__(self) -> str:
+        text = f"output on {self.samples} held-out samples: relative error {self.relative_error:.3f}"
+        text += f", cosine {self.cosine:.4f}"
+        return text if self.top1 is None else text + f", same class in {100 * self.top1:.1f} %"
 
 
 @dataclass(frozen=True)
@@ -227,17 +317,23 @@ class InitReport:
         method: The method asked for.
         rows: One row per module that was given values, or that was passed over with a reason.
         assumptions: What was assumed about the data, where none was given.
+        agreement: How far both networks' outputs agree, where there was data to match them on.
     """
 
     method: str
     rows: tuple[InitRow, ...]
     assumptions: tuple[str, ...] = ()
+    agreement: Agreement | None = None
 
     def __str__(self) -> str:
-        table = text_table(
-            ("module", "initialized", "notes"), [(r.name, r.method, "; ".join(r.notes)) for r in self.rows]
-        )
-        return "\n\n".join([f"initialization: {self.method}", table, *self.assumptions])
+        fitted = any(r.fit for r in self.rows)
+        header = ("module", "initialized", *(("error before", "after") if fitted else ()), "notes")
+        rows = []
+        for r in self.rows:
+            errors = (f"{r.fit.noise_before:.3f}", f"{r.fit.noise_after:.3f}") if r.fit else ("", "")
+            rows.append((r.name, r.method, *(errors if fitted else ()), "; ".join(r.notes)))
+        end = [] if self.agreement is None else [str(self.agreement)]
+        return "\n\n".join([f"initialization: {self.method}", text_table(header, rows), *self.assumptions, *end])
 
     def to_json(self, indent: int | None = 2) -> str:
         """Return the report as JSON."""

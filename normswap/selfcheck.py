@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from normswap.capture.guard import set_mode, untouched
+from normswap.capture.guard import copy_of, set_mode, untouched
 from normswap.capture.observed import run_on
 from normswap.inputs import Inputs
 from normswap.verification import Verification, verify
@@ -27,8 +26,8 @@ def eval_output(model: nn.Module, inputs: Inputs) -> Any:
         return run_on(model, inputs)
 
 
-def keeps_output(expected: Any, model: nn.Module, inputs: Inputs) -> Verification:
-    """Compare ``model``'s output with ``expected``, allowing for rounding.
+def keeps_output(expected: Any, model: nn.Module, inputs: Inputs) -> Verification | None:
+    """Compare ``model``'s output with ``expected``, allowing for rounding; None where ``expected`` holds no value.
 
     A wrong absorption moves an output by a good part of itself, rounding by little: 1e-3 is allowed in float32. A model
     that amplifies its own rounding errors beyond that is allowed ten times what they are.
@@ -36,6 +35,8 @@ def keeps_output(expected: Any, model: nn.Module, inputs: Inputs) -> Verificatio
     dtypes = {p.dtype for p in model.parameters()}
     rtol = 0.1 if dtypes & {torch.float16, torch.bfloat16} else 1e-3 if torch.float32 in dtypes else 1e-9
     found = eval_output(model, inputs)
+    if not any(leaf.numel() for leaf in pytree.tree_leaves((expected, found)) if isinstance(leaf, Tensor)):
+        return None
     result = verify(lambda *_, **__: expected, lambda *_, **__: found, inputs, rtol=rtol)
     if result.ok:
         return result
@@ -51,7 +52,7 @@ def own_rounding(model: nn.Module, inputs: Inputs) -> float:
     try:
         pairs = zip(
             pytree.tree_leaves(eval_output(model, inputs)),
-            pytree.tree_leaves(eval_output(copy.deepcopy(model).double(), wide)),
+            pytree.tree_leaves(eval_output(copy_of(model).double(), wide)),
             strict=True,
         )
     except Exception:  # a model that casts inside its forward has no float64 copy

@@ -19,7 +19,6 @@ import binascii
 import io
 import json
 import os
-import re
 import warnings
 import zlib
 from collections.abc import Sequence
@@ -37,14 +36,15 @@ from normswap.contents import Contents, collect, differences, give
 from normswap.errors import InputError, PlanError
 from normswap.loading.checkpoints import read_checkpoint
 from normswap.loading.files import expect_kind, kind_of, open_file
-from normswap.loading.importing import first_line
+from normswap.loading.importing import first_line, scripts_as_main
+from normswap.loading.refusals import INSTEAD
 from normswap.loading.trust import Trust
 from normswap.origin import Origin, forget, origin_of, remember, skeleton_of, slots
 from normswap.recipes import Recipe, make_recipe
 from normswap.records import Plan
 from normswap.rewriting import rewrite
 from normswap.version import __version__
-from normswap.writing import check_target, replacing
+from normswap.writing import check_target, reported, staged
 
 __all__ = ["is_stored", "load", "save"]
 
@@ -72,7 +72,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises:
         InputError: The model was not converted, or its structure has changed since; or the file cannot be written.
     """
-    target = check_target(path)
+    path = Path(path)
+    check_target(path)
     history = _history(model)
     skeleton = history[0].skeleton
     replayed = None
@@ -90,8 +91,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     packed = None if skeleton is None else _pack(skeleton)
     if packed is not None:
         metadata[_SKELETON] = packed
-    with replacing(target) as temporary:
-        save_file(contents.tensors, temporary, metadata)
+    with staged(path) as place, reported(path):
+        save_file(contents.tensors, place(path), metadata)
 
 
 def load(
@@ -333,7 +334,8 @@ def _pack(skeleton: nn.Module) -> str | None:
     bare, buffer = _copied(skeleton), io.BytesIO()
     forget(bare)
     try:
-        torch.save(bare, buffer)
+        with scripts_as_main():
+            torch.save(bare, buffer)
     except Exception:  # local classes, hooks that are functions in functions: what a class does on being pickled
         return None
     packed = base64.b64encode(zlib.compress(buffer.getvalue(), 9)).decode("ascii")
@@ -341,7 +343,7 @@ def _pack(skeleton: nn.Module) -> str | None:
 
 
 def _unpack(stored: _Stored, path: Path, trust: Trust) -> nn.Module:
-    fresh = "give a fresh model of the same architecture: load(path, model=...)"
+    fresh = "give a fresh model of the same architecture: --arch NAME (from Python load(path, model=...))"
     if stored.skeleton is None:
         raise InputError(
             f"{str(path)!r} holds the {stored.plans[0][0].model if stored.plans else 'model'}'s values and not its "
@@ -359,12 +361,10 @@ def _unpack(stored: _Stored, path: Path, trust: Trust) -> nn.Module:
     try:
         skeleton = read_checkpoint(io.BytesIO(data), path, trust)
     except InputError as cause:
-        asked = re.search(r"trust=\[[^\]]*\]", cause.hint)
-        instead = f"; or, where you trust the file, load(path, {asked[0]})" if asked else ""
         raise InputError(
             f"the structure of the model in {str(path)!r} is not read: {cause.message}",
             code=cause.code,
-            hint=fresh + instead,
+            hint=cause.hint.replace(INSTEAD, fresh) if INSTEAD in cause.hint else fresh,
         ) from cause
     if not isinstance(skeleton, nn.Module):
         raise _damaged(path, ValueError(f"its skeleton is a {type(skeleton).__name__}"))

@@ -5,7 +5,8 @@ An output ``b`` equals the reference ``a`` if ``max |a − b| ≤ rtol · max |a
 whole output: rounding errors scale with what was summed, not with the one value that is left of it. By
 default atol is 0 and rtol comes from ``TOLERANCES``, by the coarser dtype of the two. A NaN is never equal,
 not even to a NaN in the same place: two broken networks prove nothing. Infinities must agree in place and
-sign (masks are made of them). Integers and booleans must be identical. A comparison of no outputs has failed.
+sign (masks are made of them). Integers and booleans must be identical. A comparison of no outputs has failed, and so
+has one of outputs without a value: a detector that finds nothing returns empty boxes, whatever its weights are.
 """
 
 from __future__ import annotations
@@ -216,7 +217,9 @@ def verify(
     pairs = _paired(outputs[0], outputs[1], by_position=by_position)
     if isinstance(pairs, str):
         return Verification(*names, rows=(), reason=pairs)
-    return Verification(*names, rows=tuple(_compare(name, x, y, rtol, atol) for name, x, y in pairs))
+    rows = tuple(_compare(name, x, y, rtol, atol) for name, x, y in pairs)
+    empty = all(row.ok and 0 in row.shape for row in rows)
+    return Verification(*names, rows, reason="all outputs are empty: nothing was compared" if empty else "")
 
 
 def as_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -243,8 +246,12 @@ def named_leaves(tree: Any, root: str = "output") -> Named:
         keys = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path]
         if not path or isinstance(path[0], pytree.SequenceKey):
             keys.insert(0, root)
+        fields: dict[str, Any] | None = None
         if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
             fields = {field.name: getattr(leaf, field.name) for field in dataclasses.fields(leaf)}
+        elif isinstance(leaf, Mapping):  # of a class that torch does not know
+            fields = dict(leaf)
+        if fields is not None:
             prefix = "_".join(keys) + "_" if path else ""
             found += [(prefix + name, value) for name, value in named_leaves(fields, root)]
         elif leaf is not None:
@@ -253,10 +260,14 @@ def named_leaves(tree: Any, root: str = "output") -> Named:
 
 
 def training_modules(model: nn.Module) -> list[str]:
-    """Return the fqns of the modules in train mode; an exported program has no modes, so none."""
+    """Return the fqns of the modules in train mode.
+
+    An exported program has no modes, and a module without a forward none that means anything (a GraphModule's copy has
+    such in train mode, whatever the original's).
+    """
     if "train" in vars(model):  # torch.export overrides it in the instance: calling it raises
         return []
-    return [fqn for fqn, module in model.named_modules() if module.training]
+    return [fqn for fqn, module in model.named_modules() if module.training and type(module) is not nn.Module]
 
 
 def _runner(thing: Comparable, role: str) -> tuple[str, Runner]:

@@ -3,58 +3,120 @@
 from __future__ import annotations
 
 import os
-import secrets
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from normswap.errors import InputError
-from normswap.loading.importing import first_line
+from normswap.errors import InputError, NormswapError
 
-__all__ = ["check_target", "replacing"]
-
-
-def check_target(path: str | os.PathLike[str]) -> Path:
-    """Return the file to replace, links followed, or refuse what is none."""
-    try:
-        target = Path(os.path.realpath(path))
-        if target.is_dir():
-            what, hint = "is a directory", "give a file in it: model.safetensors"
-        elif target.exists() and not target.is_file():
-            what, hint = "is no file that could be replaced", "give the path of a file"
-        elif not target.parent.is_dir():
-            what, hint = f"cannot be written: there is no folder {str(target.parent)!r}", "make the folder first"
-        elif not os.access(target if target.exists() else target.parent, os.W_OK):
-            what, hint = "cannot be written: permission denied", "choose a file and a folder with write access"
-        else:
-            return target
-    except (OSError, ValueError) as cause:  # a name that is too long, or no name at all
-        what, hint = f"cannot be written: {first_line(cause)}", "choose another name"
-    raise InputError(f"{str(path)!r} {what}", code="storage-path", hint=hint)
+__all__ = ["check_target", "reported", "staged"]
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a file to write that takes the place of ``path`` at the end, or leaves no trace if anything fails."""
-    temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(6)}.tmp")
+def staged(*outputs: Path, inputs: Sequence[Path] = ()) -> Iterator[Callable[[Path], Path]]:
+    """Give, for each output, a place to write it; the files move to where they belong when the block has succeeded.
+
+    Until then, and after any exception, what was there before stays. The place is a hidden folder beside the output:
+    making it shows, before the long work, whether the output can be written, and moving from it is atomic. What else
+    is written there, such as the weights beside an ONNX file, moves, too. Links are followed; permissions stay.
+
+    Args:
+        outputs: The files that are going to be written.
+        inputs: Files that no output may replace.
+
+    Raises:
+        InputError: An output cannot be written there.
+    """
+    targets: dict[Path, Path] = {}
+    places: dict[Path, Path] = {}
+    hidden: dict[Path, tuple[Path, int]] = {}
+    for path in outputs:
+        target = check_target(path, inputs)
+        if target in targets.values():
+            raise _unwritable(path, "two outputs have this name")
+        targets[path] = target
+    with ExitStack() as stack:
+        for path, target in targets.items():
+            if target.parent not in hidden:
+                with reported(path):
+                    folder = tempfile.TemporaryDirectory(dir=target.parent, prefix=".normswap-")
+                    hidden[target.parent] = Path(stack.enter_context(folder)), _usual_mode(Path(folder.name))
+            places[path] = hidden[target.parent][0] / target.name
+        try:
+            yield places.__getitem__
+        except NormswapError as error:
+            for path, place in places.items():
+                error.message = error.message.replace(str(place), str(path))
+            raise
+        for parent, (folder_, mode) in hidden.items():
+            # The weights beside an .onnx file go first: it refers to them.
+            for file in sorted(folder_.iterdir(), key=lambda file: file.suffix == ".onnx"):
+                with reported(parent / file.name):
+                    _move(file, parent / file.name, mode)
+
+
+@contextmanager
+def reported(path: Path) -> Iterator[None]:
+    """Turn what the system says against writing ``path`` into an error that names the file.
+
+    Raises:
+        InputError: The block failed for a reason of the system's: no space, no permission, an unknown folder.
+    """
     try:
-        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-        if path.exists():
-            shutil.copymode(path, temporary)
-        mode = temporary.stat().st_mode
-        yield temporary
-        temporary.chmod(mode)  # safetensors writes a file of its own making, which nobody else may read
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as cause:
-        raise InputError(
-            f"{str(path)!r} cannot be written: {first_line(cause)}",
-            code="storage-write",
-            hint="nothing was changed; choose a folder with write access and enough space",
-        ) from cause
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except (OSError, SafetensorError, RuntimeError) as cause:
+        why: BaseException | None = cause
+        while isinstance(why, RuntimeError):  # torch's writer raises one while it handles the system's
+            why = why.__context__
+        if not isinstance(why, OSError | SafetensorError):
+            raise
+        text = getattr(why, "strerror", None) or str(why)
+        raise _unwritable(path, text, "choose a folder with write access and enough space") from cause
+
+
+def check_target(path: Path, inputs: Sequence[Path] = ()) -> Path:
+    """Return the file to write, links followed.
+
+    Raises:
+        InputError: It cannot be one, or is one of ``inputs``.
+    """
+    try:
+        target = Path(os.path.realpath(path))
+        if target.is_dir():
+            why = "it is a folder"
+        elif not target.parent.is_dir():
+            why = f"there is no folder {str(path.parent)!r}"
+        elif target.exists() and not target.is_file():
+            why = "it is no file that could be replaced"
+        elif target.exists() and not os.access(target, os.W_OK):
+            why = "it is read-only"
+        elif any(file.exists() and target == Path(os.path.realpath(file)) for file in inputs):
+            why = "it is what is read"
+        else:
+            return target
+    except (OSError, ValueError) as cause:  # a name that is too long, or no name at all
+        why = (cause.strerror if isinstance(cause, OSError) else None) or str(cause)
+    raise _unwritable(path, why)
+
+
+def _usual_mode(folder: Path) -> int:
+    """Return the permissions of a new file, which some libraries do not give theirs."""
+    probe = folder / "probe"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    return mode
+
+
+def _move(file: Path, target: Path, mode: int) -> None:
+    file.chmod(target.stat().st_mode if target.exists() else mode)
+    with file.open("rb") as written:
+        os.fsync(written.fileno())
+    os.replace(file, target)
+
+
+def _unwritable(path: Path, why: str, hint: str = "choose another output") -> InputError:
+    return InputError(f"cannot write {str(path)!r}: {why}", code="output-path", hint=hint)

@@ -165,5 +165,15 @@ def test_a_missed_ratio_is_told_from_one_that_is_met_and_from_one_that_is_not_re
     assert engine.Ratio("a", "b", 9.0, 1.0).ok
 
 
+def test_the_memory_at_its_peak_is_what_is_held_at_one_time() -> None:
+    def block() -> torch.Tensor:
+        return torch.zeros(1_000_000)
+
+    one_by_one = engine.peak_memory(lambda: [block() is None for _ in range(3)])
+    together = engine.peak_memory(lambda: [block() for _ in range(3)])
+    assert 4e6 <= one_by_one < 5e6
+    assert 12e6 <= together < 13e6
+
+
 def test_a_chain_has_as_many_sites_as_pairs() -> None:
     assert len(ns.plan(engine.chain(7)).steps) == 7

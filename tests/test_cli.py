@@ -14,6 +14,7 @@ import struct
 import subprocess
 import sys
 import termios
+import types
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,10 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import normswap as ns
-from normswap.cli import app, console, files, options
+from normswap.cli import app, console, files, options, reporting
 from normswap.errors import InputError
 from normswap.loading import load_model
+from normswap.writing import staged
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MODULE = [sys.executable, "-m", "normswap"]
@@ -285,6 +287,44 @@ def test_verify_tells_two_different_models_apart(folder: Path) -> None:
     assert run("verify", "model.pt", "other.pt", "--rtol", "1").exit_code == 0
 
 
+def test_verify_says_what_an_inexact_recipe_does(folder: Path) -> None:
+    succeed("convert", "model.pt", "--to", "ln", "-o", "ln.safetensors")
+    result = run("verify", "model.pt", "ln.safetensors")
+    assert result.exit_code == 1
+    assert "note: only exact recipes (mobn, none, wn, wn+mobn) keep a model's output" in result.stderr
+
+
+EMPTY = """
+from torch import nn
+class Detector(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32)
+    def forward(self, images):
+        found = self.bn(self.conv(images[0])).mean((1, 2, 3))
+        return found[found > 1e9]
+"""
+
+
+def test_outputs_without_a_value_are_told_and_prove_nothing(folder: Path) -> None:
+    (folder / "detector.py").write_text(EMPTY, encoding="utf-8")
+    namespace: dict[str, Any] = {"__name__": "detector"}
+    exec(EMPTY, namespace)
+    sys.modules["detector"] = types.ModuleType("detector")
+    vars(sys.modules["detector"]).update(namespace)
+    torch.save(namespace["Detector"]().eval(), "detector.pt")
+    torch.save(([torch.randn(1, 3, 8, 8)],), "images.pt")
+    options = ["--trust", "detector", "--input-file", "images.pt"]
+    result = succeed("convert", "detector.pt", *options, "--to", "wn+mobn", "-o", "out.safetensors")
+    assert "checked    not compared: give inputs on which the model returns something" in result.stdout
+    result = run("verify", "detector.pt", "out.safetensors", *options)
+    assert result.exit_code == 1
+    assert "all outputs are empty: nothing was compared" in result.stdout
+    result = run("convert", "detector.pt", "--trust", "detector", "--input-shape", "3x8x8")
+    assert "a list of images is given by --input-file" in result.stderr
+    del sys.modules["detector"]
+
+
 def test_recipes_lists_every_recipe_with_its_options(folder: Path) -> None:
     listed = json.loads(succeed("recipes", "--json").stdout)
     assert {r["name"]: r["exact"] for r in listed} == {name: cls.exact for name, cls in ns.all_recipes().items()}
@@ -444,7 +484,8 @@ def test_a_state_dict_needs_its_architecture_and_takes_its_arguments(folder: Pat
             "error[inputs-do-not-fit]: Sequential fails on the inputs of --input-shape: RuntimeError: "
             "Given groups=1, weight of size [16, 3, 3, 3], "
             "expected input[1, 4, 12, 12] to have 3 channels, but got 4 channels instead\n"
-            "  hint: forward takes (input)\n",
+            "  hint: forward takes (input); a list of images is given by --input-file FILE, written by "
+            "torch.save(([image, image],), FILE)\n",
         ),
     ],
 )
@@ -539,7 +580,7 @@ def test_a_failure_while_writing_keeps_what_was_there(
 
 
 def test_two_outputs_of_one_name_are_refused() -> None:
-    with pytest.raises(InputError, match="two outputs have this name"), files.staged(Path("a.json"), Path("a.json")):
+    with pytest.raises(InputError, match="two outputs have this name"), staged(Path("a.json"), Path("a.json")):
         pass
 
 
@@ -582,6 +623,18 @@ def test_a_script_that_prints_does_print_to_stderr(folder: Path) -> None:
 
 
 # Terminals and pipes
+
+
+def test_a_shell_offers_the_recipes(folder: Path) -> None:
+    env = environment(_NORMSWAP_COMPLETE="complete_bash", COMP_WORDS="normswap convert m.pt --to wn", COMP_CWORD="4")
+    program = "import sys; sys.argv[0] = 'normswap'; from normswap.cli import main; main()"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=env)
+    assert result.stdout.split() == ["wn", "wn+mobn"]
+
+
+def test_notes_that_differ_in_names_alone_are_joined() -> None:
+    groups = {"a.b might use a.c, too": ["x"], "b.b might use d.c, too": ["y", "z"], "another": ["w"]}
+    assert reporting._alike(groups) == [("… might use …, too", ["x", "y", "z"]), ("another", ["w"])]
 
 
 def test_a_pipe_gets_plain_text_whose_lines_are_whole(folder: Path) -> None:

@@ -308,7 +308,7 @@ def test_a_model_that_is_not_ready_is_refused_before_anything_happens(
         ({"opset": 17}, ExportError, "export-opset"),
         ({"opset": 999}, ExportError, "export-opset"),
         ({"path": "m.pt"}, ExportError, "export-path"),
-        ({"path": "absent/m.onnx"}, ExportError, "export-path"),
+        ({"path": "absent/m.onnx"}, InputError, "output-path"),
         ({"example_inputs": ()}, InputError, "export-inputs"),
         ({"example_inputs": {"nope": torch.zeros(1)}}, InputError, "export-inputs"),
         ({"example_inputs": 3.0}, InputError, "export-inputs"),

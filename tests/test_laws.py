@@ -148,9 +148,7 @@ REFUSALS: dict[tuple[str, str], dict[str, str]] = {
     ("second_use_in_training", "ws"): {"bn": "recipe-refuses"},
     ("hooked_layer", "ws"): {"1": "recipe-refuses"},
     ("functional_without_layer", "ws"): {":running_mean": "recipe-refuses"},
-    ("untraceable_child", "ws"): {"3.bn": "recipe-refuses"},
     ("untraceable_owner_reaches_inside", "ws"): {"3.block.1": "recipe-refuses"},
-    ("untraceable_root", "ws"): {"bn": "recipe-refuses"},
     ("branch_hides_a_use", "ws"): {"bn": "recipe-refuses"},
 }
 
@@ -158,7 +156,9 @@ REFUSALS: dict[tuple[str, str], dict[str, str]] = {
 REFUSALS_WITHOUT_INPUTS: dict[tuple[str, str], dict[str, str]] = {
     **REFUSALS,
     ("linear_of_unknown_rank", "ws"): {"1": "recipe-refuses", "4": "recipe-refuses"},
+    ("untraceable_child", "ws"): {"3.bn": "recipe-refuses"},
     ("untraceable_child_around_block", "ws"): {"3.block.1": "recipe-refuses"},
+    ("untraceable_root", "ws"): {"bn": "recipe-refuses"},
     ("conv1d_unbatched", "ws"): {},
 }
 
@@ -170,9 +170,7 @@ NOT_ABSORBED: dict[str, tuple[str, str]] = {
     "reshape_between": ("bn", "a reshape in between"),
     "calls_forward_itself": ("bn", "the layer's forward is called by name: no hook and no node sees it"),
     "linear_transposed_to_channels": ("bn", "a transposition in between"),
-    "untraceable_child": ("3.bn", "its own forward cannot be traced"),
-    "untraceable_root": ("bn", "its own forward cannot be traced"),
-    "branch_hides_a_use": ("bn", "its own forward cannot be traced"),
+    "branch_hides_a_use": ("bn", "the negated inputs take the branch that uses the layer otherwise"),
 }
 
 # Without example inputs a convolution is taken to be called with a batch, as nearly all are: torch reads the axes of

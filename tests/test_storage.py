@@ -523,6 +523,46 @@ def test_a_class_of_a_script_is_found_in_the_script_that_is_trusted(tmp_path: Pa
         assert float(loaded(torch.ones(1, 3, 4, 4)).sum()) == pytest.approx(float(printed), rel=1e-6)
 
 
+IN_PYTHON = """
+    import sys, torch, normswap as ns
+    from normswap.loading import load_model
+    model = ns.swap_norms(load_model("plain.pt", trust=["train.py"]), "gn+ws")
+    print(type(model).__module__, hasattr(sys.modules["__main__"], "Net"))
+    ns.save(model, "again.safetensors")
+    print(hasattr(sys.modules["__main__"], "Net"))
+    ns.load("again.safetensors", trust=["train.py"])
+    try:
+        ns.load("again.safetensors")
+    except ns.NormswapError as error:
+        print(error.message, error.hint, sep="\\n")
+"""
+
+
+def test_a_class_of_a_script_is_stored_from_python_as_one_of_main(tmp_path: Path) -> None:
+    source = textwrap.dedent(TRAIN) + '    torch.save(Net().eval(), "plain.pt")\n'
+    (tmp_path / "train.py").write_text(source)
+    python("import runpy; runpy.run_path('train.py', run_name='__main__')", folder=tmp_path)
+    where, after, needs, hint = python(IN_PYTHON, folder=tmp_path).splitlines()
+    assert (where, after) == ("__main__ False", "False")
+    assert needs.endswith("not admitted: __main__.Net (--trust SCRIPT.py)")
+    assert hint == (
+        "where you trust the file: --trust SCRIPT.py (from Python trust=['SCRIPT.py']; SCRIPT.py is the script that "
+        "saved the model); or give a fresh model of the same architecture: --arch NAME (from Python "
+        "load(path, model=...))"
+    )
+
+
+def test_a_script_that_runs_is_not_run_again_for_its_own_classes(tmp_path: Path) -> None:
+    source = textwrap.dedent(TRAIN) + "    loaded = ns.load('model.safetensors', trust=[__file__])\n"
+    source += "    print(type(loaded) is Net)\n"
+    (tmp_path / "train.py").write_text("print('once')\n" + source)
+    environment = os.environ | {"PYTHONPATH": str(TESTS.parent)}
+    printed = subprocess.run(
+        [sys.executable, "train.py"], cwd=tmp_path, capture_output=True, text=True, check=True, env=environment
+    )
+    assert [line for line in printed.stdout.splitlines() if not line[-1].isdigit()] == ["once", "True"]
+
+
 @dataclass(frozen=True)
 class MyRecipe(GroupNormalization):
     name = "mine"
@@ -750,7 +790,7 @@ def test_a_failed_save_leaves_the_folder_as_it_was(
     with pytest.raises(raised) as caught:
         save(converted(), path)
     if raised is InputError:
-        assert caught.value.code == "storage-write"
+        assert caught.value.code == "output-path"
     assert [p.read_bytes() for p in tmp_path.iterdir()] == ([b"precious"] if existing else [])
 
 
@@ -762,7 +802,7 @@ def test_a_failed_replacement_leaves_the_folder_as_it_was(tmp_path: Path, monkey
         raise PermissionError("no")
 
     monkeypatch.setattr(writing.os, "replace", fail)
-    assert refusal(save, converted(), path).code == "storage-write"
+    assert refusal(save, converted(), path).code == "output-path"
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"precious"]
 
 
@@ -785,14 +825,14 @@ WITHOUT_SPACE = """
 def test_a_file_that_cannot_be_written_whole_is_not_written(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"precious")
-    assert python(WITHOUT_SPACE, path).split() == ["storage-write"]
+    assert python(WITHOUT_SPACE, path).split() == ["output-path"]
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"precious"]
 
 
 def test_a_path_that_cannot_be_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path in (tmp_path, tmp_path / "no" / "x", tmp_path / "file" / "x", tmp_path / ("x" * 400), "/dev/null", "a\0b"):
-        assert refusal(save, converted("gn"), path).code == "storage-path"
+        assert refusal(save, converted("gn"), path).code == "output-path"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
@@ -800,7 +840,7 @@ def test_a_path_that_cannot_be_a_file_is_refused(tmp_path: Path) -> None:
 def test_a_folder_without_write_access_is_refused(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     try:
-        assert refusal(save, converted("gn"), tmp_path / "model.safetensors").code == "storage-path"
+        assert refusal(save, converted("gn"), tmp_path / "model.safetensors").code == "output-path"
     finally:
         tmp_path.chmod(0o700)
 

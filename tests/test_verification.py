@@ -153,11 +153,18 @@ def test_integers_are_not_floats_of_the_same_value() -> None:
     assert not compared(torch.tensor([1]), torch.tensor([1], dtype=torch.int32)).ok
 
 
-def test_complex_and_empty_and_python_outputs_are_compared() -> None:
+def test_outputs_without_a_value_prove_nothing() -> None:
+    nothing = compared(torch.zeros(0, 4), torch.zeros(0, 4))
+    assert not nothing.ok
+    assert nothing.reason == "all outputs are empty: nothing was compared"
+    assert not compared(torch.zeros(0, 4), torch.zeros(1, 4)).ok
+    assert compared((torch.zeros(0, 4), torch.ones(1)), (torch.zeros(0, 4), torch.ones(1))).ok
+
+
+def test_complex_and_python_outputs_are_compared() -> None:
     z = torch.tensor([1 + 2j])
     assert compared(z, z.clone()).ok
     assert not compared(z, z.conj().resolve_conj()).ok
-    assert compared(torch.zeros(0, 4), torch.zeros(0, 4)).ok
     assert compared(1.5, 1.5).ok
     assert not compared(1.5, 1.6).ok
     assert not compared("a", "a").ok  # nothing is known of what cannot be measured

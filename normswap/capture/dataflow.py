@@ -9,17 +9,17 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from normswap.capture.functional import FunctionalNorm, read_functional_norm
 from normswap.capture.ops import (
+    LAYER_CALLS,
     class_of,
     is_functional_norm,
     is_layer,
@@ -29,14 +29,11 @@ from normswap.capture.ops import (
     rank_of,
 )
 from normswap.capture.probes import scales_with_its_parameters
+from normswap.capture.recorded import changed_in_place, untracked
 from normswap.capture.symbolic import Capture, Trace, has_optional_arguments, hook_barrier
 from normswap.nn import ChannelAffine, FilterLayout
 
 __all__ = ["Dataflow", "Finding"]
-
-_FUNCTIONAL_LAYERS: frozenset[Any] = frozenset(
-    {F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear}
-)
 
 
 @dataclass(frozen=True)
@@ -52,6 +49,8 @@ class Finding:
     layer: str | None = None
     reason: str | None = None
     gap: str | None = None
+    recorded: bool = False
+    """Whether no symbolic trace, but only the record of a run, shows it."""
 
 
 @dataclass
@@ -87,30 +86,51 @@ class Dataflow:
                     self._owners[id(parameter)].append(f"{fqn}.{name}")
                     if not parameter.is_meta and parameter.numel():
                         self._places[parameter.data_ptr()].append(f"{fqn}.{name}")
-        trained: dict[str, set[bool]] = defaultdict(set)
+        # Scopes are traced one after the other: only runs know in which order they are called.
+        for trace in capture.traces:
+            if trace.recorded:
+                self._note_order(trace)
+        trained: dict[str, dict[int, set[bool]]] = defaultdict(lambda: defaultdict(set))
+        recorded: list[_Call] = []
         for trace in capture.traces:
             for node in trace.graph.nodes:
                 if node.op == "call_module":
                     self._add(capture.aliases[trace.fqn(str(node.target))], trace, node)
                 elif node.op == "get_attr":
                     self._note_read(trace, node)
+                elif is_functional_norm(node) and trace.recorded:
+                    recorded.append(_Call(trace, node))
                 elif is_functional_norm(node):
                     self._add_functional(trace, node, trained)
-                elif node.target in _FUNCTIONAL_LAYERS:
+                elif node.target in LAYER_CALLS:
                     owner = capture.aliases[node.meta["owner"]]
-                    self.functional_layers.setdefault(f"{owner}:{node.target.__name__}", node.target.__name__)
-        for key, flags in trained.items():
-            if flags == {True}:
-                self.refused[key] = "it uses the batch's statistics in eval mode, too, so it has none to take over"
+                    self.functional_layers.setdefault(f"{owner}:{self._name(owner, node)}", node.target.__name__)
+        for key, runs in trained.items():
+            flags = set().union(*runs.values())
+            calls = [call for run in self.calls[key].values() for call in run]
+            if any(len(flags_in_run) > 1 for flags_in_run in runs.values()):
+                self._refuse(key, "of its calls some use the batch's statistics and some the stored ones", calls)
+                del self.functional[key]
+            elif flags == {True}:
+                self._refuse(
+                    key, "it uses the batch's statistics in eval mode, too, so it has none to take over", calls
+                )
                 del self.functional[key]
             elif flags == {False}:
                 self.frozen.add(key)
+        for call in recorded:
+            self._add_recorded(call)
 
     def _add(self, key: str, trace: Trace, node: fx.Node) -> None:
         self.calls[key][trace.run].append(_Call(trace, node))
         self.order.setdefault(key, len(self.order))
 
-    def _add_functional(self, trace: Trace, node: fx.Node, trained: dict[str, set[bool]]) -> None:
+    def _note_order(self, trace: Trace) -> None:
+        for node in trace.graph.nodes:
+            if node.op == "call_module":
+                self.order.setdefault(self.capture.aliases[trace.fqn(str(node.target))], len(self.order))
+
+    def _add_functional(self, trace: Trace, node: fx.Node, trained: dict[str, dict[int, set[bool]]]) -> None:
         owner = self.capture.aliases[node.meta["owner"]]
         prefix = node.meta["owner"].removeprefix(trace.scope).lstrip(".")
         module = self.capture.modules[owner]
@@ -118,17 +138,48 @@ class Dataflow:
         if not isinstance(module, fx.GraphModule) and has_optional_arguments(module):
             norm = "its forward has optional arguments, of which a rewritten forward would know one way only"
         if isinstance(norm, str):
-            self.refused.setdefault(f"{owner}:batch_norm", norm)
+            self._refuse(f"{owner}:{self._name(owner, node)}", norm, [_Call(trace, node)])
             return
         key = f"{owner}.{norm.name}".lstrip(".") if norm.holder else f"{owner}:{norm.name}"
         self.functional.setdefault(key, (owner, norm))
         self._add(key, trace, node)
-        trained[key].add(norm.training)
+        trained[key][trace.run].add(norm.training)
+
+    def _name(self, owner: str, node: fx.Node) -> str:
+        """Return how a functional call is named in a plan: a GraphModule's calls have names of their own."""
+        own = isinstance(self.capture.modules[owner], fx.GraphModule)
+        return node.name if own else node.target.__name__  # type: ignore[union-attr]
+
+    def _add_recorded(self, call: _Call) -> None:
+        """Add a functional norm that a record holds: a further call of one that is known, else one to refuse."""
+        fqn = call.node.meta["owner"]
+        owner = self.capture.aliases[fqn]
+        norm = read_functional_norm(call.node, self.capture.modules[owner], fqn)
+        if isinstance(norm, str):
+            self._refuse(f"{owner}:batch_norm", norm, [call])
+            return
+        key = f"{owner}.{norm.name}".lstrip(".") if norm.holder else f"{owner}:{norm.name}"
+        if key in self.functional:
+            self._add(key, call.trace, call.node)
+        elif f"{owner}:batch_norm" not in self.refused:
+            why = self.capture.opaque.get(owner, "it was seen in a run only")
+            what = f"it is a call in the forward of {owner or 'the model'}, which cannot be rewritten"
+            self._refuse(key, f"{what} ({why}): make it a BatchNorm module", [call])
+
+    def _refuse(self, key: str, reason: str, calls: list[_Call]) -> None:
+        """Refuse a functional norm; it goes on reading its tensors."""
+        self.refused.setdefault(key, reason)
+        for call in calls:
+            for node in call.node.all_input_nodes:
+                if node.op == "get_attr":
+                    self._add_read(call.trace, node)
 
     def _note_read(self, trace: Trace, node: fx.Node) -> None:
         """Note which tensor a node reads; the functional norm that takes it is no other reader."""
-        if all(is_functional_norm(user) for user in node.users):
-            return
+        if not all(is_functional_norm(user) for user in node.users):
+            self._add_read(trace, node)
+
+    def _add_read(self, trace: Trace, node: fx.Node) -> None:
         holder, _, name = trace.fqn(str(node.target)).rpartition(".")
         value = getattr(self.capture.modules.get(self.capture.aliases.get(holder, holder)), name, None)
         if isinstance(value, Tensor):
@@ -171,27 +222,45 @@ class Dataflow:
             hidden = self.opaque_ancestor(key)
             return Finding(reason=f"{hidden} could not be traced" if hidden else "no traced forward calls it")
         layers: set[str] = set()
+        shown: dict[int, bool] = {}  # the runs that show what feeds the norm, and whether they are recorded
+        unseen: str | None = None
         for run, calls in runs.items():
             for call in calls:
                 found = self._producer(call, is_source)
+                if found.gap:
+                    unseen = found.gap
+                    break
                 if found.reason or found.layer is None:
-                    return found
+                    return replace(found, recorded=call.trace.recorded)
                 layers.add(found.layer)
-            if len(layers) > 1:
-                return Finding(reason=f"it normalizes the outputs of several layers ({', '.join(sorted(layers)[:3])})")
-            (layer,) = layers
-            made = self.calls[layer].get(run, [])
-            if len(made) != len(calls):
-                return Finding(layer, f"{layer} is called {len(made)} times and the norm {len(calls)} times")
+            else:
+                recorded = shown[run] = calls[0].trace.recorded
+                if len(layers) > 1:
+                    several = ", ".join(sorted(layers)[:3])
+                    return Finding(reason=f"it normalizes the outputs of several layers ({several})", recorded=recorded)
+                (layer,) = layers
+                made = self.calls[layer].get(run, [])
+                if len(made) != len(calls):
+                    why = f"{layer} is called {len(made)} times and the norm {len(calls)} times"
+                    return Finding(layer, why, recorded=recorded)
+        if not shown:
+            return Finding(reason=unseen)
         (layer,) = layers
-        if set(self.calls[layer]) - set(runs):
-            return Finding(
-                layer, f"{layer} is also called where the norm is not: in train mode or with other arguments"
-            )
+        recorded = all(shown.values())
+        for run in set(self.calls[layer]) - set(shown):
+            if any(self._goes_further(call) for call in self.calls[layer][run]):
+                return Finding(
+                    layer,
+                    f"{layer} is also called where the norm is not: in train mode or with other arguments",
+                    recorded=recorded,
+                )
         if reason := self._unfit(layer, channels, rank):
-            return Finding(layer, reason)
+            return Finding(layer, reason, recorded=recorded)
         hidden = self.opaque_ancestor(layer) or self.opaque_ancestor(key)
-        return Finding(layer, gap=f"{hidden} could not be traced and might use {layer}, too" if hidden else None)
+        gap = f"{hidden} could not be traced and might use {layer}, too" if hidden else None
+        if gap is None and (recorded or unseen):
+            gap = f"one run shows {layer} in front of it, which does not prove that nothing else uses it"
+        return Finding(layer, gap=gap, recorded=recorded)
 
     def sources_of(self, key: str) -> set[str]:
         """Return the layers whose output goes into a call of ``key`` and nowhere else."""
@@ -199,8 +268,18 @@ class Dataflow:
         found = (self._producer(call, is_layer) for call in calls)
         return {finding.layer for finding in found if finding.layer and not finding.reason}
 
+    def _goes_further(self, call: _Call) -> bool:
+        """Tell whether a layer's call goes where its norm is not, unless the trace ends before that could be seen."""
+        users = call.node.users
+        if call.trace.recorded:
+            return bool(users)
+        return not call.trace.scope or any(user.op != "output" for user in users)
+
     def _producer(self, call: _Call, is_source: Callable[[nn.Module], bool]) -> Finding:
-        """Find the layer whose output is this call's input, and whether it goes nowhere else."""
+        """Find the layer whose output is this call's input, and whether it goes nowhere else.
+
+        The answer is a gap where the trace of a part of the model, or a record, does not show it.
+        """
         source, consumer = _input_of(call.node), call.node
         forks: list[str] = []
         while isinstance(source, fx.Node):
@@ -215,7 +294,12 @@ class Dataflow:
         if not isinstance(source, fx.Node):
             return Finding(reason="its input is no traced value")
         if source.op == "placeholder":
-            return Finding(reason="its input is an input of its scope")
+            why = "its input is an input of its scope"
+            return Finding(gap=why) if call.trace.scope else Finding(reason=why)
+        if source.target is untracked:
+            return Finding(gap="its input comes from where no record sees (a thread, TorchScript, vmap)")
+        if source.target is changed_in_place:
+            return Finding(reason="its input is changed in place before it")
         if source.target is hook_barrier:
             return Finding(reason="a forward hook sees its input")
         return Finding(reason=f"its input comes from {_describe(call.trace, source)}")

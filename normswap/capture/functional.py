@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from normswap.capture.batch_norms import BatchNormState, batch_norm_state
-from normswap.capture.ops import is_norm, norm_argument
+from normswap.capture.ops import STATISTICS_CALLS, is_norm, norm_argument
 
 __all__ = ["FunctionalNorm", "read_functional_norm"]
 
@@ -51,6 +51,8 @@ def read_functional_norm(node: fx.Node, owner: nn.Module, prefix: str) -> Functi
     Returns:
         The norm, or the reason why it cannot be replaced.
     """
+    if node.target in STATISTICS_CALLS:
+        return "its call returns the batch's statistics, too, and more than its output may be used"
     names: list[str | None] = []
     for argument in ("weight", "bias", "running_mean", "running_var"):
         value = norm_argument(node, argument)

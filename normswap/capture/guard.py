@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,8 +10,9 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-__all__ = ["set_mode", "untouched"]
+__all__ = ["copy_of", "set_mode", "untouched"]
 
 
 @contextmanager
@@ -51,3 +53,12 @@ def set_mode(model: nn.Module, training: bool) -> None:
     """Set the train/eval flag of every module; ``train()`` is passed by, as user classes override it."""
     for module in model.modules():
         module.__dict__["training"] = training
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """Return a deep copy of ``model``, also where it holds what torch refuses to copy: results with a gradient.
+
+    Such are a stashed activation, and the weight under ``torch.nn.utils.weight_norm``, which each call computes anew.
+    """
+    held = (leaf for m in model.modules() for leaf in pytree.tree_leaves(dict(vars(m))) if isinstance(leaf, Tensor))
+    return copy.deepcopy(model, {id(t): t.detach().clone() for t in held if t.grad_fn is not None})

@@ -8,11 +8,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.export._unlift import GuardsFn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 __all__ = [
     "LAYERS",
+    "LAYER_CALLS",
+    "STATISTICS_CALLS",
     "class_of",
     "is_functional_norm",
     "is_layer",
@@ -34,14 +37,26 @@ LAYERS = (
     nn.Linear,
 )
 _OTHER_NORMS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm, _InstanceNorm)
-_BATCH_NORM_CALLS: frozenset[Any] = frozenset(
+aten = torch.ops.aten
+LAYER_CALLS: frozenset[Any] = frozenset(
     {
-        F.batch_norm,
-        torch.batch_norm,
-        torch.ops.aten.batch_norm.default,
-        torch.ops.aten._native_batch_norm_legit.default,
+        F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear,
+        aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.convolution.default,
+        aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding, aten.linear.default,
+        aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input,
+    }
+)  # fmt: skip
+"""The functions that apply a convolution or a linear layer to a weight that they are given."""
+STATISTICS_CALLS: frozenset[Any] = frozenset(
+    {
+        aten.native_batch_norm.default,
+        aten._native_batch_norm_legit.default,
+        aten._native_batch_norm_legit_functional.default,
+        aten._native_batch_norm_legit_no_training.default,
     }
 )
+"""The functions that return the statistics of a batch norm, too."""
+_BATCH_NORM_CALLS = STATISTICS_CALLS | {F.batch_norm, torch.batch_norm, aten.batch_norm.default}
 _BATCH_NORM_PARAMETERS = (
     "input",
     "running_mean",
@@ -87,8 +102,11 @@ def is_other_norm(module: nn.Module) -> bool:
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Tell whether a call of ``module`` is one step of the dataflow: a layer, a norm or another module of torch.nn."""
-    if is_layer(module) or is_norm(module):
+    """Tell whether a call of ``module`` is one step of the dataflow: a layer, a norm or another module of torch.nn.
+
+    So is a program's check of its inputs' sizes.
+    """
+    if is_layer(module) or is_norm(module) or isinstance(module, GuardsFn):
         return True
     cls = class_of(module)
     containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)

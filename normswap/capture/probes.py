@@ -1,23 +1,17 @@
-"""Numeric proofs: what a graph cannot show is tried on numbers, on a copy or with the model put back afterwards."""
+"""A numeric proof: whether a layer's forward is linear in its weight and bias is tried on noise."""
 
 from __future__ import annotations
-
-import copy
-from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.conv import _ConvNd
-from torch.utils import _pytree as pytree
 
 from normswap.capture.guard import set_mode, untouched
-from normswap.capture.observed import run_on
 from normswap.capture.ops import LAYERS, class_of
 from normswap.nn import FilterLayout
 
-__all__ = ["confirm_feeds", "scales_with_its_parameters"]
+__all__ = ["scales_with_its_parameters"]
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 
@@ -68,81 +62,3 @@ def scales_with_its_parameters(layer: nn.Module) -> bool:
     expected = before * scale + shift
     tolerance = _TOLERANCE.get(weight.dtype, 5e-2)
     return bool((after - expected).abs().amax() <= tolerance * expected.abs().amax())
-
-
-def confirm_feeds(
-    model: nn.Module, pairs: Sequence[tuple[str, str]], inputs: tuple[Any, ...] | Mapping[str, Any]
-) -> frozenset[tuple[str, str]]:
-    """Return those (layer, norm) pairs where the layer feeds the norm and nothing else, tried on ``inputs``.
-
-    On a copy of the model each layer's filters and bias are scaled and shifted at random, and each norm undoes that on
-    its input: where the model's output stays, no one else saw the difference. If all pairs together pass, each does;
-    if not, they are halved until the wrong ones stand alone.
-    """
-    clone = copy.deepcopy(model)
-    set_mode(clone, False)
-    with torch.no_grad():
-        reference = _tensors(run_on(clone, inputs))
-
-        def passes(subset: Sequence[tuple[str, str]]) -> bool:
-            saved, handles = [], []
-            generator = torch.Generator().manual_seed(len(subset))
-            try:
-                for name, norm in subset:
-                    layer = clone.get_submodule(name)
-                    layout = FilterLayout.of(layer)
-                    weight, bias = layout.weight(layer), layer._parameters["bias"]
-                    n = layout.out_channels(weight)
-                    scale = (torch.rand(n, generator=generator) + 0.5).to(weight)
-                    shift = torch.randn(n, generator=generator).to(weight)
-                    saved.append((layer, weight.detach().clone(), bias))
-                    weight.copy_(layout.scale(weight, scale))
-                    layer.bias = nn.Parameter(shift if bias is None else bias * scale + shift)
-                    handles.append(
-                        clone.get_submodule(norm).register_forward_pre_hook(_Undo(scale, shift), prepend=True)
-                    )
-                moved = _tensors(run_on(clone, inputs))
-            except Exception:
-                return False
-            finally:
-                for handle in handles:
-                    handle.remove()
-                for layer, weight_before, bias in saved:
-                    FilterLayout.weight(layer).copy_(weight_before)
-                    layer._parameters["bias"] = bias
-            return len(moved) == len(reference) and all(map(_close, moved, reference))
-
-        def search(subset: Sequence[tuple[str, str]]) -> frozenset[tuple[str, str]]:
-            if not subset or passes(subset):
-                return frozenset(subset)
-            if len(subset) == 1:
-                return frozenset()
-            half = len(subset) // 2
-            return search(subset[:half]) | search(subset[half:])
-
-        return search(pairs)
-
-
-class _Undo:
-    """Undoes ``s·x + t`` per channel on a norm's input."""
-
-    def __init__(self, scale: Tensor, shift: Tensor) -> None:
-        self.scale, self.shift = scale, shift
-
-    def __call__(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        x = args[0]
-        shape = (1, -1, *(1,) * (x.ndim - 2))
-        return ((x - self.shift.view(shape)) / self.scale.view(shape), *args[1:])
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    if not a.is_floating_point():
-        return torch.equal(a, b)
-    tolerance = _TOLERANCE.get(a.dtype, 5e-2)
-    return bool(((a - b).abs().amax() <= tolerance * b.abs().amax()).item()) if a.numel() else True

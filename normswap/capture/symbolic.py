@@ -18,12 +18,21 @@ from normswap.capture.guard import set_mode, untouched
 from normswap.capture.ops import class_of, is_leaf
 from normswap.errors import InputError
 
-__all__ = ["Capture", "ScopeTracer", "Trace", "capture_symbolic", "has_optional_arguments", "hook_barrier"]
+__all__ = [
+    "Capture",
+    "ScopeTracer",
+    "Trace",
+    "capture_symbolic",
+    "has_optional_arguments",
+    "hook_barrier",
+    "model_names",
+    "refuse_wrappers",
+]
 
 
 @dataclass(frozen=True)
 class Trace:
-    """The graph of one scope in one mode.
+    """The graph of one scope in one run.
 
     Args:
         run: The number of the run that the graph belongs to. A run is one way in which the model may execute: in
@@ -31,11 +40,13 @@ class Trace:
         scope: The fqn of the module whose forward was traced; '' is the model.
         graph: Its nodes' module and attribute targets are fqns *within the scope*; ``node.meta["owner"]`` is the
             fqn, within the model, of the module whose own forward made the node.
+        recorded: Whether the graph is the record of a run on example inputs, and so an observation and no proof.
     """
 
     run: int
     scope: str
     graph: fx.Graph
+    recorded: bool = False
 
     def fqn(self, target: str) -> str:
         """Return a target of this graph as a name within the model."""
@@ -85,13 +96,8 @@ def capture_symbolic(model: nn.Module, modes: tuple[bool, ...] = (False, True)) 
     Raises:
         InputError: ``model`` is a wrapper that hides its modules (DataParallel, a compiled model, TorchScript).
     """
-    _refuse_wrappers(model)
-    modules = dict(model.named_modules())
-    first = {id(module): fqn for fqn, module in modules.items()}
-    aliases = {fqn: first[id(module)] for fqn, module in model.named_modules(remove_duplicate=False)}
-    names: dict[str, tuple[str, ...]] = defaultdict(tuple)
-    for alias, fqn in aliases.items():
-        names[fqn] += (alias,)
+    refuse_wrappers(model)
+    modules, aliases, names = model_names(model)
     traces: list[Trace] = []
     opaque: dict[str, str] = {}
     with untouched(model):
@@ -104,7 +110,18 @@ def capture_symbolic(model: nn.Module, modes: tuple[bool, ...] = (False, True)) 
             if arguments == defaults or "" not in hidden:
                 traces.extend(scopes)
                 opaque.update(hidden)
-    return Capture(model, tuple(traces), opaque, modules, aliases, dict(names))
+    return Capture(model, tuple(traces), opaque, modules, aliases, names)
+
+
+def model_names(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str], dict[str, tuple[str, ...]]]:
+    """Return ``modules``, ``aliases`` and ``names`` of a :class:`Capture` of ``model``."""
+    modules = dict(model.named_modules())
+    first = {id(module): fqn for fqn, module in modules.items()}
+    aliases = {fqn: first[id(module)] for fqn, module in model.named_modules(remove_duplicate=False)}
+    names: dict[str, tuple[str, ...]] = defaultdict(tuple)
+    for alias, fqn in aliases.items():
+        names[fqn] += (alias,)
+    return modules, aliases, dict(names)
 
 
 def hook_barrier(value: Any) -> Any:
@@ -178,8 +195,6 @@ def _children(scope: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def _no_forward(module: nn.Module) -> str | None:
     """Return why ``module``'s forward is not the one of its class, or that it has none."""
-    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-        return "container"
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance"
     if type(module).forward is nn.Module.forward:
@@ -197,13 +212,16 @@ def _reason(cause: Exception) -> str:
     return f"{type(cause).__name__}: {text}"[:160]
 
 
-def _refuse_wrappers(model: nn.Module) -> None:
+def refuse_wrappers(model: nn.Module) -> None:
+    """Raise an error if ``model`` is a wrapper whose modules cannot be replaced."""
     if isinstance(model, torch._dynamo.OptimizedModule):
         what, hint = "a compiled model", "convert the model before torch.compile (here: model._orig_mod)"
     elif isinstance(model, torch.jit.ScriptModule):
         what, hint = "a TorchScript model", "convert the Python model that it was made from"
     elif class_of(model).__module__.startswith("torch.nn.parallel"):
         what, hint = f"wrapped in {class_of(model).__name__}", "convert model.module, and wrap the result again"
+    elif isinstance(model, torch.export.ExportedProgram) or "validate_inputs" in vars(model):
+        what, hint = "an exported program", "convert normswap.from_exported(program)"
     else:
         return
     raise InputError(f"the model is {what}; its modules cannot be replaced", code="wrapped-model", hint=hint)

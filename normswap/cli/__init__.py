@@ -49,7 +49,10 @@ def _root(
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
 ) -> None:
-    """Replace the BatchNorm layers of a PyTorch network without losing what it has learnt."""
+    """Replace the BatchNorm layers of a PyTorch network without losing what it has learnt.
+
+    The usual way: inspect, convert, train on (normswap.load in Python), fold, export, verify.
+    """
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +12,7 @@ import typer
 
 import normswap as ns
 from normswap.cli import files, options
-from normswap.cli.console import print_json, say, table, working
+from normswap.cli.console import note, print_json, say, table, working
 from normswap.cli.reporting import show_check
 
 __all__ = ["show_demo", "show_recipes", "verify_pair"]
@@ -35,8 +36,7 @@ def verify_pair(
     The exit code is 1 where they differ.
     """
     shapes = options.read_shapes(input_shape)
-    kwargs = options.read_arch_kwargs(arch_kwargs)
-    source = files.Source(tuple(trust or ()), arch, kwargs, arch_if_needed=True)
+    source = dataclasses.replace(files.Source.of(trust, arch, arch_kwargs), arch_if_needed=True)
     sides: list[Any] = [path if path.suffix == ".onnx" else source.open(path).eval() for path in (a, b)]
     network = next((side for side in sides if not isinstance(side, Path)), None)
     inputs = files.required_inputs(network, shapes, input_file)
@@ -47,6 +47,12 @@ def verify_pair(
     else:
         show_check(check)
     if not check.ok:
+        if check.rows and not any(row.reason and not isfinite(row.max_abs) for row in check.rows):
+            exact = ", ".join(name for name, recipe in ns.all_recipes().items() if recipe.exact)
+            note(
+                f"only exact recipes ({exact}) keep a model's output: after another one compare with the converted "
+                "model, not with the original"
+            )
         raise typer.Exit(1)
 
 
@@ -68,7 +74,13 @@ def show_recipes(as_json: options.Json = False) -> None:
     table(
         ("recipe", "equation", "exact", "paper", "options"),
         [
-            (n, c.equation, "yes" if c.exact else "no", c.paper, ", ".join(f"{k}={v}" for k, v in chosen[n].items()))
+            (
+                n,
+                c.equation,
+                "yes" if c.exact else "no",
+                c.paper,
+                ", ".join(k if v is None else f"{k}={v}" for k, v in chosen[n].items()),
+            )
             for n, c in recipes.items()
         ],
     )

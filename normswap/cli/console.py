@@ -32,11 +32,11 @@ SPELLED = {
     "dynamic_batch=False": "--no-dynamic-batch",
     "dynamic_spatial=False": "--no-dynamic-spatial",
     "normswap.fold(model)": "normswap fold MODEL",
+    "the whole reason is the exception's __cause__": "`normswap --debug …` shows the whole reason",
     "calibration=": "--calibration",
     "give calibration data": "give calibration data (--calibration FILE)",
     "give example_inputs": "give --input-shape",
     "give example inputs": "give --input-shape",
-    "load(path, model=...)": "--arch NAME",
 }
 """Arguments of the Python functions, as they stand in messages, and how the command line writes them."""
 
@@ -167,13 +167,18 @@ def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     same = {i for i in range(1, len(header)) if len(cells) > 1 and len({row[i] for row in cells}) == 1}
     if common := [f"{header[i]} {cells[0][i]}" for i in sorted(same) if cells[0][i] not in ("", "–")]:
         say(f"every row: {', '.join(common)}")
-    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), header_style="bold")
-    for i, name in enumerate(header):
-        if i not in same:
-            grid.add_column(name, overflow="fold")
+        say()
+    shown = [i for i in range(len(header)) if i not in same]
+    longest = {i: max(len(row[i]) for row in (header, *cells)) for i in shown}
+    words = {i for i in shown if not any(" " in row[i] for row in cells)}  # names and numbers, which should stay whole
+    console, gap = Console(highlight=False), 3
+    narrow = sum(longest[i] if i in words else min(longest[i], 12) for i in shown) + gap * (len(shown) - 1)
+    grid = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1), header_style="bold")
+    for i in shown:
+        grid.add_column(header[i], overflow="fold", no_wrap=i in words and narrow <= console.width)
     for row in cells:
-        grid.add_row(*(_literal(cell) for i, cell in enumerate(row) if i not in same))
-    Console(highlight=False).print(grid)
+        grid.add_row(*(_literal(row[i]) for i in shown))
+    console.print(grid)
 
 
 def facts(pairs: Sequence[tuple[str, str]]) -> None:

@@ -12,9 +12,10 @@ import typer
 import normswap as ns
 from normswap.cli import files, options
 from normswap.cli.console import note, print_json, say, table, working
-from normswap.cli.reporting import as_record, show_conversion, show_plan
+from normswap.cli.reporting import as_record, show_conversion, show_norms, show_plan
 from normswap.errors import InputError, NothingToConvertError
 from normswap.records import Plan
+from normswap.writing import staged
 
 if TYPE_CHECKING:
     from normswap.conversion import Conversion
@@ -24,16 +25,10 @@ __all__ = ["convert_model", "inspect_model"]
 
 DEFAULT = "gn+ws"
 
-To = Annotated[str | None, typer.Option(metavar="RECIPE", help="the recipe, see `normswap recipes`")]
-GroupSize = Annotated[int | None, typer.Option(help="channels per group, where that divides (16)")]
-Eps = Annotated[float | None, typer.Option(help="added to the variance (the BatchNorm's own)")]
-Include = Annotated[list[str] | None, typer.Option(metavar="GLOB", help="convert only these norms; repeatable")]
-Exclude = Annotated[list[str] | None, typer.Option(metavar="GLOB", help="leave these norms as they are; repeatable")]
-
 
 def inspect_model(
     model: options.Model,
-    to: To = None,
+    to: options.To = None,
     input_shape: options.InputShape = None,
     input_file: options.InputFile = None,
     trust: options.Trust = None,
@@ -41,12 +36,12 @@ def inspect_model(
     arch_kwargs: options.ArchKwargs = None,
     as_json: options.Json = False,
 ) -> None:
-    """Show a model's norms and layers, and why some form no site.
+    """Show a model's norms, their layers, and what cannot be converted.
 
     With --to the plan of a conversion.
     """
     shapes = options.read_shapes(input_shape)
-    network = files.Source(tuple(trust or ()), arch, options.read_arch_kwargs(arch_kwargs)).open(model)
+    network = files.Source.of(trust, arch, arch_kwargs).open(model)
     inputs = files.example_inputs(network, shapes, input_file)
     if to is not None:
         with working("planning"):
@@ -54,55 +49,86 @@ def inspect_model(
         print_json(plan.to_json()) if as_json else show_plan(plan)
         return
     with working("reading the dataflow"):
-        from normswap.capture import capture_symbolic
+        from normswap.capture import capture
         from normswap.inputs import as_inputs
         from normswap.matching import match
+        from normswap.origin import origin_of
 
-        matches = match(capture_symbolic(network), None if inputs is None else as_inputs(inputs))
+        example = None if inputs is None else as_inputs(inputs)
+        matches = match(capture(network, example), example)
         parameters = sum(p.numel() for p in network.parameters())
     name = type(network).__name__
     if as_json:
         record = {"model": name, "parameters": parameters, **dataclasses.asdict(matches)}
         print_json(json.dumps(record, indent=2, ensure_ascii=False))
         return
-    say(f"{name}: {parameters:,} parameters, {len(matches.sites)} BatchNorm sites\n")
-    rows = [
-        (s.norm, s.norm_type, str(s.num_features), s.layer or "–", s.layer_type or "–", s.proof, s.reason or "")
-        for s in matches.sites
-    ]
-    table(("norm", "is", "channels", "layer", "layer is", "proof", "notes"), rows)
-    if rows and matches.skips:
+    origin = origin_of(network)
+    converted = "" if origin is None else f", converted to {origin.plan.recipe}"
+    say(f"{name}{converted}: {parameters:,} parameters, {len(matches.sites)} BatchNorm sites\n")
+    show_norms(
+        ("norm", "is", "channels", "layer", "layer is", "proof"),
+        [
+            (s.norm, s.norm_type, str(s.num_features), s.layer or "–", s.layer_type or "–", s.evidence)
+            for s in matches.sites
+        ],
+        [s.remarks for s in matches.sites],
+    )
+    if matches.sites and matches.skips:
         say()
-    table(("in no site", "what", "is", "reason"), [(s.name, s.what, s.type, s.reason) for s in matches.skips])
+    table(("left alone", "what", "is", "reason"), [(s.name, s.what, s.type, s.reason) for s in matches.skips])
 
 
 def convert_model(
     model: options.Model,
-    to: To = None,
+    to: options.To = None,
     output: Annotated[
         Path | None,
         typer.Option(
-            "-o", "--output", help="a .safetensors file; with --fold a .pt (default: MODEL.RECIPE.safetensors)"
+            "-o",
+            "--output",
+            help="a .safetensors file, with --fold a .pt; or a .pt2 program (default: MODEL.RECIPE.safetensors)",
+            rich_help_panel=options.OUTPUT,
         ),
     ] = None,
-    fold: Annotated[bool, typer.Option("--fold", help="write plain weights, for deployment")] = False,
-    onnx: Annotated[Path | None, typer.Option(help="fold, export to this .onnx file, and verify it")] = None,
-    calibration: Annotated[
-        Path | None, typer.Option(help="unlabelled inputs: .npz, .npy, .pt or .safetensors; 500-1000 are enough")
+    fold: Annotated[
+        bool, typer.Option("--fold", help="write plain weights, for deployment", rich_help_panel=options.OUTPUT)
+    ] = False,
+    onnx: Annotated[
+        Path | None,
+        typer.Option(help="fold, export to this .onnx file, and verify it", rich_help_panel=options.OUTPUT),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="calibration inputs that run at once")] = 32,
-    init: Annotated[str, typer.Option(help="absorb: keep what the model has learnt; none: fresh norms")] = "absorb",
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            help="unlabelled inputs: .npz, .npy, .pt or .safetensors; 500-1000 are enough",
+            rich_help_panel=options.INPUTS,
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="calibration inputs that run at once", rich_help_panel=options.INPUTS)
+    ] = 32,
+    init: Annotated[
+        str,
+        typer.Option(help="absorb: keep what the model has learnt; none: fresh norms", rich_help_panel=options.NORMS),
+    ] = "absorb",
     num_groups: options.NumGroups = None,
-    group_size: GroupSize = None,
-    eps: Eps = None,
+    group_size: options.GroupSize = None,
+    eps: options.Eps = None,
     option: options.RecipeOption = None,
-    include: Include = None,
-    exclude: Exclude = None,
+    include: options.Include = None,
+    exclude: options.Exclude = None,
     input_shape: options.InputShape = None,
     input_file: options.InputFile = None,
-    plan: Annotated[Path | None, typer.Option(metavar="FILE", help="carry out this plan (.json)")] = None,
-    save_plan: Annotated[Path | None, typer.Option(metavar="FILE", help="write the plan (.json)")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="show the plan; write nothing but --save-plan")] = False,
+    plan: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="carry out this plan (.json)", rich_help_panel=options.CHOICE)
+    ] = None,
+    save_plan: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="write the plan (.json)", rich_help_panel=options.OUTPUT)
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="show the plan; write nothing but --save-plan", rich_help_panel=options.OUTPUT),
+    ] = False,
     opset: options.Opset = 18,
     trust: options.Trust = None,
     arch: options.Arch = None,
@@ -111,10 +137,11 @@ def convert_model(
 ) -> None:
     """Swap a model's BatchNorms and keep what it has learnt.
 
-    Without -o and --onnx the output stands beside the model, as MODEL.RECIPE.safetensors.
+    Without -o and --onnx the output stands beside the model, as MODEL.RECIPE.safetensors. That file is for training on
+    (normswap.load in Python) and for `normswap fold`.
     """
     shapes = options.read_shapes(input_shape)
-    source = files.Source(tuple(trust or ()), arch, options.read_arch_kwargs(arch_kwargs))
+    source = files.Source.of(trust, arch, arch_kwargs)
     replayed = None if plan is None else Plan.from_json(files.read_text(plan))
     given = {"num_groups": num_groups, "group_size": group_size, "eps": eps}
     if replayed is None:
@@ -131,12 +158,13 @@ def convert_model(
     target = None if dry_run else _target(model, recipe, output, fold=fold, onnx=onnx)
     onnx = None if dry_run else onnx
 
-    with files.staged(target, onnx, save_plan, inputs=(model,)) as place:
+    with staged(*filter(None, (target, onnx, save_plan)), inputs=(model,)) as place:
         network = source.open(model)
         inputs = example = files.example_inputs(network, shapes, input_file)
+        program = target is not None and target.suffix == ".pt2"
         if (
-            onnx is not None and example is None
-        ):  # they show nothing of the user's sizes, so that the plan does not see them
+            onnx is not None or program
+        ) and example is None:  # they show nothing of the user's sizes, so that the plan does not see them
             example = files.required_inputs(network, (), None, use=", and the file takes no other height and width")
         batches = files.calibration_batches(network, calibration, batch_size)
         selected: dict[str, Any] = {"include": include or (), "exclude": exclude or ()}
@@ -183,11 +211,12 @@ def _target(model: Path, recipe: str, output: Path | None, *, fold: bool, onnx: 
     """Return where the converted model goes; None where the ONNX file alone is wanted."""
     if onnx is not None and onnx.suffix != ".onnx":
         raise InputError(f"--onnx {onnx} does not end with .onnx", code="output-kind", hint=f"write {onnx.stem}.onnx")
-    suffix = ".pt" if fold else ".safetensors"
+    suffix = ".pt2" if model.suffix == ".pt2" else ".pt" if fold else ".safetensors"
     if output is None:
         return None if onnx is not None and not fold else model.with_name(f"{model.stem}.{recipe}{suffix}")
-    if output.suffix == suffix or (fold and output.suffix == ".pth"):
+    if output.suffix in ((".pt", ".pth", ".pt2") if fold else (".safetensors", ".pt2")):
         return output
+    suffix = ".pt" if fold else ".safetensors"
     hints = {
         ".pt": f"add --fold for plain weights in a .pt, or write {output.stem}.safetensors",
         ".pth": f"add --fold for plain weights in a .pth, or write {output.stem}.safetensors",
@@ -207,7 +236,7 @@ def _write(
 ) -> ExportArtifact | None:
     if target is not None and not fold:
         with working(f"writing {target}"):
-            files.store(result.model, place(target))
+            files.store(result.model, place(target), example)
     if not fold and onnx is None:
         return None
     result.model.eval()
@@ -215,14 +244,17 @@ def _write(
         folded = ns.fold_with_report(result.model, example_inputs=example).model
     if fold and target is not None:
         with working(f"writing {target}"):
-            files.save_whole(folded, place(target))
+            files.save_whole(folded, place(target), example)
     if onnx is None:
         return None
     with working(f"writing {onnx} and verifying it"):
-        artifact = ns.export_onnx(folded, place(onnx), example_inputs=example, opset=opset)
+        from normswap.capture.exported import has_fixed_batch
+
+        dynamic = not has_fixed_batch(result.model)
+        artifact = ns.export_onnx(folded, place(onnx), example_inputs=example, opset=opset, dynamic_batch=dynamic)
     return dataclasses.replace(artifact, path=onnx)
 
 
 def _save_plan(plan: Plan, path: Path | None, place: Any) -> None:
     if path is not None:
-        place(path).write_text(plan.to_json() + "\n", encoding="utf-8")
+        files.write_text(place(path), plan.to_json() + "\n")

@@ -15,13 +15,19 @@ from normswap.cli import files, options
 from normswap.cli.console import facts, note, print_json, say, table, working
 from normswap.cli.reporting import describe_check, show_artifact, written
 from normswap.errors import InputError
+from normswap.writing import staged
 
 __all__ = ["export_model", "fold_model"]
 
 
 def fold_model(
     model: options.Model,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="a .pt file (default: MODEL.folded.pt)")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", help="a .pt or .pt2 file (default: MODEL.folded.pt)", rich_help_panel=options.OUTPUT
+        ),
+    ] = None,
     input_shape: options.InputShape = None,
     input_file: options.InputFile = None,
     trust: options.Trust = None,
@@ -31,19 +37,21 @@ def fold_model(
 ) -> None:
     """Turn reparameterized weights into plain ones, for deployment."""
     shapes = options.read_shapes(input_shape)
-    target = output or model.with_name(f"{model.stem}.folded.pt")
-    if target.suffix not in (".pt", ".pth"):
+    program = model.suffix == ".pt2"
+    target = output or model.with_name(f"{model.stem}.folded.pt{2 if program else ''}")
+    if target.suffix not in (".pt", ".pth", ".pt2"):
         raise InputError(
             f"a folded model is not written to {target}", code="output-kind", hint=f"write {target.stem}.pt"
         )
-    source = files.Source(tuple(trust or ()), arch, options.read_arch_kwargs(arch_kwargs))
-    with files.staged(target, inputs=(model,)) as place:
+    source = files.Source.of(trust, arch, arch_kwargs)
+    with staged(target, inputs=(model,)) as place:
         network = source.open(model).eval()
-        inputs = files.example_inputs(network, shapes, input_file)
+        take = files.required_inputs if target.suffix == ".pt2" else files.example_inputs
+        inputs = take(network, shapes, input_file)
         with working("folding"):
             folding = ns.fold_with_report(network, example_inputs=inputs)
         with working(f"writing {target}"):
-            files.save_whole(folding.model, place(target))
+            files.save_whole(folding.model, place(target), inputs)
     if as_json:
         record = {
             "rows": [dataclasses.asdict(row) for row in folding.rows],
@@ -54,12 +62,11 @@ def fold_model(
         print_json(json.dumps(record, indent=2, ensure_ascii=False))
         return
     became = Counter("part of a layer" if r.result.startswith("part of") else r.result for r in folding.rows)
-    check = "not compared: give --input-shape" if folding.check is None else describe_check(folding.check)
     say(type(network).__name__)
     facts(
         [
             ("folded", ", ".join(f"{n} became {what}" for what, n in became.items()) or "nothing: it was plain"),
-            ("checked", check),
+            ("checked", describe_check(folding.check)),
             *written([target]),
         ]
     )
@@ -72,12 +79,19 @@ def fold_model(
 
 def export_model(
     model: options.Model,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="an .onnx file (default: MODEL.onnx)")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="an .onnx file (default: MODEL.onnx)", rich_help_panel=options.OUTPUT),
+    ] = None,
     input_shape: options.InputShape = None,
     input_file: options.InputFile = None,
     opset: options.Opset = 18,
-    dynamic_batch: Annotated[bool, typer.Option(help="whether the file takes any batch size")] = True,
-    dynamic_spatial: Annotated[bool, typer.Option(help="whether the file takes any height and width")] = False,
+    dynamic_batch: Annotated[
+        bool, typer.Option(help="whether the file takes any batch size", rich_help_panel=options.OUTPUT)
+    ] = True,
+    dynamic_spatial: Annotated[
+        bool, typer.Option(help="whether the file takes any height and width", rich_help_panel=options.OUTPUT)
+    ] = False,
     trust: options.Trust = None,
     arch: options.Arch = None,
     arch_kwargs: options.ArchKwargs = None,
@@ -88,19 +102,21 @@ def export_model(
     target = output or model.with_suffix(".onnx")
     if target.suffix != ".onnx":
         raise InputError(f"{target} does not end with .onnx", code="output-kind", hint=f"write {target.stem}.onnx")
-    source = files.Source(tuple(trust or ()), arch, options.read_arch_kwargs(arch_kwargs))
-    with files.staged(target, inputs=(model,)) as place:
+    source = files.Source.of(trust, arch, arch_kwargs)
+    with staged(target, inputs=(model,)) as place:
         network = source.open(model).eval()
         inputs = files.required_inputs(
             network, shapes, input_file, use="" if dynamic_spatial else ", and the file takes no other height and width"
         )
+        from normswap.capture.exported import has_fixed_batch
+
         with working(f"writing {target} and verifying it"):
             artifact = ns.export_onnx(
                 network,
                 place(target),
                 example_inputs=inputs,
                 opset=opset,
-                dynamic_batch=dynamic_batch,
+                dynamic_batch=dynamic_batch and not has_fixed_batch(network),
                 dynamic_spatial=dynamic_spatial,
             )
     artifact = dataclasses.replace(artifact, path=target)

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import sys
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from normswap.cli.console import note, working
-from normswap.cli.options import Shapes
+from normswap.cli.options import Shapes, read_arch_kwargs
 from normswap.errors import InputError
+from normswap.writing import reported
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,8 +22,7 @@ __all__ = [
     "read_text",
     "required_inputs",
     "save_whole",
-    "staged",
-    "store",
+    "write_text",
 ]
 
 SEED = 0
@@ -49,8 +44,23 @@ class Source:
     arch_kwargs: Mapping[str, Any] = field(default_factory=dict)
     arch_if_needed: bool = False
 
+    @classmethod
+    def of(cls, trust: Sequence[str] | None, arch: str | None, arch_kwargs: str | None) -> Source:
+        """Return the source that the options tell of."""
+        return cls(tuple(trust or ()), arch, read_arch_kwargs(arch_kwargs))
+
     def open(self, path: Path) -> nn.Module:
-        """Return the model in ``path``: stored by normswap, a whole model, or a state dict."""
+        """Return the model in ``path``: stored by normswap, a whole model, an exported program, or a state dict."""
+        model = self._open(path)
+        from normswap.capture.exported import fixed_sizes
+
+        if sizes := fixed_sizes(model):
+            note(
+                f"as exported, {path} takes {', '.join(f'{n} {size}' for n, size in sizes.items())} and no other sizes"
+            )
+        return model
+
+    def _open(self, path: Path) -> nn.Module:
         with working(f"reading {path}"):
             from normswap import storage
             from normswap.loading import load_model
@@ -105,6 +115,10 @@ def required_inputs(model: nn.Module | None, shapes: Shapes, path: Path | None, 
     if (inputs := example_inputs(model, shapes, path)) is not None:
         return inputs
     with working("making inputs up"):
+        from normswap.capture.exported import recorded_inputs
+
+        if model is not None and (inputs := recorded_inputs(model)) is not None:
+            return inputs
         from normswap.inputs import make_up_inputs
 
         made_up = None if model is None else make_up_inputs(model)
@@ -149,15 +163,18 @@ def _check_inputs(model: nn.Module, inputs: Any, option: str) -> None:
         raise InputError(
             f"{type(model).__name__} fails on the inputs of {option}: {type(cause).__name__}: {first_line(cause)}",
             code="inputs-do-not-fit",
-            hint=explain_dtype(inputs, model) or _signature_hint(model, inputs),
+            hint=explain_dtype(inputs, model) or _signature_hint(model, inputs, option),
         ) from cause
 
 
-def _signature_hint(model: nn.Module, inputs: Any) -> str:
+def _signature_hint(model: nn.Module, inputs: Any, option: str) -> str:
     import inspect
 
     takes = f"forward takes {inspect.signature(model.forward)}"
-    return f"{takes}, the file holds {', '.join(inputs)}" if isinstance(inputs, Mapping) else takes
+    if isinstance(inputs, Mapping):
+        return f"{takes}, the file holds {', '.join(inputs)}"
+    lists = "; a list of images is given by --input-file FILE, written by torch.save(([image, image],), FILE)"
+    return takes + (lists if option == "--input-shape" else "")
 
 
 def calibration_batches(model: nn.Module, path: Path | None, size: int) -> list[Any] | None:
@@ -191,98 +208,65 @@ def read_text(path: Path) -> str:
         raise InputError(f"cannot read {str(path)!r}: {why}", code="file-unreadable", hint="check the path") from None
 
 
-@contextlib.contextmanager
-def staged(*outputs: Path | None, inputs: tuple[Path, ...] = ()) -> Iterator[Callable[[Path], Path]]:
-    """Give, for each output, a place to write it; the files move to where they belong when the block has succeeded.
-
-    Until then, and after any exception, what was there before stays. The place is a hidden folder beside the output:
-    making it shows, before the long work, whether the output can be written, and moving from it is atomic.
-
-    Args:
-        outputs: The files that are going to be written; None is passed over.
-        inputs: Files that no output may replace.
-
-    Raises:
-        InputError: An output cannot be written there.
-    """
-    wanted = [path for path in outputs if path is not None]
-    folders: dict[Path, Path] = {}
-    with contextlib.ExitStack() as stack:
-        for path in wanted:
-            _refuse_output(path, inputs)
-            if wanted.count(path) > 1:
-                raise _unwritable(path, "two outputs have this name")
-            if path.parent not in folders:
-                try:
-                    folder = tempfile.TemporaryDirectory(dir=path.parent, prefix=".normswap-")
-                except OSError as cause:
-                    raise _unwritable(path, cause.strerror or str(cause)) from None
-                folders[path.parent] = Path(stack.enter_context(folder))
-        yield lambda path: folders[path.parent] / path.name
-        for parent, hidden in folders.items():
-            # The weights beside an .onnx file go first: it refers to them.
-            for file in sorted(hidden.iterdir(), key=lambda file: file.suffix == ".onnx"):
-                os.replace(file, parent / file.name)
+def write_text(path: Path, text: str) -> None:
+    """Write a text file."""
+    with reported(path):
+        path.write_text(text, encoding="utf-8")
 
 
-def _refuse_output(path: Path, inputs: tuple[Path, ...]) -> None:
-    if path.is_dir():
-        raise _unwritable(path, "it is a folder")
-    if not path.parent.is_dir():
-        raise _unwritable(path, f"there is no folder {str(path.parent)!r}")
-    if path.exists() and not os.access(path, os.W_OK):
-        raise _unwritable(path, "it is read-only")
-    if path.exists() and any(file.exists() and path.samefile(file) for file in inputs):
-        raise _unwritable(path, "it is what is read")
-
-
-def _unwritable(path: Path, why: str) -> InputError:
-    return InputError(f"cannot write {str(path)!r}: {why}", code="output-path", hint="choose another output")
-
-
-def store(model: nn.Module, path: Path) -> None:
-    """Write a converted model with :func:`normswap.storage.save`."""
+def store(model: nn.Module, path: Path, inputs: Any) -> None:
+    """Write a converted model with :func:`normswap.storage.save`, or as a program where ``path`` is a .pt2 file."""
     from normswap import storage
 
-    with _as_main():
+    if path.suffix == ".pt2":
+        _save_program(model, path, inputs)
+    else:
         storage.save(model, path)
 
 
-def save_whole(model: nn.Module, path: Path) -> None:
-    """Write a folded model with ``torch.save``, such that :func:`normswap.loading.load_model` reads it."""
+def _save_program(model: nn.Module, path: Path, inputs: Any) -> None:
+    """Write a model, as it is in evaluation, as an exported program."""
     import torch
 
-    with _as_main():
-        try:
-            torch.save(model, path)
-        except (OSError, RuntimeError) as cause:  # torch's writer raises RuntimeError on a full disk
-            raise _unwritable(path, str(cause).splitlines()[0]) from cause
-        except Exception as cause:
-            raise InputError(
-                f"the {type(model).__name__} cannot be pickled: {type(cause).__name__}: {cause}",
-                code="not-picklable",
-                hint="write the .onnx file instead (--onnx), or fold it in Python and save its state dict",
-            ) from cause
+    from normswap.capture.exported import to_exported
+    from normswap.inputs import as_inputs
+
+    program = to_exported(model.eval(), as_inputs(inputs))
+    with reported(path):
+        torch.export.save(program, path)
 
 
-@contextlib.contextmanager
-def _as_main() -> Iterator[None]:
-    """Let what ``--trust SCRIPT.py`` defines be pickled as ``__main__``'s, which it was in the file read."""
-    main = vars(sys.modules["__main__"])
-    scripts = [module for name, module in sys.modules.items() if name.startswith("_normswap_script_")]
-    own = [
-        (name, value, module.__name__)
-        for module in scripts
-        for name, value in vars(module).items()
-        if isinstance(value, type | FunctionType) and value.__module__ == module.__name__
-    ]
-    hidden = {name: main[name] for name, _, _ in own if name in main}
+def save_whole(model: nn.Module, path: Path, inputs: Any) -> None:
+    """Write a folded model such that :func:`normswap.loading.load_model` reads it.
+
+    Args:
+        model: The model.
+        path: A .pt2 file becomes a program, exported with ``inputs``, any other a file by ``torch.save``.
+        inputs: Inputs of the model.
+    """
+    import torch
+    from torch import fx
+
+    from normswap.loading.importing import scripts_as_main
+
+    if path.suffix == ".pt2":
+        _save_program(model, path, inputs)
+        return
+    if isinstance(model, fx.GraphModule):
+        raise InputError(
+            f"the {type(model).__name__} comes from an exported program: it has no class that {path.name} could name",
+            code="output-kind",
+            hint=f"write {path.stem}.pt2",
+        )
+
     try:
-        for name, value, _ in own:
-            value.__module__, main[name] = "__main__", value
-        yield
-    finally:
-        for name, value, module in own:
-            value.__module__ = module
-            main.pop(name, None)
-        main.update(hidden)
+        with scripts_as_main(), reported(path), path.open("wb") as file:
+            torch.save(model, file)
+    except InputError:
+        raise
+    except Exception as cause:
+        raise InputError(
+            f"the {type(model).__name__} cannot be pickled: {type(cause).__name__}: {cause}",
+            code="not-picklable",
+            hint="write the .onnx file instead (--onnx), or fold it in Python and save its state dict",
+        ) from cause

@@ -16,6 +16,10 @@ from normswap.errors import InputError
 __all__ = [
     "Arch",
     "ArchKwargs",
+    "Eps",
+    "Exclude",
+    "GroupSize",
+    "Include",
     "InputFile",
     "InputShape",
     "Json",
@@ -24,43 +28,99 @@ __all__ = [
     "Opset",
     "RecipeOption",
     "Shapes",
+    "To",
     "Trust",
     "read_arch_kwargs",
     "read_recipe_options",
     "read_shapes",
 ]
 
+# The headings under which `--help` shows the options on a terminal.
+READING, INPUTS, NORMS, CHOICE, OUTPUT = "Reading the model", "Inputs", "The new norms", "Which norms", "Output"
+
+
+def _recipes_like(start: str) -> list[tuple[str, str]]:
+    """Return the recipes whose names begin with ``start``, with what they do, for a shell to offer."""
+    from normswap.recipes import all_recipes
+
+    return [(name, recipe.equation) for name, recipe in all_recipes().items() if name.startswith(start)]
+
+
 Model = Annotated[
     Path,
-    typer.Argument(metavar="MODEL", help="a model by torch.save, a state dict (with --arch), or a stored conversion"),
+    typer.Argument(
+        metavar="MODEL", help="a model by torch.save, a .pt2 program, a state dict (with --arch), a stored conversion"
+    ),
 ]
 Trust = Annotated[
     list[str] | None,
-    typer.Option(metavar="NAME", help="a package or script.py whose classes MODEL may use; repeatable"),
+    typer.Option(
+        metavar="NAME",
+        help="a package or script.py whose classes MODEL may use; repeatable",
+        rich_help_panel=READING,
+    ),
 ]
 Arch = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="what a state dict belongs to: torchvision:NAME, timm:NAME or package:callable"),
+    typer.Option(
+        metavar="NAME",
+        help="what a state dict is of: torchvision:NAME, timm:NAME, package:callable, PROGRAM.pt2",
+        rich_help_panel=READING,
+    ),
 ]
 ArchKwargs = Annotated[
-    str | None, typer.Option(metavar="JSON", help="arguments of --arch, as JSON or as num_classes=10,…")
+    str | None,
+    typer.Option(metavar="JSON", help="arguments of --arch, as JSON or as num_classes=10,…", rich_help_panel=READING),
 ]
 InputShape = Annotated[
     list[str] | None,
-    typer.Option(metavar="SHAPE", help="shape of an example input, such as 1x3x224x224; one for each input"),
+    typer.Option(
+        metavar="SHAPE",
+        help="shape of an example input, such as 1x3x224x224; one for each input",
+        rich_help_panel=INPUTS,
+    ),
 ]
 InputFile = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="example inputs in a .npz, .npy, .pt or .safetensors file")
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="example inputs in a .npz, .npy, .pt or .safetensors file", rich_help_panel=INPUTS
+    ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="print JSON on stdout, and nothing else there")]
-Opset = Annotated[int, typer.Option(help="ONNX operator set; 18 runs fastest in onnxruntime")]
+To = Annotated[
+    str | None,
+    typer.Option(
+        metavar="RECIPE",
+        help="the recipe, see `normswap recipes`; convert takes gn+ws where none is given",
+        autocompletion=_recipes_like,
+        rich_help_panel=NORMS,
+    ),
+]
+NumGroups = Annotated[int | None, typer.Option(help="groups at every norm", rich_help_panel=NORMS)]
+GroupSize = Annotated[
+    int | None, typer.Option(help="channels per group, where that divides (16)", rich_help_panel=NORMS)
+]
+Eps = Annotated[float | None, typer.Option(help="added to the variance (the BatchNorm's own)", rich_help_panel=NORMS)]
 RecipeOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--option", metavar="NAME=VALUE", help="another option of the recipe, such as axes=channel; repeatable"
+        "--option",
+        metavar="NAME=VALUE",
+        help="another option of the recipe, such as axes=channel; repeatable",
+        rich_help_panel=NORMS,
     ),
 ]
-NumGroups = Annotated[int | None, typer.Option(help="groups at every norm")]
+Include = Annotated[
+    list[str] | None,
+    typer.Option(metavar="GLOB", help="convert only these norms; repeatable", rich_help_panel=CHOICE),
+]
+Exclude = Annotated[
+    list[str] | None,
+    typer.Option(metavar="GLOB", help="leave these norms as they are; repeatable", rich_help_panel=CHOICE),
+]
+Json = Annotated[
+    bool, typer.Option("--json", help="print JSON on stdout, and nothing else there", rich_help_panel=OUTPUT)
+]
+Opset = Annotated[int, typer.Option(help="ONNX operator set; 18 runs fastest in onnxruntime", rich_help_panel=OUTPUT)]
 
 Shapes = tuple[tuple[int, ...], ...]
 

@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from normswap.cli.console import facts, say, table
-from normswap.records import InitReport, Plan, Skip, Step
+from normswap.records import InitReport, Plan, Skip
 
 if TYPE_CHECKING:
     from normswap.conversion import Conversion
     from normswap.exporting import ExportArtifact
-    from normswap.verification import Verification
+    from normswap.verification import OutputRow, Verification
 
-__all__ = ["as_record", "describe_check", "show_artifact", "show_check", "show_conversion", "show_plan", "written"]
+__all__ = [
+    "as_record",
+    "describe_check",
+    "show_artifact",
+    "show_check",
+    "show_conversion",
+    "show_norms",
+    "show_plan",
+    "written",
+]
 
 MOST_NOTES = 5
 
@@ -27,8 +38,16 @@ def show_plan(plan: Plan) -> None:
     """Print what becomes of every norm and layer."""
     chosen = "".join(f" {name}={value}" for name, value in plan.options.items())
     say(f"{plan.model} → {plan.recipe}{chosen}\n")
-    table(("norm", "is", "layer", "weight", "becomes", "proof", "notes"), [_row(step) for step in plan.steps])
-    say()
+    if plan.steps:
+        show_norms(
+            ("norm", "is", "layer", "weight", "becomes", "proof"),
+            [
+                (s.site.norm, s.site.norm_type, s.site.layer or "–", s.weight or "–", s.norm, s.site.evidence)
+                for s in plan.steps
+            ],
+            [(*step.site.remarks, *step.notes) for step in plan.steps],
+        )
+        say()
     if plan.skips:
         table(
             ("skipped", "what", "names", "reason"),
@@ -38,23 +57,51 @@ def show_plan(plan: Plan) -> None:
     say(plan.summary())
 
 
-def _row(step: Step) -> tuple[str, ...]:
-    site = step.site
-    notes = "; ".join([*([site.reason] if site.reason else []), *step.notes])
-    return site.norm, site.norm_type, site.layer or "–", step.weight or "–", step.norm, site.proof, notes
+def show_norms(header: tuple[str, ...], rows: Sequence[tuple[str, ...]], notes: Sequence[Sequence[str]]) -> None:
+    """Print a line for each norm, with its notes beside it or, on a terminal, which is too narrow for that, below."""
+    if not sys.stdout.isatty():
+        table((*header, "notes"), [(*row, "; ".join(texts)) for row, texts in zip(rows, notes, strict=True)])
+        return
+    table(header, rows)
+    about: dict[str, list[str]] = defaultdict(list)
+    for row, texts in zip(rows, notes, strict=True):
+        for text in texts:
+            about[text].append(row[0])
+    if about:
+        say()
+        facts([("noted", f"{_counted(names, 'norm')}: {text}") for text, names in _alike(about)])
 
 
 def _grouped(skips: Sequence[Skip]) -> list[tuple[tuple[str, str], list[str]]]:
     """Return the names per kind and reason, norms first."""
-    groups: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for skip in sorted(skips, key=lambda skip: skip.what != "norm"):
-        groups[skip.what, skip.reason].append(skip.name)
-    return list(groups.items())
+    found = []
+    for what in sorted({skip.what for skip in skips}, key=("norm", "layer", "scope").index):
+        groups: dict[str, list[str]] = defaultdict(list)
+        for skip in skips:
+            if skip.what == what:
+                groups[skip.reason].append(skip.name)
+        found += [((what, reason), names) for reason, names in _alike(groups)]
+    return found
+
+
+def _alike(groups: Mapping[str, Sequence[str]]) -> list[tuple[str, list[str]]]:
+    """Join the groups whose texts differ in the names of modules alone; these become an ellipsis there."""
+    joined: dict[str, dict[str, Sequence[str]]] = defaultdict(dict)
+    for text, names in groups.items():
+        joined[re.sub(r"\w+(\.\w+)+", "…", text)][text] = names
+    return [
+        (next(iter(texts)) if len(texts) == 1 else general, [name for names in texts.values() for name in names])
+        for general, texts in joined.items()
+    ]
 
 
 def _some(names: Sequence[str], most: int = 3) -> str:
-    shown = ", ".join(name or "(the model itself)" for name in names[:most])
+    shown = ", ".join(name or "the model itself" for name in names[:most])
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _counted(names: Sequence[str], what: str) -> str:
+    return f"{len(names)} {what}{'s' if len(names) > 1 else ''} ({_some(names)})"
 
 
 def show_conversion(result: Conversion, artifact: ExportArtifact | None, outputs: Sequence[Path]) -> None:
@@ -63,12 +110,9 @@ def show_conversion(result: Conversion, artifact: ExportArtifact | None, outputs
     chosen = "".join(f" {name}={value}" for name, value in plan.options.items())
     say(f"{plan.model} → {plan.recipe}{chosen}")
     lines = [("converted", plan.summary().replace(" convert,", ","))]
-    lines += [
-        ("skipped", f"{len(names)} {what}{'s' if len(names) > 1 else ''} ({_some(names)}): {reason}")
-        for (what, reason), names in _grouped(plan.skips)
-    ]
+    lines += [("skipped", f"{_counted(names, what)}: {reason}") for (what, reason), names in _grouped(plan.skips)]
     lines += [("noted", text) for text in _noted(plan, result.init)]
-    if result.check is not None:
+    if result.check is not None or _should_be_checked(result):
         lines.append(("checked", describe_check(result.check)))
     lines += [("assumed", text) for text in result.init.assumptions]
     if artifact is not None and artifact.verification is not None:
@@ -84,20 +128,31 @@ def _noted(plan: Plan, init: InitReport) -> list[str]:
     """Return what a person should know of single norms, each once with the norms that it is about."""
     names: dict[str, list[str]] = defaultdict(list)
     for step in plan.steps:
-        for text in (*([step.site.reason] if step.site.reason else []), *step.notes):
+        for text in (*step.site.remarks, *step.notes):
             names[text].append(step.site.norm)
     for row in init.rows:
         for text in row.notes:
             names[text].append(row.name)
-    lines = [f"{text}: {_some(which)}" for text, which in names.items()]
+    lines = [f"{_counted(which, 'norm')}: {text}" for text, which in _alike(names)]
     more = [f"{len(lines) - MOST_NOTES} more; --dry-run shows them"] if len(lines) > MOST_NOTES else []
     return [*lines[:MOST_NOTES], *more]
 
 
-def describe_check(check: Verification) -> str:
-    """Return one line about a comparison."""
+def _should_be_checked(result: Conversion) -> bool:
+    from normswap import all_recipes
+
+    recipe = all_recipes().get(result.plan.recipe)
+    return recipe is not None and recipe.exact and result.init.method != "none"
+
+
+def describe_check(check: Verification | None) -> str:
+    """Return one line about a comparison; None is one that there was nothing for."""
+    if check is None:
+        return "not compared: give inputs on which the model returns something (--input-shape or --input-file)"
     if not check.ok:
         return f"{check.a} and {check.b} DIFFER: {check.failure}"
+    if not check.max_abs:
+        return "no difference in the output"
     return f"{check.max_rel:.1e} of the output's magnitude (allowed {check.tolerance:.0e})"
 
 
@@ -117,13 +172,18 @@ def show_check(check: Verification) -> None:
         say(rest)
         return
     rows = [
-        (r.name, "×".join(map(str, r.shape)), r.dtype, f"{r.max_abs:.1e}", f"{r.scale:.1e}", r.reason or "ok")
+        (r.name, "×".join(map(str, r.shape)), r.dtype, f"{r.max_abs:.1e}", f"{r.scale:.1e}", _result(r))
         for r in check.rows
     ]
     say()
     table(("output", "shape", "dtype", "max |a−b|", "max |a|", "result"), rows)
     if check.rows and check.reason:
         say(check.reason)
+
+
+def _result(row: OutputRow) -> str:
+    """Return what a cell has room for: by how much an output differs is in the cells beside it."""
+    return "ok" if row.ok else "differs" if row.tolerance and isfinite(row.max_abs) else row.reason
 
 
 def written(outputs: Sequence[Path]) -> list[tuple[str, str]]:

@@ -11,7 +11,6 @@ by what the layer's own BatchNorm has recorded of its output.
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,8 +23,8 @@ from torch.overrides import TorchFunctionMode
 
 from normswap.capture.batch_norms import read_batch_norm
 from normswap.capture.guard import set_mode, untouched
-from normswap.capture.observed import run_on
-from normswap.capture.ops import is_norm
+from normswap.capture.observed import Batch, run_on
+from normswap.capture.ops import class_of, is_norm
 from normswap.nn import FilterLayout
 
 __all__ = ["Moments", "centre", "input_moments", "measure_statistics", "noise_like", "patches"]
@@ -87,15 +86,16 @@ def patches(layer: nn.Module, x: Tensor) -> Tensor:
     """
     layout = FilterLayout.of(layer)
     weight = layout.weight(layer)
-    plain = type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and weight.is_contiguous()
+    kind = class_of(layer)
+    plain = kind is nn.Conv2d and layer.padding_mode == "zeros" and weight.is_contiguous()
     if plain and isinstance(layer, nn.Conv2d) and not isinstance(layer.padding, str) and x.ndim == 4:
         columns = F.unfold(
             x, layer.kernel_size, layer.dilation, layer.padding, layer.stride
         )  # (N, in·kernel, positions)
         return columns.movedim(1, -1).reshape(-1, layout.groups, layout.fan_in(weight))
-    probe = copy.copy(layer)
+    probe = kind.__new__(kind)  # of the plain class, where the layer's own weight is parametrized
+    probe.__dict__.update(layer.__dict__, _modules={}, _forward_hooks=OrderedDict(), _forward_pre_hooks=OrderedDict())
     probe.__dict__.update(_parameters={"weight": nn.Parameter(layout.unit_filters(weight)), "bias": None})
-    probe.__dict__.update(_forward_hooks=OrderedDict(), _forward_pre_hooks=OrderedDict())
     rows: Tensor = probe(x)
     rows = rows.movedim(1, -1) if not isinstance(layer, nn.Linear) else rows
     return rows.reshape(-1, layout.groups, layout.fan_in(weight))
@@ -128,7 +128,7 @@ def moments_of(samples: Tensor, assumed: bool = False) -> Moments:
 def input_moments(
     model: nn.Module,
     layers: Sequence[str],
-    batches: Iterable[tuple[Any, ...] | Mapping[str, Any]],
+    batches: Iterable[Batch],
     *,
     shaped: bool,
 ) -> dict[str, Moments]:
@@ -262,7 +262,7 @@ def _as_natural_images(x: Tensor) -> Tensor:
 
 
 def measure_statistics(
-    model: nn.Module, norms: Sequence[str], batches: Iterable[tuple[Any, ...] | Mapping[str, Any]]
+    model: nn.Module, norms: Sequence[str], batches: Iterable[Batch]
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Return mean and (biased) variance at the inputs of ``norms`` over all batches, by fqn; read-only."""
     sums: dict[str, tuple[Tensor, Tensor, int]] = {}

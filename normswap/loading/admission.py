@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from normswap.errors import InputError
-from normswap.loading.refusals import refuse_hooks, refuse_known, refuse_names
+from normswap.loading.refusals import refuse_code, refuse_hooks, refuse_known, refuse_names
 from normswap.loading.scanning import Call, Global, Made, Scan, globals_in, parts
 from normswap.loading.trust import Trust, import_trusted, under
 
@@ -188,13 +188,7 @@ def _check_value(found: Global, value: object) -> None:
         return
     setstate = next(base for base in value.__mro__ if "__setstate__" in vars(base))
     if value.__new__ is not object.__new__ or not under(setstate.__module__, SETSTATE_PREFIXES):
-        raise InputError(
-            f"{found.path} runs code of its own while it is unpickled",
-            code="untrusted-global",
-            hint="where you trust the file: --trust {0} (from Python trust=[{0!r}])".format(
-                found.module.partition(".")[0]
-            ),
-        )
+        refuse_code(found)
 
 
 def _unsafe(what: str) -> InputError:

@@ -6,31 +6,38 @@ import difflib
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
+from normswap.capture.exported import from_exported
 from normswap.errors import InputError
+from normswap.loading.files import expect_kind, kind_of, open_file
 from normswap.loading.importing import first_line, import_paths, import_quietly
+from normswap.loading.programs import read_program
 
 __all__ = ["build"]
 
-FORMS = "torchvision:NAME, timm:NAME or package.module:callable"
+FORMS = "torchvision:NAME, timm:NAME, package.module:callable or PROGRAM.pt2"
 
 
 def build(arch: str, kwargs: Mapping[str, object]) -> nn.Module:
     """Return a fresh model of `arch` in eval mode; torch's random state is as before.
 
     Args:
-        arch: ``torchvision:resnet50``, ``timm:NAME``, or ``package.module:callable``, found from the current
-            directory as ``python -m`` would. The last runs the user's own code.
+        arch: ``torchvision:resnet50``, ``timm:NAME``, the file of an exported program, ``PROGRAM.pt2``, or
+            ``package.module:callable``, found from the current directory as ``python -m`` would. The last runs the
+            user's own code.
         kwargs: arguments of the builder.
 
     Raises:
         InputError: no such builder, or it fails.
     """
+    if arch.endswith(".pt2"):
+        return _program(Path(arch))
     source, colon, name = arch.partition(":")
     if not colon or not source or not name:
         raise InputError(f"--arch {arch!r} has no form that is known", code="arch-invalid", hint=f"give {FORMS}")
@@ -54,6 +61,12 @@ def build(arch: str, kwargs: Mapping[str, object]) -> nn.Module:
             hint="name a class or function that returns the model",
         )
     return model.eval()
+
+
+def _program(path: Path) -> nn.Module:
+    with open_file(path) as file:
+        expect_kind(kind_of(file), ("exported",), path)
+        return from_exported(read_program(file, path)).eval()
 
 
 def _package(name: str) -> ModuleType:

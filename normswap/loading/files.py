@@ -31,11 +31,7 @@ REFUSALS = {
         "is a TorchScript archive, a compiled program without the model's Python classes",
         "save the original model with torch.save(model, path), or its state dict",
     ),
-    "exported": (
-        "exported-program",
-        "is an exported program (.pt2)",
-        "in Python, swap torch.export.load(path).module(), or save the original model with torch.save",
-    ),
+    "exported": ("file-kind", "is an exported program (.pt2)", "give the model first"),
     "legacy": (
         "file-legacy",
         "is in torch's format from before version 1.6",

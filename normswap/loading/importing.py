@@ -11,16 +11,17 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
 
 from normswap.errors import InputError
 
-__all__ = ["first_line", "import_paths", "import_quietly", "import_script"]
+__all__ = ["first_line", "import_paths", "import_quietly", "import_script", "scripts_as_main"]
 
 _OPERATORS: list[Any] = []  # a Library takes its operators with it when it is collected
+_SCRIPTS: dict[Path, ModuleType] = {}
 
 
 @contextlib.contextmanager
@@ -64,19 +65,25 @@ def import_quietly(name: str) -> ModuleType:
 def import_script(path: Path) -> ModuleType:
     """Run the script `path` as a module under a private name, so that its ``__main__`` part does not run.
 
+    What it defines says that it is of ``__main__``, as it was in the process that ran the script. The script that is
+    running as ``__main__`` right now is not run again.
+
     Raises:
         InputError: the script raises, or ends the process.
     """
-    name = f"_normswap_script_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
-    if name in sys.modules:
-        return sys.modules[name]
+    place, main = path.resolve(), sys.modules["__main__"]
+    if place in _SCRIPTS:
+        return _SCRIPTS[place]
+    if Path(getattr(main, "__file__", None) or "").resolve() == place:
+        return main
+    name = f"_normswap_script_{path.stem}_{hashlib.sha256(str(place).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
-        with import_paths([str(path.resolve().parent)]):
+        with import_paths([str(place.parent)]):
             spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
@@ -85,7 +92,35 @@ def import_script(path: Path) -> ModuleType:
             code="trust-script",
             hint='put what should run only as a script under `if __name__ == "__main__":`',
         ) from error
+    for value in _defined(module):
+        value.__module__ = "__main__"
+    _SCRIPTS[place] = module
     return module
+
+
+@contextlib.contextmanager
+def scripts_as_main() -> Iterator[None]:
+    """Let pickle find what imported scripts define where it says that it is: in ``__main__``."""
+    main = vars(sys.modules["__main__"])
+    own = {value.__name__: value for module in _SCRIPTS.values() for value in _defined(module)}
+    hidden = {name: main[name] for name in own if name in main}
+    main.update(own)
+    try:
+        yield
+    finally:
+        for name in own:
+            del main[name]
+        main.update(hidden)
+
+
+def _defined(script: ModuleType) -> list[Any]:
+    """Return the classes and functions that `script` defines at its top."""
+    places = (script.__name__, "__main__")
+    return [
+        value
+        for name, value in vars(script).items()
+        if isinstance(value, type | FunctionType) and value.__module__ in places and value.__name__ == name
+    ]
 
 
 def first_line(error: BaseException) -> str:

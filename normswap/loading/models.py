@@ -11,11 +11,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from normswap.capture.exported import from_exported
 from normswap.errors import InputError
 from normswap.loading.architectures import build
 from normswap.loading.checkpoints import check_finite, read_checkpoint
 from normswap.loading.files import expect_kind, kind_of, open_file
 from normswap.loading.importing import first_line
+from normswap.loading.programs import read_program
 from normswap.loading.state_dicts import choose_entry, fit
 from normswap.loading.trust import Trust
 
@@ -32,15 +34,15 @@ def load_model(
     """Return the model in `path`, on the CPU.
 
     Args:
-        path: a model by ``torch.save(model)``, a state dict (``.pt``, ``.pth``, ``.safetensors``), or a
-            training checkpoint that holds either.
+        path: a model by ``torch.save(model)``, a state dict (``.pt``, ``.pth``, ``.safetensors``), a
+            training checkpoint that holds either, or an exported program (``.pt2``).
         trust: packages, and scripts (``train.py``) whose ``__main__`` classes the file needs. Everything in
             them may be called with what the file says.
-        arch: ``torchvision:NAME``, ``timm:NAME`` or ``package.module:callable``, for a state dict.
+        arch: ``torchvision:NAME``, ``timm:NAME``, ``package.module:callable`` or ``PROGRAM.pt2``, for a state dict.
         arch_kwargs: arguments for `arch`.
 
     Returns:
-        A whole model in the mode in which it was saved; a model built by `arch` in eval mode.
+        A whole model in the mode in which it was saved or exported; a model built by `arch` in eval mode.
 
     Raises:
         InputError: the file cannot be read, is of another kind, needs names that are not trusted, or does
@@ -49,8 +51,12 @@ def load_model(
     path, trusted = Path(path), Trust.parse(trust)
     with open_file(path) as file:
         kind = kind_of(file)
-        expect_kind(kind, ("torch", "safetensors"), path)
-        content = read_checkpoint(file, path, trusted) if kind == "torch" else read_safetensors(path)
+        expect_kind(kind, ("torch", "safetensors", "exported"), path)
+        content: object
+        if kind == "exported":
+            content = from_exported(read_program(file, path))
+        else:
+            content = read_checkpoint(file, path, trusted) if kind == "torch" else read_safetensors(path)
     found = choose_entry(content, path)
     if isinstance(found, nn.Module):
         if arch is not None:

@@ -6,9 +6,11 @@ from normswap.errors import InputError
 from normswap.loading.scanning import Global, Scan
 from normswap.loading.trust import Trust, option_for, under
 
-__all__ = ["refuse_hooks", "refuse_known", "refuse_names"]
+__all__ = ["INSTEAD", "refuse_code", "refuse_hooks", "refuse_known", "refuse_names"]
 
 SHOWN = 10
+INSTEAD = "save model.state_dict() instead and give --arch"
+"""What to do about a pickled model whose names are not trusted."""
 
 # The first that matches speaks: a compiled model, for one, also holds contexts, hooks and bound methods.
 KNOWN = (
@@ -94,13 +96,20 @@ def refuse_names(names: set[Global]) -> None:
         )
 
 
+def refuse_code(found: Global) -> None:
+    """Raise for a class with pickling code of its own, which nobody reviewed."""
+    raise InputError(
+        f"{found.path} runs code of its own while it is unpickled", code="untrusted-global", hint=_listed({found})[1]
+    )
+
+
 def _listed(names: set[Global]) -> tuple[str, str]:
     """Return the names with their options, and what to do about them."""
     options = {found: option_for(found) for found in sorted(names)}
     lines = [f"{found.path} ({option or 'never admitted'})" for found, option in options.items()]
     if len(lines) > SHOWN:
         lines = [*lines[:SHOWN], f"and {len(lines) - SHOWN} more"]
-    advice = "save model.state_dict() instead and give --arch"
+    advice = INSTEAD
     if None not in options.values():
         flags = sorted({option for option in options.values() if option})
         python = ", ".join(repr(flag.removeprefix("--trust ")) for flag in flags)

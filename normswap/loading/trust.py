@@ -131,7 +131,7 @@ class Trust:
                 module = import_trusted(found)
         value: object = getattr(module, found.name)
         home = getattr(value, "__module__", None)
-        root = module.__name__.partition(".")[0]
+        root = found.module.partition(".")[0]
         if isinstance(value, ModuleType) or not isinstance(home, str) or home.partition(".")[0] != root:
             raise InputError(
                 f"{found.path} is defined in {home or 'another module'} and not admitted through {root!r}",

@@ -10,10 +10,12 @@ from normswap.errors import InputError
 from normswap.recipes.parts import Groups, NormPart, WeightPart
 from normswap.records import Site
 
-__all__ = ["DEFAULT_GROUP_SIZE", "GroupedRecipe", "Recipe"]
+__all__ = ["AUTO_GROUPS", "DEFAULT_GROUP_SIZE", "GroupedRecipe", "Recipe"]
 
 DEFAULT_GROUP_SIZE = 16
 """Channels per group, one of the two settings of the group normalization paper (Wu & He 2018, table 3)."""
+
+AUTO_GROUPS = "auto"
 
 
 @dataclass(frozen=True)
@@ -67,12 +69,14 @@ class GroupedRecipe(Recipe):
     """A recipe whose norm is a group normalization.
 
     Args:
-        num_groups: Groups at every site; must divide the channels everywhere.
-        group_size: Channels per group, where that divides; elsewhere the nearest size that does. Default 16.
+        num_groups: Groups at every site; must divide the channels everywhere. ``"auto"`` gives each site the count of
+            least error on held-out calibration data.
+        group_size: Channels per group, where that divides; elsewhere the nearest size that does. Default 16. With
+            ``num_groups="auto"`` the fewest channels that a group may have.
         eps: Added to the variance; default that of the norm it replaces.
     """
 
-    num_groups: int | None = None
+    num_groups: int | str | None = None
     group_size: int | None = None
     eps: float | None = None
 
@@ -93,13 +97,18 @@ class GroupedRecipe(Recipe):
             InputError: ``num_groups`` does not divide the site's channels, or both options are given.
         """
         channels = site.num_features
-        if self.num_groups is not None and self.group_size is not None:
+        if isinstance(self.num_groups, str):
+            if self.num_groups != AUTO_GROUPS:
+                raise InputError(
+                    f"num_groups={self.num_groups!r} is no number", code="group-options", hint="give one, or 'auto'"
+                )
+        elif self.num_groups is not None and self.group_size is not None:
             raise InputError(
                 f"num_groups={self.num_groups} and group_size={self.group_size} are both given",
                 code="group-options",
                 hint="give one of them",
             )
-        if self.num_groups is not None:
+        elif self.num_groups is not None:
             if self.num_groups < 1 or channels % self.num_groups:
                 divisors = [d for d in range(1, channels + 1) if channels % d == 0]
                 raise InputError(

@@ -1,0 +1,478 @@
+"""Run a model and its converted copy side by side: all batches together, site after site, each layer computed once.
+
+Note [Lock step]
+Fitting a site needs what reaches it in the converted network, which hangs on how all sites before it were fitted, and
+what the original gives there. Running both networks from the start for every site would cost depth squared. Here each
+batch runs through each network in a thread of its own that is paused, inside a hook, where a site's output is made.
+When all batches have arrived the site is fitted, its output is computed anew, and they go on. One thread runs at a
+time, so the order, and with it the result, is always the same; what is alive is what the forwards hold at one site. No
+graph is needed: a model that cannot be traced runs as well as any other.
+
+Note [Where a block's error can still be made good]
+In a residual network the norm's output is added to a shortcut on which the converted network's errors travel along.
+Where a norm's output goes into an addition and nowhere else, the site is therefore fitted there, when both addends are
+known: its output takes up the error of the other addend. A first run of the original shows where that is.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from normswap.capture.guard import set_mode, untouched
+from normswap.capture.observed import Batch, run_on
+from normswap.errors import InitializationError
+
+__all__ = ["ADDITIONS", "Place", "Visit", "evaluating", "find_additions", "run_side_by_side", "tensors_of"]
+
+ADDITIONS: frozenset[Any] = frozenset(
+    {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__}
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a site lies in both networks.
+
+    Args:
+        name: The site's name.
+        source: The converted network's module whose weights are fitted: a layer or a per-channel affine.
+        norm: The converted network's norm behind it; None where a layer is fitted alone.
+        original: The original's norm module, or the layer where it is fitted alone; None for a functional norm.
+        running_mean: The functional norm's buffer, by which its calls are known.
+    """
+
+    name: str
+    source: nn.Module
+    norm: nn.Module | None
+    original: nn.Module | None
+    running_mean: Tensor | None = None
+
+    @property
+    def end(self) -> nn.Module:
+        """The converted network's module whose output is the site's."""
+        return self.source if self.norm is None else self.norm
+
+    def output(self, x: Tensor) -> Tensor:
+        """Return what the converted network gives here for the source's input ``x``."""
+        y: Tensor = self.source(x)
+        return y if self.norm is None else self.norm(y)
+
+
+@dataclass(frozen=True)
+class Visit:
+    """What one batch brings to a site.
+
+    Args:
+        x: The source's input in the converted network.
+        reference: The input of the original's norm; its output where a layer is fitted alone.
+        beside: Where the site is fitted at an addition, the other addend in the original and in the converted network.
+    """
+
+    x: Tensor
+    reference: Tensor
+    beside: tuple[Tensor, Tensor] | None = None
+
+
+def run_side_by_side(
+    original: nn.Module,
+    converted: nn.Module,
+    places: Sequence[Place],
+    batches: Sequence[Batch],
+    fit: Callable[[Place, Sequence[Visit]], None],
+) -> tuple[list[Any], list[Any]]:
+    """Run both networks over ``batches`` and call ``fit`` once for each place, in the order of execution.
+
+    Args:
+        original: The original; left as it was.
+        converted: The converted network, whose parameters ``fit`` changes in place.
+        places: The sites, in execution order as far as it is known.
+        batches: The inputs of each forward pass.
+        fit: Fits one site to all its visits. A place that is called more than once is fitted at its first call.
+
+    Returns:
+        The outputs of both networks, batch by batch.
+
+    Raises:
+        InitializationError: The forward fails, or computes otherwise when it is paused.
+    """
+    rank = {place.name: i for i, place in enumerate(places)}
+    by_name = {place.name: place for place in places}
+    fitted: set[str] = set()
+    with ExitStack() as stack:
+        stack.enter_context(untouched(original, values=True))
+        stack.enter_context(evaluating(converted))
+        set_mode(original, False)
+        norms = [place for place in places if place.norm is not None and place.original is not None]
+        # In both networks: what a BatchNorm with an activation gives is not what the new norm before it gives.
+        added = find_additions(original, {p.name: p.original for p in norms if p.original}, batches[0])
+        added &= find_additions(converted, {p.name: p.end for p in norms}, batches[0])
+        functional = {id(p.running_mean): p for p in places if p.original is None}
+        firsts = [_Run(original, inputs, functional) for inputs in batches]
+        seconds = [_Run(converted, inputs) for inputs in batches]
+        for run in (*firsts, *seconds):
+            stack.callback(run.close)
+        for place in places:
+            stack.enter_context(_watch_original(place, place.name in added))
+            stack.enter_context(_watch_converted(place, place.name in added))
+        for run in seconds:
+            run.advance()
+        while paused := [run for run in seconds if run.event is not None]:
+            name = min((run.event.name for run in paused if run.event is not None), key=rank.__getitem__)
+            visits = []
+            arrived = [(a, b) for a, b in zip(firsts, seconds, strict=True) if b.event and b.event.name == name]
+            if name not in fitted:
+                for first, second in arrived:
+                    here, there = second.event, first.until(name)
+                    assert here is not None
+                    if there is None:
+                        continue
+                    beside = None
+                    if there.beside is not None and here.beside is not None and here.beside.shape == there.beside.shape:
+                        beside = there.beside, here.beside
+                    visits.append(Visit(here.x, there.x, beside))
+                if visits:
+                    fit(by_name[name], visits)
+                    fitted.add(name)
+            for first, second in arrived:
+                first.found.pop(name, None)
+                second.advance()
+        expected = [run.finish() for run in firsts]
+        outputs = [run.output for run in seconds]
+    _check_undisturbed(original, batches[0], expected[0])
+    return expected, outputs
+
+
+@dataclass
+class _Event:
+    """A pause at a place: the source's input (in the original: the reference) and the other addend."""
+
+    name: str
+    x: Tensor
+    beside: Tensor | None = None
+    version: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.version = self.x._version
+
+    @property
+    def valid(self) -> bool:
+        """Whether ``x`` still has the values that it had then: a forward may change it in place."""
+        return self.x._version == self.version
+
+
+class _Closed(BaseException):
+    """Unwinds the forward of a run that is not going to be finished."""
+
+
+_current = threading.local()
+
+
+@dataclass
+class _Run:
+    """One network's pass over one batch, in a thread that computes only while someone waits for it.
+
+    Args:
+        model: The network.
+        inputs: The batch.
+        functional: The places of functional norms, by the ids of their running means.
+        event: Where it is paused; None before the start and after the end.
+        output: What the forward has returned.
+        found: Events of the original that were passed by and are still to be asked for.
+        calls: How often each place was called.
+        inputs_of: The present input of each source.
+        pending: Outputs that are to be fitted at the addition which takes them, by id, with their place's event.
+    """
+
+    model: nn.Module
+    inputs: Batch
+    functional: Mapping[int, Place] = field(default_factory=dict)
+    event: _Event | None = None
+    output: Any = None
+    found: dict[str, _Event] = field(default_factory=dict)
+    calls: dict[str, int] = field(default_factory=dict)
+    inputs_of: dict[str, _Event] = field(default_factory=dict)
+    pending: dict[int, tuple[Tensor, _Event, Callable[[], Tensor] | None]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._go, self._here = threading.Semaphore(0), threading.Semaphore(0)
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._closed = False
+        self.done = False
+
+    def advance(self) -> None:
+        """Compute up to the next pause, or to the end."""
+        self.event = None
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, daemon=True)
+            self._thread.start()
+        else:
+            self._go.release()
+        self._here.acquire()
+        if self._error is not None:
+            error, self._error = self._error, None
+            if isinstance(error, Exception) and not isinstance(error, InitializationError):
+                first = (str(error).splitlines() or [""])[0]
+                raise InitializationError(
+                    f"the forward pass failed: {type(error).__name__}: {first}",
+                    code="calibration-forward",
+                    hint="give calibration data that the model takes; the model is as it was",
+                ) from error
+            raise error
+
+    def until(self, name: str) -> _Event | None:
+        """Compute until the place ``name`` was reached, and return what was found there; None if it never is."""
+        while name not in self.found:
+            if self.done:
+                return None
+            self.advance()
+            if self.event is not None:
+                self.found[self.event.name] = self.event
+        return self.found[name]
+
+    def finish(self) -> Any:
+        """Compute to the end and return the output."""
+        while not self.done:
+            self.found.clear()
+            self.advance()
+        return self.output
+
+    def close(self) -> None:
+        """Give the pass up."""
+        if self._thread is not None and self._thread.is_alive():
+            self._closed = True
+            self._go.release()
+            self._thread.join()
+
+    def pause(self, event: _Event) -> None:
+        """Wait, in the run's own thread, until someone wants more."""
+        self.event = event
+        self._here.release()
+        self._go.acquire()
+        if self._closed:
+            raise _Closed
+
+    def first_call(self, place: Place) -> bool:
+        """Count a call of ``place`` and tell whether it was the first."""
+        self.calls[place.name] = self.calls.get(place.name, 0) + 1
+        return self.calls[place.name] == 1
+
+    def _work(self) -> None:
+        _current.run = self
+        try:
+            with _Additions(self):
+                self.output = run_on(self.model, self.inputs)
+        except _Closed:
+            pass
+        except BaseException as error:
+            self._error = error
+        finally:
+            self.event, self.done = None, True
+            self._here.release()
+
+
+def _present() -> _Run | None:
+    return getattr(_current, "run", None)
+
+
+class _Additions(TorchFunctionMode):
+    """Pauses at the addition of an output that is to be fitted there, and knows functional norms by their buffers."""
+
+    def __init__(self, run: _Run) -> None:
+        super().__init__()
+        self.run = run
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in ADDITIONS and self.run.pending:
+            addends = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+            for i, mine in enumerate(addends):
+                if id(mine) in self.run.pending:
+                    output, event, again = self.run.pending.pop(id(mine))
+                    if not event.valid:
+                        break
+                    if len(addends) == 2 and kwargs.get("alpha", 1) == 1:
+                        event.beside = addends[1 - i]
+                    self.run.pause(event)
+                    if again is not None:
+                        output.copy_(again())
+                    break
+        elif func is F.batch_norm and self.run.functional:
+            given = dict(zip(("input", "running_mean"), args, strict=False)) | kwargs
+            if place := self.run.functional.get(id(given.get("running_mean"))):
+                _reach_original(self.run, place, given["input"])
+        return func(*args, **kwargs)
+
+
+def _reach_original(run: _Run, place: Place, x: Tensor) -> None:
+    if run.first_call(place):
+        run.pause(_Event(place.name, x))
+
+
+@contextmanager
+def _watch_original(place: Place, added: bool) -> Iterator[None]:
+    """Pause the original where ``place``'s norm takes its input or, where it is added, at that addition."""
+    if place.original is None:  # known by its buffer
+        yield
+        return
+
+    def before(_: nn.Module, args: tuple[Any, ...]) -> None:
+        run = _present()
+        if run is not None and not added:
+            _reach_original(run, place, args[0])
+
+    def after(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        run = _present()
+        if run is None or not (added or place.norm is None) or not run.first_call(place):
+            return
+        if place.norm is None:
+            run.pause(_Event(place.name, output))
+        else:
+            run.pending[id(output)] = output, _Event(place.name, args[0]), None
+
+    alone = place.norm is None
+    handles = [] if alone else [place.original.register_forward_pre_hook(before)]
+    handles.append(place.original.register_forward_hook(after))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _watch_converted(place: Place, added: bool) -> Iterator[None]:
+    """Pause the converted network where ``place`` has made its output; it goes on with the fitted one."""
+
+    def before(_: nn.Module, args: tuple[Any, ...]) -> None:
+        if (run := _present()) is not None and len(args) == 1 and isinstance(args[0], Tensor):
+            run.inputs_of[place.name] = _Event(place.name, args[0])
+
+    def after(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        run = _present()
+        if run is None or not run.first_call(place) or place.name not in run.inputs_of:
+            return None
+        event = run.inputs_of.pop(place.name)
+        if not event.valid:
+            return None
+        if added:
+            run.pending[id(output)] = output, event, lambda: place.output(event.x)
+            return None
+        run.pause(event)
+        return place.output(event.x)
+
+    handles = [
+        place.source.register_forward_pre_hook(before),
+        place.end.register_forward_hook(after),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Keep ``model`` in evaluation mode, and put each module's mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    set_mode(model, False)
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.__dict__["training"] = training
+
+
+def find_additions(model: nn.Module, norms: Mapping[str, nn.Module], inputs: Batch) -> frozenset[str]:
+    """Run ``model`` and return the names of the ``norms`` whose output goes into one addition and nowhere else.
+
+    Of two norms that are added to one another it is the one that runs first: mostly the last of a block's main branch.
+    """
+    pilot = _Pilot()
+    handles = [norm.register_forward_hook(partial(pilot.note, name)) for name, norm in norms.items()]
+    try:
+        with pilot:
+            run_on(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    found: dict[int, str] = {}
+    for name, calls in pilot.calls.items():
+        uses = pilot.uses.get(name, [])
+        if calls == 1 and len(uses) == 1 and uses[0] is not None:
+            found.setdefault(uses[0], name)
+    return frozenset(found.values())
+
+
+class _Pilot(TorchFunctionMode):
+    """Notes what each norm's output goes into: the number of an addition, or None for anything else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outputs: dict[int, tuple[Tensor, str]] = {}  # the tensors are held, so that no id comes again
+        self.uses: dict[str, list[int | None]] = {}
+        self.calls: dict[str, int] = {}
+        self.additions = 0
+
+    def note(self, name: str, _: nn.Module, args: Any, output: Any) -> None:
+        self.calls[name] = self.calls.get(name, 0) + 1
+        if isinstance(output, Tensor):
+            self.outputs[id(output)] = output, name
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        addition = func in ADDITIONS and len(tensors) == 2 and tensors[0].shape == tensors[1].shape
+        addition = addition and tensors[0] is not tensors[1] and kwargs.get("alpha", 1) == 1
+        self.additions += addition
+        for value in _nested(args, kwargs):
+            found = self.outputs.get(id(value))
+            if found is not None and getattr(func, "__name__", "") != "__get__":  # .shape and the like
+                self.uses.setdefault(found[1], []).append(self.additions if addition else None)
+        return func(*args, **kwargs)
+
+
+def _nested(*values: Any) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _nested(*value)
+        elif isinstance(value, dict):
+            yield from _nested(*value.values())
+
+
+def _check_undisturbed(model: nn.Module, inputs: Batch, output: Any) -> None:
+    """Refuse a model whose forward keeps state of its own between its layers: paused batches would mix it up."""
+    with untouched(model, values=True):
+        set_mode(model, False)
+        plain = run_on(model, inputs)
+    for a, b in zip(tensors_of(plain), tensors_of(output), strict=True):
+        if a.shape != b.shape or not torch.allclose(a, b, rtol=1e-3, atol=1e-3 * float(a.abs().amax()), equal_nan=True):
+            raise InitializationError(
+                "the model gives another output when it is paused between its layers: its forward keeps state",
+                code="calibration-state",
+                hint="calibrate with one batch, or convert with init='absorb'",
+            )
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """Return the floating-point tensors in a nested output, in order."""
+    if isinstance(value, Tensor):
+        return [value] if value.is_floating_point() else []
+    if isinstance(value, Mapping):
+        return [t for v in value.values() for t in tensors_of(v)]
+    if isinstance(value, (list, tuple)):
+        return [t for v in value for t in tensors_of(v)]
+    return []

@@ -1,0 +1,143 @@
+"""Ridge regression of a layer's weight, from second moments that are accumulated in a stream.
+
+For patches u of a layer's input and a target t per output channel, over all samples and positions:
+
+    minimise  E‖W u + b − t‖² + λ d ‖W − W₀‖²,  d the mean variance of u,
+
+whose solution is ``W = W₀ + (C_tu − W₀ C_uu)(C_uu + λ d I)⁻¹``, ``b = E[t] − W E[u]``. Under the constraint that every
+filter sums to zero (weight standardization) the ridge solution W is projected in the metric of ``A = C_uu + λ d I``:
+``W − (W 1) 1ᵀA⁻¹ / (1ᵀA⁻¹1)``, which is the constrained minimum.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["SecondMoments", "Solution", "solve"]
+
+
+class SecondMoments:
+    """Means and covariances of patches and targets, accumulated in float64 chunk by chunk.
+
+    With G the convolution's groups, p the fan-in and C the channels it holds ``G·p² + C·p`` numbers, whatever the
+    amount of data. Chunks are multiplied in their own precision about the first chunk's means, which no offset of the
+    inputs can spoil.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._origin: tuple[Tensor, Tensor] | None = None
+        self._sums: tuple[Tensor, ...] = ()
+
+    def add(self, patches: Tensor, target: Tensor) -> None:
+        """Take in a chunk.
+
+        Args:
+            patches: ``(n, G, p)``.
+            target: ``(n, C)``.
+        """
+        groups = patches.shape[1]
+        u, t = patches.transpose(0, 1), target.unflatten(1, (groups, -1)).transpose(0, 1)  # (G, n, p), (G, n, C/G)
+        if self._origin is None:
+            self._origin = u.mean(1, keepdim=True), t.mean(1, keepdim=True)
+        u, t = u - self._origin[0], t - self._origin[1]
+        sums = (u.sum(1), t.sum(1), u.mT @ u, t.mT @ u, t.square().sum(1))
+        self.count += patches.shape[0]
+        if self._sums:
+            for total, value in zip(self._sums, sums, strict=True):
+                total.add_(value)
+        else:
+            self._sums = tuple(value.double() for value in sums)
+
+    def read(self) -> Covariances:
+        """Return what was accumulated.
+
+        Raises:
+            ValueError: Nothing was.
+        """
+        if self._origin is None:
+            raise ValueError("there is no data")
+        u, t, uu, tu, tt = (total / self.count for total in self._sums)
+        return Covariances(
+            self.count,
+            self._origin[0][:, 0].double() + u,
+            self._origin[1][:, 0].double() + t,
+            uu - u[:, :, None] * u[:, None],
+            tu - t[:, :, None] * u[:, None],
+            (tt - t.square()).clamp(min=0),
+        )
+
+
+@dataclass(frozen=True)
+class Covariances:
+    """Means and covariances; G groups, fan-in p, o channels per group; float64.
+
+    Args:
+        count: The number of patches.
+        input_mean: ``(G, p)``
+        target_mean: ``(G, o)``
+        inputs: C_uu. ``(G, p, p)``
+        cross: C_tu. ``(G, o, p)``
+        targets: The targets' variances. ``(G, o)``
+    """
+
+    count: int
+    input_mean: Tensor
+    target_mean: Tensor
+    inputs: Tensor
+    cross: Tensor
+    targets: Tensor
+
+    @property
+    def scale(self) -> Tensor:
+        """d, the mean variance of the inputs, a positive number. ``(G, 1, 1)``"""
+        d = self.inputs.diagonal(dim1=1, dim2=2).mean(1)
+        return torch.where(d > 0, d, torch.ones_like(d))[:, None, None]
+
+    def error(self, solution: Solution) -> Tensor:
+        """Return ``E (W u + b − t)²`` per channel. ``(G, o)``"""
+        weight = solution.weight
+        shift = self.target_mean - (weight @ self.input_mean[..., None])[..., 0] - solution.bias
+        covariance = self.targets - 2 * (weight * self.cross).sum(-1) + ((weight @ self.inputs) * weight).sum(-1)
+        return covariance.clamp(min=0) + shift.square()
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A layer's weight and bias: ``(G, o, p)`` and ``(G, o)``; and the λ that gave it."""
+
+    weight: Tensor
+    bias: Tensor
+    ridge: float
+
+
+_MOST_RIDGE = 1e6
+
+
+def solve(data: Covariances, anchor: Tensor, ridge: float, *, zero_sum: bool = False) -> Solution:
+    """Return the weight and bias that predict the targets best, at ridge λ towards ``anchor``.
+
+    The covariance is factored by Cholesky; where rounding leaves it not positive definite, λ grows tenfold until it is.
+
+    Args:
+        data: The moments.
+        anchor: W₀. ``(G, o, p)``
+        ridge: λ, relative to the inputs' mean variance.
+        zero_sum: Whether every filter must sum to zero.
+    """
+    eye = torch.eye(anchor.shape[-1], dtype=anchor.dtype, device=anchor.device)
+    missing = data.cross - anchor @ data.inputs
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(data.inputs + ridge * data.scale * eye)
+        if not bool(failed.any()) or ridge > _MOST_RIDGE:
+            break
+        ridge = max(10 * ridge, 1e-12)
+    weight = anchor + torch.cholesky_solve(missing.mT, factor).mT
+    if zero_sum:
+        direction = torch.cholesky_solve(torch.ones_like(anchor[:, :1]).mT, factor).mT  # 1ᵀA⁻¹, (G, 1, p)
+        weight = weight - weight.sum(-1, keepdim=True) * (direction / direction.sum(-1, keepdim=True))
+    bias = data.target_mean - (weight @ data.input_mean[..., None])[..., 0]
+    return Solution(weight, bias, ridge)

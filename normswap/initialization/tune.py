@@ -1,0 +1,177 @@
+"""Tune a matched network by gradient, without labels: its sites and residual blocks towards the original's.
+
+    loss = mean over places p of  E‖y'_p − y_p‖² / Var y_p  +  E‖out' − out‖² / Var out
+
+A place is a norm's output or, where that goes into an addition and nowhere else, the sum: a residual block's output.
+All places are tuned at once, not block after block: an early block then also learns what the later ones need.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from normswap.capture.guard import set_mode, untouched
+from normswap.capture.observed import Batch
+from normswap.initialization.lockstep import ADDITIONS, evaluating, find_additions, tensors_of
+
+__all__ = ["tune_to"]
+
+_RATE = 1e-3
+_HOLD_OUT = 5  # every fifth batch
+
+
+def tune_to(
+    original: nn.Module,
+    converted: nn.Module,
+    places: Sequence[str],
+    parameters: Sequence[nn.Parameter],
+    batches: Sequence[Batch],
+    *,
+    steps: int,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> tuple[float, float]:
+    """Take ``steps`` Adam steps on ``parameters``, one batch each, with the rate falling to zero along a cosine.
+
+    Every fifth batch is held out, where there are five; if the loss there has not become less, nothing is changed.
+
+    Args:
+        original: The original; left as it is.
+        converted: The matched network; its parameters are changed in place.
+        places: The fqns of modules that both have, where they are compared beside their outputs.
+        parameters: What is tuned.
+        batches: Unlabelled inputs.
+        steps: The number of steps.
+        progress: Called with a word, the number of steps taken and ``steps``.
+
+    Returns:
+        The held-out loss before and after.
+    """
+    held = [b for i, b in enumerate(batches) if len(batches) >= _HOLD_OUT and i % _HOLD_OUT == _HOLD_OUT - 1]
+    fit = [b for i, b in enumerate(batches) if not held or i % _HOLD_OUT != _HOLD_OUT - 1]
+    before_values = [p.detach().clone() for p in parameters]
+    wanted = [p.requires_grad for p in converted.parameters()]
+    with ExitStack() as stack:
+        stack.enter_context(untouched(original, values=True))
+        stack.enter_context(evaluating(converted))
+        set_mode(original, False)
+        ends = [{name: network.get_submodule(name) for name in places} for network in (original, converted)]
+        seen = _Compared((original, converted), ends, find_additions(original, ends[0], batches[0]))
+        stack.enter_context(seen.watching())
+        try:
+            converted.requires_grad_(False)
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+            before = _held_out(seen, held or fit)
+            optimizer = torch.optim.Adam(parameters, lr=_RATE)
+            order = torch.Generator().manual_seed(0)
+            chosen: list[int] = []
+            for step in range(steps):
+                for group in optimizer.param_groups:
+                    group["lr"] = _RATE * (1 + math.cos(math.pi * step / steps)) / 2
+                chosen = chosen or torch.randperm(len(fit), generator=order).tolist()
+                loss = seen.loss(fit[chosen.pop()])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                if progress is not None:
+                    progress("gradient steps", step + 1, steps)
+            after = _held_out(seen, held or fit)
+        finally:
+            for parameter, flag in zip(converted.parameters(), wanted, strict=True):
+                parameter.requires_grad_(flag)
+                parameter.grad = None
+    if not after < before:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, before_values, strict=True):
+                parameter.copy_(value)
+    return before, after
+
+
+def _held_out(seen: _Compared, batches: Sequence[Batch]) -> float:
+    with torch.no_grad():
+        return sum(float(seen.loss(batch)) for batch in batches) / len(batches)
+
+
+class _Compared:
+    """Both networks, run on one batch, compared at all places."""
+
+    def __init__(
+        self,
+        networks: tuple[nn.Module, nn.Module],
+        ends: Sequence[Mapping[str, nn.Module]],
+        added: frozenset[str],
+    ) -> None:
+        self.networks, self.ends, self.added = networks, ends, added
+        self.found: dict[str, Tensor] = {}
+        self.pending: dict[int, tuple[Tensor, str]] = {}
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Let hooks note what the places give, once per run: at a place's first call."""
+        handles = [
+            module.register_forward_hook(self._noting(name)) for ends in self.ends for name, module in ends.items()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _noting(self, name: str) -> Callable[..., None]:
+        def note(_: nn.Module, args: Any, output: Tensor) -> None:
+            if name in self.found:
+                return
+            self.found[name] = output
+            if name in self.added:
+                self.pending[id(output)] = output, name
+
+        return note
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Return the loss on one batch."""
+        with torch.no_grad():
+            expected, outputs = self._run(self.networks[0], batch)
+        found, results = self._run(self.networks[1], batch)
+        pairs = [(found[name], y) for name, y in expected.items() if name in found and found[name].shape == y.shape]
+        at_places = [_relative(a, b) for a, b in pairs]
+        at_end = [_relative(a, b) for a, b in zip(results, outputs, strict=True) if a.shape == b.shape]
+        total = sum(at_end, torch.zeros((), device=results[0].device) if results else torch.zeros(()))
+        return total + (torch.stack(at_places).mean() if at_places else 0.0)
+
+    def _run(self, network: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], list[Tensor]]:
+        self.found, self.pending = {}, {}
+        with _NotingSums(self):
+            output = batch(network) if callable(batch) else _call(network, batch)
+        return self.found, tensors_of(output)
+
+
+def _call(network: nn.Module, batch: Any) -> Any:
+    return network(**batch) if isinstance(batch, dict) else network(*batch)
+
+
+def _relative(found: Tensor, expected: Tensor) -> Tensor:
+    expected = expected.detach().float()
+    return (found.float() - expected).square().mean() / expected.var().clamp(min=1e-12)
+
+
+class _NotingSums(TorchFunctionMode):
+    """Notes the sum that a place's output goes into in the output's stead."""
+
+    def __init__(self, seen: _Compared) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in ADDITIONS and self.seen.pending:
+            for value in args:
+                if id(value) in self.seen.pending:
+                    self.seen.found[self.seen.pending.pop(id(value))[1]] = result
+        return result
