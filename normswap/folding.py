@@ -155,6 +155,8 @@ def _fold_affines(model: nn.Module, inputs: Inputs | None) -> list[FoldRow]:
         affine = _as_affine(module)
         if affine is None or module._forward_hooks or module._forward_pre_hooks:
             continue
+        if any(flow.reads(t) for t in (*module._parameters.values(), *module._buffers.values()) if t is not None):
+            continue  # the model reads its tensors outside of its call: it must stay
         found = flow.layer_feeding(fqn, affine.scale.numel(), _rank(flow, fqn), _takes_affine)
         if found.layer is None or found.reason:
             continue
@@ -184,7 +186,8 @@ def _takes_affine(module: nn.Module) -> bool:
 def _rank(flow: Dataflow, fqn: str) -> int | None:
     module = flow.capture.modules[fqn]
     known = module.rank if isinstance(module, (ChannelAffine, MeanOnlyBatchNorm)) else None
-    return known or flow.rank(fqn)
+    seen = {axes for axes, _ in flow.capture.shapes.get(fqn, ())}
+    return known or flow.rank(fqn, (seen.pop(), 0) if len(seen) == 1 else None)
 
 
 def _into(layer: nn.Module, affine: _Affine) -> None:

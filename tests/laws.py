@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 from unittest import mock
 
 import numpy as np
@@ -257,8 +257,18 @@ class AtExpectedStatistics(nn.Module):
         return (x.to(self.scale) * self.scale.view(shape) + self.shift.view(shape)).to(x.dtype)
 
 
+class Converted(Protocol):
+    """What the law needs of a conversion."""
+
+    @property
+    def original(self) -> nn.Module: ...
+
+    @property
+    def plan(self) -> Plan: ...
+
+
 def at_expected_statistics(
-    case: Case, model: nn.Module, excess: Callable[[Step], Tensor | float] = lambda step: 1.0
+    case: Converted, model: nn.Module, excess: Callable[[Step], Tensor | float] = lambda step: 1.0
 ) -> nn.Module:
     """A copy of a converted model with each new norm at the statistics that the BatchNorm's own let it expect.
 

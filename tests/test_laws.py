@@ -105,6 +105,7 @@ REFUSALS: dict[tuple[str, str], dict[str, str]] = {
     ("norm_beside_groupnorm", "*"): {"1": "not-batch-norm"},
     ("no_running_statistics", "*"): {"1": "no-statistics"},
     ("relu_norm_subclass", "*"): {"1": "unknown-forward"},
+    ("statistics_read_elsewhere", "*"): {"bn": "read-elsewhere"},
     ("functional_batch_statistics", "*"): {":batch_norm": "functional-norm"},
     ("user_graph_traced_in_training", "*"): {":3.running_mean": "functional-norm"},
     # Weight standardization alone needs a layer of its own for each norm, with more than one value per filter.
@@ -908,6 +909,18 @@ def folded(name: str, recipe: str) -> nn.Module:
 def keeps_its_class(module: nn.Module) -> bool:
     """Whether torch.nn has nothing like it, or a forward hook of the user's is on it, which must go on seeing it."""
     return isinstance(module, ChannelLayerNorm) or bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+@ENTRIES
+def test_folding_the_original_keeps_its_eval_output(name: str) -> None:
+    """The BatchNorms themselves go into the layers that feed them, without any conversion."""
+    entry = BY_NAME[name]
+    inputs, other = laws.doubled(entry.inputs), laws.doubled(entry.other_inputs)
+    model = entry.model().double()
+    folded = ns.fold(model, example_inputs=inputs() if not entry.kwargs() else None)
+    with torch.no_grad():
+        for given in filter(None, (inputs, other)):
+            assert distance(entry.run(folded, given), entry.run(model, given)) <= 1e-9
 
 
 @every(RECIPES)

@@ -501,6 +501,11 @@ class WeightReadElsewhere(nn.Module):
         return self.bn(self.conv(x)) + F.conv2d(torch.tanh(x), self.conv.weight, padding=1)
 
 
+class StatisticsReadElsewhere(WeightReadElsewhere):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x)) + self.bn.running_mean.mean()
+
+
 class WeightPenalty(WeightReadElsewhere):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.bn(self.conv(x)), self.conv.weight.norm()
@@ -960,6 +965,8 @@ SHARING = (
     entry("aliases", Aliases, 1, 1, absorbable="bn", inputs=WIDE, note="conv is also project and layers.0"),
     entry("aliases_called_by_both_names", AliasesCalledByBothNames, 1, 1, inputs=WIDE, calls={"conv": 2}),
     entry("weight_read_as_kernel", WeightReadElsewhere, 1, 1),
+    entry("statistics_read_elsewhere", StatisticsReadElsewhere, 1, 1, absorbable="bn",
+          note="its affine could be folded, its tensors must stay"),
     entry("weight_read_by_penalty", WeightPenalty, 1, 1),
     entry("bias_read_elsewhere", BiasReadElsewhere, 1, 1),
     entry("weight_read_by_parent", ParentReadsTheWeight, 1, 1),

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from normswap.capture.guard import set_mode, untouched
@@ -101,13 +102,12 @@ def capture_symbolic(model: nn.Module, modes: tuple[bool, ...] = (False, True)) 
     opaque: dict[str, str] = {}
     with untouched(model):
         defaults = _defaults(model)
-        # Optional arguments given come first: where such a trace fails, it is no evidence, and the run is dropped.
-        ways: tuple[dict[str, Any], ...] = ({}, defaults) if defaults else ({},)
-        for run, (training, arguments) in enumerate(product(modes, ways)):
+        for run, (training, arguments) in enumerate(product(modes, _ways(defaults))):
             set_mode(model, training)
             hidden: dict[str, str] = {}
             scopes = list(_trace_scopes(model, run, arguments, hidden))
-            if arguments or not defaults or "" not in hidden:
+            # Where a trace with optional arguments fails, it is no evidence, and the run is dropped.
+            if arguments == defaults or "" not in hidden:
                 traces.extend(scopes)
                 opaque.update(hidden)
     return Capture(model, tuple(traces), opaque, modules, aliases, names)
@@ -129,6 +129,11 @@ def hook_barrier(value: Any) -> Any:
     return value
 
 
+def kept_attribute(value: Any) -> Any:
+    """Stand in a graph for a use that no call shows: by whoever reads the attribute that keeps the value."""
+    return value
+
+
 def has_optional_arguments(module: nn.Module) -> bool:
     """Tell whether ``module``'s forward may be called in more than one way."""
     parameters = inspect.signature(type(module).forward).parameters.values()
@@ -143,6 +148,14 @@ def _defaults(module: nn.Module) -> dict[str, Any]:
         return {}
     constants = (type(None), bool, int, float, str)
     return {p.name: p.default for p in parameters if p.default is not p.empty and isinstance(p.default, constants)}
+
+
+def _ways(defaults: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+    """Return the ways to call a forward: with optional arguments given, left out, and with each flag turned."""
+    if not defaults:
+        return ({},)
+    flags = (name for name, value in defaults.items() if isinstance(value, bool))
+    return ({}, defaults, *({**defaults, flag: not defaults[flag]} for flag in flags))
 
 
 def _trace_scopes(model: nn.Module, run: int, arguments: dict[str, Any], opaque: dict[str, str]) -> Iterator[Trace]:
@@ -240,7 +253,24 @@ class ScopeTracer(fx.Tracer):
         """Trace ``root``."""
         for name, tensor in (*root.named_parameters(), *root.named_buffers()):
             self._tensor_names.setdefault(id(tensor), name)
-        return super().trace(root, concrete_args)
+        with _DirectReads(self._tensor_names) as direct:
+            graph = super().trace(root, concrete_args)
+        if self.own_forward_only:
+            if direct.names:  # what was computed from it stands in the graph as a constant
+                raise fx.proxy.TraceError(f"the forward reads {direct.names[0]} past the module's attributes")
+        else:
+            self._add_hidden_uses(root, graph, direct.names)
+        return graph
+
+    def _add_hidden_uses(self, root: nn.Module, graph: fx.Graph, read: list[str]) -> None:
+        """Add to the graph the uses that no call in it shows: tensors read directly, values kept in an attribute."""
+        (output,) = (node for node in graph.nodes if node.op == "output")
+        known = set(graph.nodes)
+        kept = [proxy.node for proxy in _kept_proxies(root) if proxy.tracer is self and proxy.node in known]
+        with graph.inserting_before(output):
+            for node in (*(graph.create_node("get_attr", name) for name in read), *kept):
+                graph.create_node("call_function", kept_attribute, (node,)).meta["owner"] = self.scope_fqn
+                node.meta.setdefault("owner", self.scope_fqn)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Tell whether a call of ``m`` is one node."""
@@ -312,6 +342,46 @@ class ScopeTracer(fx.Tracer):
             {},
             proxy_factory_fn=lambda node: _TensorProxy(node, self, attr_val),
         )
+
+
+class _DirectReads(TorchFunctionMode):
+    """Notes which of a model's tensors a trace computes with although no attribute of a module gave them.
+
+    ``parameters()``, ``state_dict()``, and a list that holds a weight give the tensor itself and not its proxy: what is
+    computed from it is a constant to the trace, and the read is in no node.
+    """
+
+    def __init__(self, names: dict[int, str]) -> None:
+        super().__init__()
+        self.known = names
+        self.names: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # The getter of an attribute is named __get__; what it gets, it belongs to.
+        if getattr(getattr(func, "__self__", func), "__name__", "") not in _NO_READ:
+            for leaf in pytree.tree_leaves((args, kwargs)):
+                name = self.known.get(id(leaf)) if isinstance(leaf, Tensor) else None
+                if name is not None and name not in self.names:
+                    self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+# What asks for no value.
+_NO_READ = frozenset(
+    {
+        *("size", "shape", "dim", "ndim", "numel", "stride", "dtype", "device", "layout", "requires_grad", "is_meta"),
+        *("is_floating_point", "is_complex", "is_contiguous", "element_size", "is_leaf", "grad_fn", "__hash__"),
+    }
+)
+_MODULE_TABLES = frozenset(vars(nn.Module()))
+
+
+def _kept_proxies(root: nn.Module) -> Iterator[fx.Proxy]:
+    """Yield the values of a trace that a forward has kept in an attribute, or in a list or dict that is one."""
+    for module in root.modules():
+        for name, value in vars(module).items():
+            if name not in _MODULE_TABLES:
+                yield from (leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, fx.Proxy))
 
 
 class _RankedProxy(fx.Proxy):

@@ -1,0 +1,217 @@
+"""Convert and fold random networks, and count what is refused, wrong, or crashes.
+
+    python benchmarks/random_networks.py --count 2000
+    python benchmarks/random_networks.py --count 2000 --results random.jsonl    # takes up what an earlier run left
+    python benchmarks/random_networks.py --seed 7 --count 100 --shrink          # a failing network, made small
+
+Each network is drawn by hypothesis (``tests/random_networks.py``), fifty from each seed, and must keep every
+promise of ``tests/conversion_checks.py``: one exact recipe keeps the output, in evaluation and in training with
+the statistics held; one inexact recipe is the original at the expected statistics; the folded models compute the same;
+the plan holds every norm and layer once; the model is left untouched. Of every fourth network ``torch.export``'s graph,
+which takes as long to make as everything else, must contradict no site.
+With ``--shrink`` each kind of failure is reduced to a small network and printed as code. The exit code is 1 if a
+promise was broken, or if 2 % of the norms are refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from hypothesis import HealthCheck, Phase, given, seed, settings
+
+from normswap.records import text_table
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+conversion_checks = import_module("conversion_checks")
+generator = import_module("random_networks")
+
+CHUNK, ORACLE_EVERY = 50, 4
+MOST_REFUSED = 0.02
+
+
+@dataclass
+class Count:
+    """What was found of some networks.
+
+    Args:
+        networks: How many.
+        distinct: How many of them differ.
+        exported: How many torch.export takes.
+        norms: How many norms they have, those of networks with a known bug aside.
+        seconds: How long it took.
+        sites: The sites by kind, layer and proof.
+        refusals: Why norms stay.
+        unlisted: How many functional norms a forward hides that cannot be traced.
+        alone: Why norms convert without their layer.
+        pairs_left: Why pairs that the exported graph shows are left alone.
+        features: In how many networks each unusual thing occurs.
+        known: In how many networks a known bug may show, and did, by its description.
+        broken: The broken promises: kind, text, code.
+    """
+
+    networks: int = 0
+    distinct: int = 0
+    exported: int = 0
+    norms: int = 0
+    unlisted: int = 0
+    seconds: float = 0.0
+    sites: Counter[str] = field(default_factory=Counter)
+    refusals: Counter[str] = field(default_factory=Counter)
+    alone: Counter[str] = field(default_factory=Counter)
+    pairs_left: Counter[str] = field(default_factory=Counter)
+    features: Counter[str] = field(default_factory=Counter)
+    known: Counter[str] = field(default_factory=Counter)
+    broken: list[list[str]] = field(default_factory=list)
+
+    def add(self, other: dict[str, Any]) -> None:
+        for name, value in other.items():
+            mine = getattr(self, name)
+            if isinstance(mine, Counter):
+                mine.update(value)
+            else:
+                setattr(self, name, mine + value)
+
+
+def draw(start: int, count: int, take: Callable[[Any], None], phases: Sequence[Phase] = (Phase.generate,)) -> None:
+    """Draw ``count`` networks from a seed and hand each to ``take``."""
+
+    @seed(start)
+    @settings(
+        max_examples=count,
+        database=None,
+        deadline=None,
+        phases=tuple(phases),
+        suppress_health_check=list(HealthCheck),
+        print_blob=False,
+    )
+    @given(generator.networks())
+    def each(network: Any) -> None:
+        take(network)
+
+    each()
+
+
+def count_chunk(start: int, size: int) -> Count:
+    """Check the networks of one seed."""
+    count, sources, began = Count(), set(), time.perf_counter()
+
+    def take(network: Any) -> None:
+        count.networks += 1
+        sources.add(network.source)
+        count.features.update(network.features)
+        known = [why for why, applies in generator.KNOWN_BUGS.items() if applies(network)]
+        try:
+            found = conversion_checks.check(network, oracle=count.networks % ORACLE_EVERY == 0)
+        except conversion_checks.BrokenPromiseError as broken:
+            if known:
+                count.known[f"{known[0]} (seen)"] += 1
+            else:
+                count.broken.append([broken.kind, str(broken), network.source])
+            return
+        count.known.update(known)
+        count.norms += found.norms
+        count.unlisted += found.unlisted
+        count.exported += found.exported
+        for name in ("sites", "refusals", "alone", "pairs_left"):
+            getattr(count, name).update(getattr(found, name))
+
+    draw(start, size, take)
+    count.distinct, count.seconds = len(sources), time.perf_counter() - began
+    return count
+
+
+def shrunk(start: int, size: int, kind: str) -> str:
+    """Return the smallest network that hypothesis finds for a kind of failure, as code."""
+    smallest: list[tuple[int, Any]] = []
+
+    def take(network: Any) -> None:
+        if any(applies(network) for applies in generator.KNOWN_BUGS.values()):
+            return
+        try:
+            conversion_checks.check(network)
+        except conversion_checks.BrokenPromiseError as broken:
+            if broken.kind == kind:
+                smallest.append((len(network.source), f"# {broken}\n{network!r}"))
+                raise
+
+    with suppress(conversion_checks.BrokenPromiseError):
+        draw(start, size, take, (Phase.generate, Phase.shrink))
+    return min(smallest, key=lambda one: one[0])[1] if smallest else "it did not show again"
+
+
+def report(count: Count) -> str:
+    refused = sum(count.refusals.values()) + count.unlisted
+    with_layer = sum(n for kind, n in count.sites.items() if "with its layer" in kind)
+    crashes = sum(kind.startswith("crash") for kind, *_ in count.broken)
+    lines = [
+        f"networks   {count.networks:,} ({count.distinct:,} different, {count.exported:,} exported for the oracle)",
+        f"norms      {count.norms:,}",
+        f"converted  {sum(count.sites.values()):,}, {with_layer:,} of them together with their layer",
+        f"refused    {refused}: {refused / max(count.norms, 1):.1%} of the norms"
+        f"{f', {count.unlisted} of them functional, in a forward that cannot be traced' if count.unlisted else ''}",
+        f"wrong      {len(count.broken) - crashes} networks",
+        f"crashes    {crashes} networks",
+        *(f"known bug  {n} networks: {why}" for why, n in count.known.items()),
+        f"seconds    {count.seconds:.0f}",
+    ]
+    for title, found in (
+        ("sites", count.sites),
+        ("refused", count.refusals),
+        ("alone, because", count.alone),
+        ("pairs of the graph left alone, because", count.pairs_left),
+        ("networks with", count.features),
+    ):
+        if found:
+            lines += ["", text_table(("", title), [(str(n), what) for what, n in found.most_common(30)])]
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--count", type=int, default=2000, metavar="N", help="how many networks")
+    parser.add_argument("--seed", type=int, default=0, help="the seed of the first fifty")
+    parser.add_argument("--results", type=Path, metavar="FILE", help="keep each fifty here, and go on from it")
+    parser.add_argument("--shrink", action="store_true", help="make a small network of each kind of failure")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    warnings.simplefilter("ignore")  # what torch's tracers say of their own future
+    done: dict[str, dict[str, Any]] = {}
+    if options.results is not None and options.results.exists():
+        rows = [json.loads(line) for line in options.results.read_text(encoding="utf-8").splitlines()]
+        done = {row["chunk"]: row["count"] for row in rows}
+    total, failed = Count(), {}
+    for start in range(options.seed, options.seed + -(-options.count // CHUNK)):
+        size = min(CHUNK, options.count - (start - options.seed) * CHUNK)
+        key = f"{start}:{size}"
+        if key not in done:
+            done[key] = vars(count_chunk(start, size))
+            if options.results is not None:
+                with options.results.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"chunk": key, "count": done[key]}) + "\n")
+        total.add(done[key])
+        for kind, *_ in done[key]["broken"]:
+            failed.setdefault(kind, (start, size))
+    print(report(total))
+    for kind, (start, size) in failed.items():
+        shortest = min((one for one in total.broken if one[0] == kind), key=lambda one: len(one[2]))
+        code = shrunk(start, size, kind) if options.shrink else f"# {shortest[1]}\n{shortest[2]}"
+        print(f"\n{'=' * 100}\n{code}")
+    refused = sum(total.refusals.values()) + total.unlisted
+    return int(bool(total.broken) or refused >= MOST_REFUSED * total.norms)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+"""A hundred random networks keep every promise; and each check sees a promise that is broken."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections import Counter
+from typing import Any
+
+import conversion_checks
+import pytest
+import torch
+from conversion_checks import BrokenPromiseError, accounted_for, check, same
+from hypothesis import HealthCheck, Phase, assume, given, settings
+from random_networks import KNOWN_BUGS, Network, networks
+from torch import nn
+
+import normswap as ns
+from normswap.records import Plan
+
+DETERMINISTIC = settings(
+    max_examples=100,
+    derandomize=True,
+    database=None,
+    deadline=None,
+    phases=[Phase.generate, Phase.shrink],
+    suppress_health_check=list(HealthCheck),
+    print_blob=False,
+)
+
+
+@DETERMINISTIC
+@given(networks())
+def test_a_random_network_keeps_every_promise(network: Network) -> None:
+    assume(not any(known(network) for known in KNOWN_BUGS.values()))
+    check(network)
+
+
+def test_the_networks_run_in_both_modes_and_differ() -> None:
+    found: list[Network] = []
+
+    @settings(DETERMINISTIC, phases=[Phase.generate])
+    @given(networks())
+    def collect(network: Network) -> None:
+        found.append(network)
+
+    collect()
+    assert len({network.source for network in found}) > 80
+    features = Counter(feature for network in found for feature in network.features)
+    assert len(features) > 25
+    assert sum(network.norms for network in found) > 250
+    for network in found:
+        model = network.model()
+        with torch.no_grad():
+            first, again = (conversion_checks.run(network.model(), network.inputs()) for _ in range(2))
+            model.train()(*network.inputs())
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        assert all(bool(tensor.isfinite().all()) for tensor in first)
+        assert max(float(tensor.abs().max()) for tensor in first) > 1e-6, "an output of zeros shows nothing"
+
+
+# ------------------------------------------------------------------------------------------ what must be seen
+
+PAIRS = Network(
+    """\
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.conv2, self.bn2 = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))
+
+
+def adjust(model):
+    pass
+""",
+    (3, 6, 6),
+    2,
+    frozenset(),
+)
+
+
+def kind_of(network: Network, recipes: tuple[str, ...] = ("none", "gn")) -> str:
+    with pytest.raises(BrokenPromiseError) as caught:
+        check(network, recipes)
+    return caught.value.kind
+
+
+def test_a_network_of_two_pairs_keeps_every_promise() -> None:
+    found = check(PAIRS, ns.all_recipes())
+    assert found.sites == {"module, with its layer, proven": 2}
+    assert not found.refusals | found.alone | found.pairs_left
+    assert not found.unlisted
+    assert found.exported
+
+
+def test_swapped_layers_are_a_wrong_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = ns.plan
+
+    def swapped(*args: Any, **kwargs: Any) -> Plan:
+        found = plan(*args, **kwargs)
+        one, two = found.steps
+        sites = (
+            dataclasses.replace(one.site, layer=two.site.layer),
+            dataclasses.replace(two.site, layer=one.site.layer),
+        )
+        steps = tuple(dataclasses.replace(s, site=site) for s, site in zip(found.steps, sites, strict=True))
+        return dataclasses.replace(found, steps=steps)
+
+    monkeypatch.setattr(ns, "plan", swapped)
+    assert kind_of(PAIRS) == "wrong pair"
+
+
+def test_a_changed_weight_is_a_wrong_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    for verb in ("convert", "fold"):
+        made = getattr(ns, verb)
+
+        def broken(*args: Any, made: Any = made, verb: str = verb, **kwargs: Any) -> Any:
+            result = made(*args, **kwargs)
+            with torch.no_grad():
+                next((result if verb == "fold" else result.model).parameters()).flatten()[0].add_(1e-4)
+            return result
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ns, verb, broken)
+            assert kind_of(PAIRS) == "wrong output"
+
+
+def test_a_use_in_training_alone_that_is_lost_is_a_wrong_output() -> None:
+    class Doubles(nn.Module):
+        def __init__(self, net: nn.Module) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.net(x) * (2 if self.training else 1)
+
+    model = PAIRS.model()
+    other = Doubles(copy.deepcopy(model)).eval()
+    same(PAIRS, other, model, "eval")
+    with conversion_checks.held(other, model), pytest.raises(BrokenPromiseError, match="wrong output: train"):
+        same(PAIRS, other, model, "train")
+    assert not any(module.training for module in (*model.modules(), *other.modules()))
+
+
+def test_held_norms_move_no_statistics_and_use_them() -> None:
+    model = PAIRS.model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    expected = conversion_checks.run(model, PAIRS.inputs())
+    with conversion_checks.held(model):
+        assert model.training
+        assert torch.equal(conversion_checks.run(model, PAIRS.inputs())[0], expected[0])
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_plan_that_forgets_a_norm_or_a_layer_is_incomplete() -> None:
+    model = PAIRS.model()
+    plan = ns.plan(model, "gn")
+    assert accounted_for(plan, model, 2) == 0
+    for steps, norms in ((plan.steps[1:], 2), ((*plan.steps, plan.steps[0]), 2), (plan.steps, 3)):
+        with pytest.raises(BrokenPromiseError, match="incomplete plan"):
+            accounted_for(dataclasses.replace(plan, steps=steps), model, norms)
+
+
+def test_a_touched_model_and_an_exception_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = ns.plan
+
+    def touches(model: nn.Module, *args: Any, **kwargs: Any) -> Plan:
+        next(model.parameters()).data.mul_(1.0001)
+        return plan(model, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ns, "plan", touches)
+        assert kind_of(PAIRS) == "touched"
+
+    def crashes(*args: Any, **kwargs: Any) -> Plan:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(ns, "plan", crashes)
+    assert kind_of(PAIRS) == "crash (KeyError)"
