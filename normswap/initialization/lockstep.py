@@ -34,9 +34,8 @@ from normswap.errors import InitializationError
 
 __all__ = ["ADDITIONS", "Place", "Visit", "find_additions", "run_side_by_side", "tensors_of"]
 
-ADDITIONS: frozenset[Any] = frozenset(
-    {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__}
-)
+_IN_PLACE: frozenset[Any] = frozenset({Tensor.add_, Tensor.__iadd__})
+ADDITIONS: frozenset[Any] = _IN_PLACE | {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__}
 
 
 @dataclass(frozen=True)
@@ -428,6 +427,8 @@ class _Pilot(TorchFunctionMode):
         self.additions += addition
         if getattr(func, "__name__", "") != "__get__":  # .shape and the like
             self.use(self.additions if addition else None, args, kwargs)
+        if addition and func in _IN_PLACE:  # what is called by this name from now on is the sum
+            self.outputs.pop(id(addends[0]), None)
         return func(*args, **kwargs)
 
     def use(self, addition: int | None, *values: Any) -> None:

@@ -1,0 +1,194 @@
+"""The ridge regression of a layer's filters, against NumPy: moments, solutions, constraint and error."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from normswap.initialization.regression import Covariances, SecondMoments, Solution, solve
+
+GROUPS, FAN_IN, OUT = 2, 5, 3
+
+
+def samples(n: int, *, offset: float = 0.0, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Correlated patches ``(n, G, p)`` of deviation about 1 around ``offset``, and noisy targets ``(n, C)``."""
+    random = np.random.default_rng(seed)
+    mixing = random.normal(size=(GROUPS, FAN_IN, FAN_IN)) / FAN_IN**0.5
+    u = np.einsum("ngp,gpq->ngq", random.normal(size=(n, GROUPS, FAN_IN)), mixing)
+    weight = random.normal(size=(GROUPS, OUT, FAN_IN))
+    t = np.einsum("ngp,gop->ngo", u, weight) + 0.3 * random.normal(size=(n, GROUPS, OUT))
+    return torch.from_numpy(u + offset), torch.from_numpy(t + 2 * offset).flatten(1)
+
+
+def moments(u: Tensor, t: Tensor, *sizes: int) -> Covariances:
+    """The moments, taken in chunks of ``sizes`` samples (default: all at once)."""
+    found = SecondMoments()
+    for one, other in zip(u.split(list(sizes) or len(u)), t.split(list(sizes) or len(t)), strict=True):
+        found.add(one, other)
+    return found.read()
+
+
+def by_group(t: Tensor) -> np.ndarray:
+    return t.numpy().reshape(len(t), GROUPS, -1)
+
+
+def anchor(seed: int = 5) -> Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).normal(size=(GROUPS, OUT, FAN_IN)))
+
+
+# ------------------------------------------------------------------------------------------------------- moments
+
+
+def assert_are_numpys(found: Covariances, u: Tensor, t: Tensor, atol: float) -> None:
+    targets = by_group(t)
+    for g in range(GROUPS):
+        joint = np.cov(np.concatenate([u.numpy()[:, g], targets[:, g]], 1).T, bias=True)
+        np.testing.assert_allclose(found.inputs[g], joint[:FAN_IN, :FAN_IN], atol=atol)
+        np.testing.assert_allclose(found.cross[g], joint[FAN_IN:, :FAN_IN], atol=atol)
+        np.testing.assert_allclose(found.targets[g], joint.diagonal()[FAN_IN:], atol=atol)
+        np.testing.assert_allclose(found.input_mean[g], u.numpy()[:, g].mean(0), atol=atol)
+        np.testing.assert_allclose(found.target_mean[g], targets[:, g].mean(0), atol=atol)
+
+
+@pytest.mark.parametrize("sizes", [(), (1, 299), (100, 0, 200), (7,) * 42 + (6,)])
+def test_moments_are_numpys_however_the_samples_are_cut(sizes: tuple[int, ...]) -> None:
+    u, t = samples(300)
+    found = moments(u, t, *sizes)
+    assert found.count == 300
+    assert_are_numpys(found, u, t, atol=1e-12)
+    with pytest.raises(AssertionError):
+        assert_are_numpys(moments(u[1:], t[1:]), u, t, atol=1e-12)  # one sample less is another covariance
+
+
+def test_an_empty_first_chunk_says_nothing() -> None:
+    u, t = samples(50)
+    assert_are_numpys(moments(u, t, 0, 50), u, t, atol=1e-12)
+
+
+def test_values_far_from_zero_lose_no_digits_in_float32() -> None:
+    """Mean 1e4, deviation 1: raw second moments in float32, of 1e8 ± 10, would know nothing of the covariance."""
+    u, t = (x.float() for x in samples(400, offset=1e4))
+    # The inputs themselves are rounded to 1e-3 here; NumPy is given the rounded ones.
+    assert_are_numpys(moments(u, t, 100, 300), u.double(), t.double(), atol=2e-3)
+    raw = (u[:, 0].mT @ u[:, 0]).double() / 400 - torch.outer(u[:, 0].double().mean(0), u[:, 0].double().mean(0))
+    assert float((raw - torch.cov(u[:, 0].double().T, correction=0)).abs().amax()) > 0.1
+
+
+def test_reading_nothing_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no data"):
+        SecondMoments().read()
+
+
+# ------------------------------------------------------------------------------------------------------ solution
+
+
+def numpys_ridge(
+    u: Tensor, t: Tensor, anchor: Tensor, ridge: float, *, zero_sum: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Minimise ``E‖W u + b − t‖² + λ d ‖W − W₀‖²``, under ``W 1 = 0`` where asked for, filter by filter.
+
+    The KKT system of ``(W, b, ν)``: the objective's gradient, plus ν times the constraint's, is zero.
+    """
+    x, y = u.numpy(), by_group(t)
+    n = len(x)
+    weights, biases = np.zeros((GROUPS, OUT, FAN_IN)), np.zeros((GROUPS, OUT))
+    for g in range(GROUPS):
+        d = x[:, g].var(0).mean()
+        penalty = ridge * (d if d > 0 else 1.0)
+        design = np.concatenate([x[:, g], np.ones((n, 1))], 1)
+        system = np.zeros((FAN_IN + 2, FAN_IN + 2))
+        system[:-1, :-1] = design.T @ design / n
+        system[:FAN_IN, :FAN_IN] += penalty * np.eye(FAN_IN)
+        system[:FAN_IN, -1] = system[-1, :FAN_IN] = 1.0
+        for o in range(OUT):
+            right = np.append(design.T @ y[:, g, o] / n, 0.0)
+            right[:FAN_IN] += penalty * anchor[g, o].numpy()
+            size = FAN_IN + 2 if zero_sum else FAN_IN + 1
+            found = np.linalg.solve(system[:size, :size], right[:size])
+            weights[g, o], biases[g, o] = found[:FAN_IN], found[FAN_IN]
+    return weights, biases
+
+
+@pytest.mark.parametrize("zero_sum", [False, True])
+@pytest.mark.parametrize("ridge", [1.0, 1e-2, 1e-4])
+@pytest.mark.parametrize("n", [200, 3])
+def test_the_solution_is_that_of_the_normal_equations(n: int, ridge: float, zero_sum: bool) -> None:
+    """Also with fewer samples than the fan-in of 5, where the ridge alone decides some directions."""
+    u, t = samples(n, offset=3.0)
+    found = solve(moments(u, t), anchor(), ridge, zero_sum=zero_sum)
+    weight, bias = numpys_ridge(u, t, anchor(), ridge, zero_sum=zero_sum)
+    assert found.ridge == ridge
+    np.testing.assert_allclose(found.weight, weight, atol=1e-8)
+    np.testing.assert_allclose(found.bias, bias, atol=1e-7)
+    sums = float(found.weight.sum(-1).abs().amax())
+    assert sums < 1e-12 if zero_sum else sums > 1e-2
+    other, _ = numpys_ridge(u, t, anchor(6), ridge, zero_sum=zero_sum)
+    assert np.abs(found.weight.numpy() - other).max() > 1e-6, "the anchor is part of the equation"
+
+
+def test_removing_the_filters_means_evenly_costs_more_than_the_constrained_minimum() -> None:
+    u, t = samples(200)
+    data = moments(u, t)
+    free = solve(data, anchor(), 1e-6)
+    evenly = free.weight - free.weight.mean(-1, keepdim=True)
+    bias = data.target_mean - (evenly @ data.input_mean[..., None])[..., 0]
+    constrained = solve(data, anchor(), 1e-6, zero_sum=True)
+    assert bool((data.error(constrained) < 0.99 * data.error(Solution(evenly, bias, 0.0))).any())
+    assert bool((data.error(constrained) <= data.error(Solution(evenly, bias, 0.0)) + 1e-9).all())
+    assert bool((data.error(free) <= data.error(constrained) + 1e-9).all())
+
+
+def test_a_heavy_ridge_keeps_the_anchor_and_still_sets_the_bias() -> None:
+    u, t = samples(100, offset=2.0)
+    data = moments(u, t)
+    found = solve(data, anchor(), 1e9)
+    assert torch.allclose(found.weight, anchor(), atol=1e-6)
+    residual = by_group(t) - np.einsum("ngp,gop->ngo", u.numpy(), anchor().numpy())
+    np.testing.assert_allclose(found.bias, residual.mean(0), atol=1e-5)
+
+
+@pytest.mark.parametrize("zero_sum", [False, True])
+def test_the_error_is_that_of_the_residuals(zero_sum: bool) -> None:
+    u, t = samples(200, offset=5.0)
+    data = moments(u, t, 90, 110)
+    fitted = solve(data, anchor(), 1e-2, zero_sum=zero_sum)
+    for solution in (fitted, Solution(fitted.weight, fitted.bias + 1, 0.0), Solution(anchor(), fitted.bias, 0.0)):
+        residual = np.einsum("ngp,gop->ngo", u.numpy(), solution.weight.numpy()) + solution.bias.numpy() - by_group(t)
+        np.testing.assert_allclose(data.error(solution), (residual**2).mean(0), rtol=1e-7)
+    assert bool((data.error(Solution(fitted.weight, fitted.bias + 1, 0.0)) > data.error(fitted) + 0.9).all())
+
+
+# ---------------------------------------------------------------------------------------------------- degenerate
+
+
+@pytest.mark.parametrize("zero_sum", [False, True])
+@pytest.mark.parametrize("what", ["constant", "duplicates", "one dead input", "one sample"])
+def test_a_singular_covariance_gives_a_finite_solution_that_predicts_no_worse_than_the_mean(
+    what: str, zero_sum: bool
+) -> None:
+    u, t = samples(100)
+    if what == "constant":
+        u = torch.full_like(u, 7.0)
+    elif what == "duplicates":
+        u = u[:, :, :1].expand(-1, -1, FAN_IN).contiguous()
+    elif what == "one dead input":
+        u[:, :, 2] = 0
+    else:
+        u, t = u[:1], t[:1]
+    data = moments(u, t)
+    found = solve(data, torch.zeros_like(anchor()), 0.0, zero_sum=zero_sum)
+    assert bool(found.weight.isfinite().all())
+    assert bool(found.bias.isfinite().all())
+    assert found.ridge < 1e-3
+    assert bool((data.error(found) <= data.targets + 1e-9).all())
+    if what == "one dead input" and not zero_sum:
+        assert torch.equal(found.weight[..., 2], torch.zeros(GROUPS, OUT)), "nothing moves it from the anchor"
+        assert bool((data.error(found) < 0.9 * data.targets).any()), "the others are fitted"
+
+
+def test_without_a_ridge_a_singular_covariance_is_no_failure_and_a_regular_one_is_left_alone() -> None:
+    u, t = samples(100)
+    assert solve(moments(u, t), anchor(), 0.0).ridge == 0.0
+    assert solve(moments(torch.zeros_like(u), t), anchor(), 0.0).ridge > 0.0
