@@ -28,6 +28,7 @@ from normswap.origin import Origin, remember, skeleton_of
 from normswap.planning import make_plan, step_at
 from normswap.recipes import Recipe, make_recipe
 from normswap.recipes.base import AUTO_GROUPS, GroupedRecipe
+from normswap.recipes.parts import Takes
 from normswap.records import InitReport, InitRow, Plan
 from normswap.rewriting import Placed, rewrite
 from normswap.selfcheck import eval_output, keeps_output
@@ -38,6 +39,7 @@ __all__ = ["Conversion", "convert", "plan", "swap_norms"]
 Progress = Callable[[str, int, int], None]
 ENOUGH_SAMPLES = 1000
 METHODS = ("absorb", "match", "tune", "none")
+FITTED = ("match", "tune")
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ def convert(
     if example is None and batches is not None:
         example = some_samples(batches[0])
     least_group = _least_group(recipe) if plan is None else None
-    if least_group is not None and method not in ("match", "tune"):
+    if least_group is not None and method not in FITTED:
         raise InputError(
             "num_groups='auto' chooses by calibration data and none is used",
             code="no-calibration",
@@ -164,13 +166,13 @@ def convert(
         )
     statistics = _missing_statistics(model, plan, batches)
     enough = None if batches is None else _enough(batches, notes)
-    moments, assumption = ({}, "") if method == "none" else _moments(model, plan, recipe, enough, example)
+    moments, assumption = ({}, "") if method == "none" else _moments(model, plan, recipe, enough, example, method)
     reference = _reference(model, recipe, example, check and method != "none")
     skeleton = skeleton_of(model)
     if inplace and skeleton is not None:  # a plan that does not fit must not leave half of itself behind
         rewrite(copy.deepcopy(skeleton), plan, recipe)
     # Matching needs the original beside the copy, also where the model itself is to become the converted one.
-    fits = method in ("match", "tune")
+    fits = method in FITTED
     target = model if inplace and not fits else _copy(model)
     placed = [_with_statistics(p, statistics) for p in rewrite(target, plan, recipe)]
     agreed = None
@@ -263,13 +265,13 @@ def _method(init: str | None, recipe: Recipe, has_data: bool) -> str:
         return "match" if has_data and not recipe.exact else "absorb"
     if init not in METHODS:
         raise InputError(f"init={init!r} is unknown", code="unknown-init", hint=f"choose from {', '.join(METHODS)}")
-    if init in ("match", "tune") and not has_data:
+    if init in FITTED and not has_data:
         raise InputError(
             f"init={init!r} fits to data and none was given",
             code="no-calibration",
             hint="give calibration=, some hundred unlabelled samples",
         )
-    return "absorb" if init in ("match", "tune") and recipe.exact else init
+    return "absorb" if init in FITTED and recipe.exact else init
 
 
 def _plan(
@@ -343,13 +345,19 @@ def _with_statistics(placed: Placed, statistics: Mapping[str, tuple[Tensor, Tens
 
 
 def _moments(
-    model: nn.Module, plan: Plan, recipe: Recipe, batches: Sequence[Batch] | None, example: Inputs | None
+    model: nn.Module,
+    plan: Plan,
+    recipe: Recipe,
+    batches: Sequence[Batch] | None,
+    example: Inputs | None,
+    method: str,
 ) -> tuple[dict[str, Moments], str]:
     """Return the input moments of the layers that are going to be standardized, and what was assumed for them."""
     layers = []
     for step in plan.steps:
         part = recipe.weight(step.site) if step.site.layer else None
-        if part is not None and part.centres and step.site.layer:
+        matched = method in FITTED and recipe.norm(step.site, step.num_groups).takes is Takes.NORMALIZATION
+        if part is not None and part.centres and step.site.layer and not matched:  # a match measures its own
             layers.append(step.site.layer)
     if not layers or any(p.is_meta for p in model.parameters()):
         return {}, ""

@@ -28,8 +28,9 @@ from torch.overrides import TorchFunctionMode
 from normswap.capture.guard import set_mode, untouched
 from normswap.capture.observed import Batch, run_on_data
 from normswap.capture.ops import is_layer
+from normswap.initialization.absorb import absorb
 from normswap.initialization.lockstep import Place, Visit, run_side_by_side, tensors_of
-from normswap.initialization.moments import patches
+from normswap.initialization.moments import moments_of_covariance, patches
 from normswap.initialization.regression import Covariances, SecondMoments, Solution, solve
 from normswap.initialization.steadying import SPREAD, steady
 from normswap.nn import ChannelAffine, ChannelLayerNorm, FilterLayout
@@ -42,7 +43,7 @@ __all__ = ["agreement", "match_to"]
 _RIDGES = (1.0, 1e-2, 1e-4)
 _HOLD_OUT = 5  # every fifth sample
 _MOST_VALUES = 2**24  # of patches at once: 64 MB in float32
-_MOST_PRODUCTS = 2**25  # patches × fan-in that the second moments of a site are taken from
+_MOST_PRODUCTS = 2**24  # patches × fan-in that the second moments of a site are taken from
 _FLOOR = 1e-3  # of the mean variance: a channel that varies less keeps about the gain it had
 _COMPENSATION_FLOOR = 1e-2  # of the mean |γ|: a channel with less is not asked to make good a shortcut's error
 
@@ -72,7 +73,8 @@ def match_to(
     Returns:
         A row for each site that was reached, by its norm's name, and for each fitted head.
     """
-    goals = {one.step.site.norm: _Goal.at(one, original) for one in placed}
+    sites = {one.step.site.norm: one for one in placed}
+    goals = {name: _Goal.at(one, original) for name, one in sites.items()}
     places = _places(original, placed)
     heads = _heads(original, converted, {id(place.source) for place in places}, batches[0])
     goals |= {place.name: _Goal.of_layer(place.source) for place in heads}
@@ -81,7 +83,8 @@ def match_to(
 
     def fit(place: Place, visits: Sequence[Visit]) -> None:
         with torch.no_grad():
-            rows[place.name] = _Fitting(place, goals[place.name], visits, least_group, spread).run()
+            fitting = _Fitting(place, goals[place.name], visits, least_group, spread)
+            rows[place.name] = fitting.run(sites.get(place.name))
         if progress is not None:
             progress(place.name, len(rows), len(places))
 
@@ -301,17 +304,26 @@ class _Fitting:
         self.holds_out = self.samples >= 2 * _HOLD_OUT
         self.target = _Sums()  # of y, over the held-out samples
 
-    def run(self) -> InitRow:
-        """Fit the site and return its row."""
+    def run(self, placed: Placed | None) -> InitRow:
+        """Fit the site and return its row.
+
+        Args:
+            placed: What was put there; None for a layer that is fitted alone.
+        """
         name = self.place.name
         if not self.visits:
             return InitRow(name, "absorbed", ("no sample reaches it: not fitted",))
         if not all(self._agrees(visit) for visit in self.visits):
             return InitRow(name, "absorbed", ("the networks' shapes differ here: not fitted",))
+        moments = self._moments()
+        if placed is not None and placed.step.site.layer and self.goal.part is not None and self.goal.part.centres:
+            inputs = moments[0]  # absorbed anew, now that it is known what reaches the layer
+            known = moments_of_covariance(inputs.input_mean, inputs.inputs, inputs.count)
+            absorb(placed, {placed.step.site.layer: known})
         before = best = self._measure(None)
         if not math.isfinite(before.noise):
             return InitRow(name, "absorbed", ("its values are not finite: not fitted",))
-        for candidate in self._candidates():
+        for candidate in self._candidates(*moments):
             found = self._measure(candidate)
             best = found if found.noise < best.noise else best
             self._restore(before)
@@ -394,8 +406,7 @@ class _Fitting:
         fitted = fit.read()
         return fitted, held.read() if held.count else fitted, torch.cat(units)
 
-    def _candidates(self) -> Iterator[_Candidate]:
-        fit, held, units = self._moments()
+    def _candidates(self, fit: Covariances, held: Covariances, units: Tensor) -> Iterator[_Candidate]:
         groups = self._layout.groups
         anchor = self.goal.anchor.unflatten(0, (groups, -1))
         zero_sum = self.goal.part is not None and self.goal.part.centres

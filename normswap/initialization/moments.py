@@ -27,7 +27,7 @@ from normswap.capture.observed import Batch, first_input, run_on, run_on_data
 from normswap.capture.ops import class_of, is_norm
 from normswap.nn import FilterLayout
 
-__all__ = ["Moments", "centre", "input_moments", "measure_statistics", "noise_like", "patches"]
+__all__ = ["Moments", "centre", "input_moments", "measure_statistics", "moments_of_covariance", "noise_like", "patches"]
 
 _MAX_SAMPLES = 4096
 _DATA_RIDGE, _NOISE_RIDGE, _MEAN_RIDGE = 1e-3, 3e-2, 1e-2
@@ -110,19 +110,31 @@ def moments_of(samples: Tensor, assumed: bool = False) -> Moments:
     n, fan_in = x.shape[1:]
     mean = x.mean(1)
     x = x - mean[:, None]
-    variance = x.square().mean((1, 2))
-    ridge = variance * max(_NOISE_RIDGE if assumed else _DATA_RIDGE, 0.1 * fan_in / n)
-    ridge = torch.where(variance > 0, ridge, torch.ones_like(ridge))[:, None, None]
-    ones = x.new_ones(x.shape[0], fan_in, 1)
-    eye = torch.eye(min(n, fan_in), dtype=x.dtype, device=x.device)
     if n >= fan_in:
-        factor = torch.linalg.cholesky(x.mT @ x / n + ridge * eye)
-        solved = torch.cholesky_solve(ones, factor)
-    else:  # Woodbury: the same solution out of the samples' smaller Gram matrix
-        factor = torch.linalg.cholesky(x @ x.mT + n * ridge * eye)
-        solved = (ones - x.mT @ torch.cholesky_solve(x @ ones, factor)) / ridge
-    solved = solved[..., 0]
-    return Moments(mean, solved / solved.sum(-1, keepdim=True), assumed)
+        return moments_of_covariance(mean, x.mT @ x / n, n, assumed)
+    # Woodbury: the same solution out of the samples' smaller Gram matrix
+    ridge = _ridge(x.square().mean((1, 2)), fan_in / n, assumed)
+    ones = x.new_ones(x.shape[0], fan_in, 1)
+    factor = torch.linalg.cholesky(x @ x.mT + n * ridge * torch.eye(n, dtype=x.dtype, device=x.device))
+    return _moments(mean, (ones - x.mT @ torch.cholesky_solve(x @ ones, factor)) / ridge, assumed)
+
+
+def moments_of_covariance(mean: Tensor, covariance: Tensor, samples: int, assumed: bool = False) -> Moments:
+    """Return the moments of so many patches whose mean, ``(groups, fan_in)``, and covariance are known."""
+    fan_in = covariance.shape[-1]
+    ridge = _ridge(covariance.diagonal(dim1=1, dim2=2).mean(1), fan_in / samples, assumed)
+    eye = torch.eye(fan_in, dtype=covariance.dtype, device=covariance.device)
+    factor = torch.linalg.cholesky(covariance + ridge * eye)
+    return _moments(mean, torch.cholesky_solve(torch.ones_like(mean)[..., None], factor), assumed)
+
+
+def _ridge(variance: Tensor, fan_in_per_sample: float, assumed: bool) -> Tensor:
+    ridge = variance * max(_NOISE_RIDGE if assumed else _DATA_RIDGE, 0.1 * fan_in_per_sample)
+    return torch.where(variance > 0, ridge, torch.ones_like(ridge))[:, None, None]
+
+
+def _moments(mean: Tensor, solved: Tensor, assumed: bool) -> Moments:
+    return Moments(mean, solved[..., 0] / solved.sum(1), assumed)
 
 
 def input_moments(
