@@ -15,16 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normswap.errors import InitializationError, InputError
-from normswap.initialization.lockstep import Place, Visit, find_additions, run_side_by_side
+from normswap.initialization.lockstep import THREAD, Place, Visit, find_additions, run_side_by_side
 
 C = 4
 
 
 @pytest.fixture(autouse=True)
 def no_thread_is_left() -> Iterator[None]:
-    before = threading.active_count()
     yield
-    assert threading.active_count() == before
+    assert not [thread for thread in threading.enumerate() if thread.name == THREAD]
 
 
 def conv() -> nn.Conv2d:
@@ -499,6 +498,14 @@ def test_a_batch_that_does_not_run_is_an_input_error(bad: int) -> None:
         run_side_by_side(original, converted, places_of(original, converted, PAIRS), batches, Log())
     assert caught.value.code == "inputs-do-not-run"
     assert fingerprint(original) == before
+
+
+def test_the_threads_go_by_their_name() -> None:
+    names: list[str] = []
+    original, converted = networks(Chain())
+    original.bn1.register_forward_hook(lambda *_: names.append(threading.current_thread().name))
+    run_side_by_side(original, converted, places_of(original, converted, PAIRS), images(), Log())
+    assert THREAD in names, "so the check that none is left can fail"
 
 
 def test_what_was_seen_is_let_go() -> None:

@@ -32,7 +32,10 @@ from normswap.capture.guard import set_mode, untouched
 from normswap.capture.observed import Batch, first_input, run_on, run_on_data
 from normswap.errors import InitializationError
 
-__all__ = ["ADDITIONS", "Place", "Visit", "find_additions", "run_side_by_side", "tensors_of"]
+__all__ = ["ADDITIONS", "THREAD", "Place", "Visit", "find_additions", "run_side_by_side", "tensors_of"]
+
+THREAD = "normswap-lockstep"
+"""The name of the threads that passes run in."""
 
 _IN_PLACE: frozenset[Any] = frozenset({Tensor.add_, Tensor.__iadd__})
 ADDITIONS: frozenset[Any] = _IN_PLACE | {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__}
@@ -220,7 +223,7 @@ class _Run:
         """Compute up to the next pause, or to the end."""
         self.event = None
         if self._thread is None:
-            self._thread = threading.Thread(target=self._work, daemon=True)
+            self._thread = threading.Thread(target=self._work, name=THREAD, daemon=True)
             self._thread.start()
         else:
             self._go.release()
