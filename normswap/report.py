@@ -129,7 +129,7 @@ def _db(value: float | None) -> str:
 def _plots(fits: Sequence[Fit]) -> list[dict[str, str]]:
     """Return the plots as SVG, with what they show in words."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogFormatter, MaxNLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator
 
     depth = range(1, len(fits) + 1)
     plots = []
@@ -158,8 +158,9 @@ def _plots(fits: Sequence[Fit]) -> list[dict[str, str]]:
         axes.plot(depth, [v if v > 0 else math.nan for v in values], color=colour, label=label, **style)
     if any(f.noise_before > 0 or f.noise_after > 0 for f in fits):
         axes.set_yscale("log")
-        for ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            ticks(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
     axes.legend(frameon=False, labelcolor=_INK)
     plots[-1]["svg"] = _svg(figure, "error")
 
