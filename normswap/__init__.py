@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from normswap.conversion import Conversion as Conversion
     from normswap.conversion import convert as convert
     from normswap.conversion import plan as plan
+    from normswap.conversion import rank_sites as rank_sites
     from normswap.conversion import swap_norms as swap_norms
     from normswap.errors import NormswapError as NormswapError
     from normswap.exporting import ExportArtifact as ExportArtifact
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from normswap.recipes import make_recipe as make_recipe
     from normswap.records import InitReport as InitReport
     from normswap.records import Plan as Plan
+    from normswap.records import SiteCost as SiteCost
+    from normswap.report import write_report as write_report
     from normswap.storage import load as load
     from normswap.storage import save as save
     from normswap.verification import Verification as Verification
@@ -41,6 +44,7 @@ _HOMES = {
     "NormswapError": "errors",
     "Plan": "records",
     "Recipe": "recipes",
+    "SiteCost": "records",
     "Verification": "verification",
     "all_recipes": "recipes",
     "convert": "conversion",
@@ -51,10 +55,12 @@ _HOMES = {
     "initialize": "initialization.data_dependent",
     "make_recipe": "recipes",
     "plan": "conversion",
+    "rank_sites": "conversion",
     "load": "storage",
     "save": "storage",
     "swap_norms": "conversion",
     "verify": "verification",
+    "write_report": "report",
 }
 
 __all__ = ["__version__", *sorted(_HOMES)]

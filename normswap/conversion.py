@@ -26,15 +26,15 @@ from normswap.inputs import Inputs, bind_batches, example_of, make_up_inputs, sa
 from normswap.matching import match
 from normswap.origin import Origin, remember, skeleton_of
 from normswap.planning import make_plan, step_at
-from normswap.recipes import Recipe, make_recipe
+from normswap.recipes import Recipe, all_recipes, make_recipe
 from normswap.recipes.base import AUTO_GROUPS, GroupedRecipe
 from normswap.recipes.parts import Takes
-from normswap.records import InitReport, InitRow, Plan
+from normswap.records import InitReport, InitRow, Plan, SiteCost
 from normswap.rewriting import Placed, rewrite
 from normswap.selfcheck import eval_output, keeps_output
 from normswap.verification import Verification
 
-__all__ = ["Conversion", "convert", "plan", "swap_norms"]
+__all__ = ["Conversion", "convert", "plan", "rank_sites", "swap_norms"]
 
 Progress = Callable[[str, int, int], None]
 ENOUGH_SAMPLES = 1000
@@ -158,12 +158,7 @@ def convert(
         )
     if plan is None:
         plan = _plan(model, recipe, example, include, exclude, calibration is not None)
-    if not plan.steps:
-        raise NothingToConvertError(
-            f"no norm of the {plan.model} can be converted by '{recipe.name}'",
-            code="nothing-to-convert",
-            hint=_first_reason(plan),
-        )
+    _refuse_empty(plan)
     statistics = _missing_statistics(model, plan, batches)
     enough = None if batches is None else _enough(batches, notes)
     moments, assumption = ({}, "") if method == "none" else _moments(model, plan, recipe, enough, example, method)
@@ -197,6 +192,90 @@ def convert(
     remember(target, Origin(plan, recipe, skeleton))
     report = InitReport(method, tuple(rows), tuple(n for n in (*notes, assumption) if n), agreed)
     return Conversion(target, plan, report, _self_check(target, reference))
+
+
+def rank_sites(
+    model: nn.Module,
+    to: str | Recipe = "gn+ws",
+    *,
+    calibration: Any,
+    example_inputs: Any = None,
+    forward_fn: Callable[[nn.Module, Any], Any] | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    spread: float = SPREAD,
+    progress: Progress | None = None,
+    **options: Any,
+) -> tuple[SiteCost, ...]:
+    """Return what the swap of each site costs by itself, the dearest first.
+
+    Each site is matched as by :func:`convert`, but the original's values go on after it: its error is its own alone,
+    whatever lies before it. The sites at the top are those to leave out (``exclude``), or to give another recipe.
+
+    Args:
+        model: The model; left as it is.
+        to: A recipe's name, or a recipe.
+        calibration: As for :func:`convert`.
+        example_inputs: As for :func:`convert`.
+        forward_fn: As for :func:`convert`.
+        include: Globs of the norms to rank; default all.
+        exclude: Globs of norms to leave out.
+        spread: As for :func:`convert`.
+        progress: As for :func:`convert`.
+        **options: Options of the recipe.
+
+    Returns:
+        A row for each site that the data reaches.
+
+    Raises:
+        NothingToConvertError: No norm of the model can be converted.
+        InputError: The recipe is exact, or an argument does not fit.
+    """
+    recipe = make_recipe(to, options)
+    if recipe.exact:
+        inexact = ", ".join(name for name, other in all_recipes().items() if not other.exact)
+        raise InputError(
+            f"'{recipe.name}' is exact: no site has an error",
+            code="exact-recipe",
+            hint=f"choose from {inexact}",
+        )
+    _refuse_unfit(model)
+    batches = list(bind_batches(model, calibration, [], forward_fn))
+    example = example_of(model, example_inputs) or some_samples(batches[0])
+    plan = _plan(model, recipe, example, include, exclude, True)
+    _refuse_empty(plan)
+    statistics = _missing_statistics(model, plan, batches)
+    batches = list(_enough(batches, []))
+    target = _copy(model)
+    placed = [_with_statistics(one, statistics) for one in rewrite(target, plan, recipe)]
+    for one in placed:
+        absorb(one, {})
+    rows = match_to(
+        model,
+        target,
+        placed,
+        batches,
+        least_group=_least_group(recipe),
+        spread=spread,
+        isolated=True,
+        progress=progress,
+    )
+    found = [(step.site, fit) for step in plan.steps if (row := rows.get(step.site.norm)) and (fit := row.fit)]
+    total = sum(fit.noise_after for _, fit in found) or 1.0
+    costs = (
+        SiteCost(site.norm, site.layer, fit.noise_after, fit.noise_before, fit.noise_after / total)
+        for site, fit in found
+    )
+    return tuple(sorted(costs, key=lambda cost: cost.error, reverse=True))
+
+
+def _refuse_empty(plan: Plan) -> None:
+    if not plan.steps:
+        raise NothingToConvertError(
+            f"no norm of the {plan.model} can be converted by '{plan.recipe}'",
+            code="nothing-to-convert",
+            hint=_first_reason(plan),
+        )
 
 
 def _enough(batches: Sequence[Batch], notes: list[str]) -> Sequence[Batch]:
@@ -254,7 +333,7 @@ def _with_groups(plan: Plan, recipe: Recipe, placed: Sequence[Placed]) -> Plan:
 
 def _check_numbers(spread: float, tune_steps: int) -> None:
     if not 0 <= spread < math.inf:
-        raise InputError(f"spread={spread} is no distance", code="spread", hint="give 0 or more; the default is 1")
+        raise InputError(f"spread={spread} is no distance", code="spread", hint=f"give 0 or more; the default is {SPREAD:g}")
     if tune_steps < 0:
         raise InputError(f"tune_steps={tune_steps} is no number of steps", code="tune-steps", hint="give 0 or more")
 

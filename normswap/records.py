@@ -20,6 +20,7 @@ __all__ = [
     "Plan",
     "Proof",
     "Site",
+    "SiteCost",
     "Skip",
     "Step",
     "text_table",
@@ -307,6 +308,25 @@ class Agreement:
         text = f"output on {self.samples} held-out samples: relative error {self.relative_error:.3f}"
         text += f", cosine {self.cosine:.4f}"
         return text if self.top1 is None else text + f", same class in {100 * self.top1:.1f} %"
+
+
+@dataclass(frozen=True)
+class SiteCost:
+    """What the swap of one site costs by itself, with the original's own values before and after it.
+
+    Args:
+        norm: The norm's fqn.
+        layer: The fqn of the layer that takes the norm's statistics up, or None.
+        error: ``E‖y' − y‖² / Var y`` on held-out samples, y the norm's output in the original, y' after the match.
+        absorbed: The same with what the BatchNorm alone tells.
+        share: The error's share of the sum over all sites.
+    """
+
+    norm: str
+    layer: str | None
+    error: float
+    absorbed: float
+    share: float
 
 
 @dataclass(frozen=True)

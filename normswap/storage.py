@@ -48,7 +48,7 @@ from normswap.writing import check_target, reported, staged
 
 __all__ = ["is_stored", "load", "save"]
 
-FORMAT = 1
+FORMAT = 2  # 1 had other gains of weight standardization
 _FORMAT, _VERSION, _PLANS, _CONTENTS, _SKELETON = (
     f"normswap_{name}" for name in ("format", "version", "plans", "contents", "skeleton")
 )

@@ -303,12 +303,13 @@ def standardized(model: nn.Module) -> Iterator[tuple[str, nn.Module, WeightStand
 
 @torch.no_grad()
 def without_centring_(model: nn.Module) -> nn.Module:
-    """Give standardized layers the plain weight ``gain_c/std_c · v``: standardization but for the mean."""
+    """Give standardized layers the plain weight ``gain_c/(std_c·sqrt(n)) · v``: standardization but for the mean."""
     for _, layer, ws in list(standardized(model)):
         originals = layer.parametrizations["weight"]
         v = originals.original0 if ws.gain else originals.original
-        std = (filters(layer, v).var(1, correction=0) + ws.eps).sqrt()
-        gain = originals.original1 if ws.gain else torch.ones_like(std)
+        rows = filters(layer, v)
+        std = (rows.var(1, correction=0) + ws.eps).sqrt()
+        gain = originals.original1 / rows.shape[1] ** 0.5 if ws.gain else torch.ones_like(std)
         weight = v * per_filter(layer, gain / std, v)
         assert weight.dtype == v.dtype
         del layer._modules["parametrizations"]

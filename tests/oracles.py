@@ -134,13 +134,15 @@ def weight_standardization(
     """``Ŵ = (W − μ)/σ`` per filter, ``μ = 1/I ΣW``, ``σ = sqrt(1/I Σ(W − μ)² + ε)`` (Qiao, eq. 4-5).
 
     ε stands under the root, as in the other norms. ``gain`` and ``offset``, which the paper has not, make it
-    ``gain·Ŵ + offset``.
+    ``(gain·Ŵ + offset)/sqrt(I)`` (for the gain: Brock et al. 2021, eq. 2).
     """
 
     def standardized(W: Array, c: int) -> Array:
         mean = np.sum(W) / W.size
         std = np.sqrt(np.sum((W - mean) ** 2) / W.size + eps)
-        return (1.0 if gain is None else gain[c]) * (W - mean) / std + (0.0 if offset is None else offset[c])
+        if gain is None:
+            return (W - mean) / std
+        return (gain[c] * (W - mean) / std + (0.0 if offset is None else offset[c])) / np.sqrt(W.size)
 
     return layer.per_filter(standardized)
 

@@ -759,3 +759,126 @@ def test_noise_has_the_models_dtype_and_the_same_values_each_time() -> None:
 def test_the_root_of_usage_errors_is_the_one_that_typer_raises() -> None:
     assert issubclass(typer.BadParameter, console.UsageError)
     assert console.UsageError.__name__ == "ClickException"
+
+
+@pytest.fixture
+def calibrated(folder: Path) -> Path:
+    """Return the folder with calibration data in it."""
+    np.save(folder / "data.npy", torch.randn(40, 3, 12, 12, generator=torch.Generator().manual_seed(1)).numpy())
+    return folder
+
+
+def test_calibration_matches_where_nothing_else_is_asked_for(calibrated: Path) -> None:
+    shown = succeed("convert", "model.pt", "--calibration", "data.npy", "-o", "out.safetensors").stdout
+    assert re.search(r"agreement +output on 8 held-out samples: relative error 0\.\d+, cosine 0\.9", shown)
+    plain = ("convert", "model.pt", "--calibration", "data.npy", "--json", "-o")
+    methods = {}
+    for how in ("match", "absorb", "tune", "none"):
+        steps = ("--tune-steps", "2") if how == "tune" else ()
+        record = json.loads(succeed(*plain, f"{how}.safetensors", "--init", how, *steps).stdout)
+        methods[how] = record["init"]["method"]
+        assert (record["init"]["agreement"] is None) == (how in ("absorb", "none"))
+    assert methods == {how: how for how in methods}
+    default, matched, absorbed = (ns.load(f"{how}.safetensors").state_dict() for how in ("out", "match", "absorb"))
+    assert all(torch.equal(value, matched[name]) for name, value in default.items())
+    assert not all(torch.equal(value, absorbed[name]) for name, value in default.items())
+
+
+def test_the_spread_and_the_number_of_groups_are_chosen(calibrated: Path) -> None:
+    plain = ("convert", "model.pt", "--to", "gn", "--calibration", "data.npy", "-o")
+    succeed(*plain, "a.safetensors", "--spread", "0")
+    succeed(*plain, "b.safetensors", "--spread", "1")
+    one, other = (ns.load(f"{name}.safetensors").state_dict() for name in "ab")
+    assert not all(torch.equal(value, other[name]) for name, value in one.items())
+    record = json.loads(succeed(*plain, "c.safetensors", "--num-groups", "auto", "--json").stdout)
+    assert record["plan"]["options"]["num_groups"] == "auto"
+    assert all(step["num_groups"] for step in record["plan"]["steps"])
+    record = json.loads(succeed(*plain, "d.safetensors", "--num-groups", "4", "--json").stdout)
+    assert [step["num_groups"] for step in record["plan"]["steps"]] == [4, 4]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--num-groups", "auto"], "--num-groups auto chooses by calibration data"),
+        (["--num-groups", "many"], "num_groups='many' is no number"),
+        (["--init", "match"], "fits to data and none was given"),
+        (["--init", "magic"], "init='magic' is unknown"),
+        (["--report", "nowhere/page.html"], "cannot write"),
+    ],
+)
+def test_a_choice_that_cannot_be_made_is_refused(folder: Path, arguments: list[str], expected: str) -> None:
+    before = contents(folder)
+    result = run("convert", "model.pt", *arguments)
+    assert result.exit_code == 2
+    assert expected in result.stderr
+    assert contents(folder) == before
+
+
+def test_inspect_ranks_the_sites_by_what_their_swap_costs(calibrated: Path) -> None:
+    command = ("inspect", "model.pt", "--calibration", "data.npy", "--to", "gn+ws")
+    record = json.loads(succeed(*command, "--json").stdout)
+    assert {row["norm"]: row["layer"] for row in record} == {"1": "0", "4": "3"}
+    assert [row["error"] for row in record] == sorted((row["error"] for row in record), reverse=True)
+    assert sum(row["share"] for row in record) == pytest.approx(1)
+    assert f"{record[0]['error']:.4f}" in succeed(*command).stdout
+    assert "is exact" in run("inspect", "model.pt", "--calibration", "data.npy", "--to", "wn").stderr
+
+
+def test_a_site_has_the_same_error_whatever_lies_before_it(calibrated: Path) -> None:
+    """The second site's cost is that of its swap alone; converted together it also has the first one's errors."""
+    model, data = load_model(calibrated / "model.pt"), torch.from_numpy(np.load("data.npy"))
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    together = {row.norm: row for row in ns.rank_sites(model, "gn", calibration=data)}
+    alone = {row.norm: row for row in ns.rank_sites(model, "gn", calibration=data, include=["4"])}
+    assert together["4"].error == pytest.approx(alone["4"].error, rel=1e-3)  # float32, and the ridge's steps
+    fits = {row.name: row.fit for row in ns.convert(model, "gn", calibration=data).init.rows}
+    assert fits["4"] is not None
+    assert fits["4"].noise_after > 1.05 * together["4"].error  # the negative control: errors add up there
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_convert_writes_a_report(calibrated: Path) -> None:
+    pytest.importorskip("matplotlib")
+    shown = succeed(
+        "convert", "model.pt", "--calibration", "data.npy", "-o", "out.safetensors", "--report", "page.html"
+    )
+    assert "page.html (" in shown.stdout
+    assert "<svg" in (calibrated / "page.html").read_text(encoding="utf-8")
+
+
+def test_a_terminal_shows_the_progress_of_a_match_and_a_pipe_does_not(calibrated: Path) -> None:
+    arguments = ("convert", "model.pt", "--calibration", "data.npy", "-o", "out.safetensors")
+    assert re.search(r"[123]/3", run_on_terminal(100, *arguments))
+    assert not re.search(r"[123]/3", run_on_terminal(100, *arguments, "--json"))
+    result = subprocess.run([*MODULE, *arguments], capture_output=True, text=True, check=True, env=environment())
+    assert result.stderr == ""
+
+
+def test_ctrl_c_within_a_match_ends_with_130_and_leaves_nothing(calibrated: Path) -> None:
+    script = SCRIPT.replace(
+        "        return", "        if len(x) == 7: import os; os.kill(os.getpid(), 2)\n        return"
+    )
+    (calibrated / "stop.py").write_text(script.replace('"net.pt"', '"stop.pt"'), encoding="utf-8")
+    subprocess.run([sys.executable, "stop.py"], check=True, stdout=subprocess.DEVNULL, env=environment())
+    np.save("some.npy", np.zeros((23, 3, 12, 12), np.float32))
+    before = contents(calibrated)
+    command = [*MODULE, "convert", "stop.pt", "--trust", "stop.py", "--calibration", "some.npy", "--batch-size", "16"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
+    assert (result.returncode, result.stderr.splitlines()[-1]) == (130, "interrupted")
+    assert contents(calibrated) == before
+    assert not list(calibrated.glob(".normswap-*"))
+
+
+def test_an_interrupted_match_leaves_the_model_as_it_was() -> None:
+    model = make_model().train()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    for act in (ns.convert, ns.rank_sites):
+        with pytest.raises(KeyboardInterrupt):
+            act(model, "gn+ws", calibration=torch.randn(20, 3, 12, 12), progress=stop)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert all(module.training and not module._forward_hooks for module in model.modules())

@@ -22,6 +22,10 @@ EXAMPLES = REPOSITORY / "examples"
 RUNS: dict[str, tuple[list[str], list[str]]] = {
     "convert_timm.py": ([], ["14 of 14 BatchNorms convert", "saved (", "parameters: "]),
     "finetune.py": ([], ["BatchNorm ", "gn, fresh ", "gn+ws, calibrated ", "wn+mobn "]),
+    "finetune_small_batches.py": (
+        ["--steps", "2", "--search-steps", "1", "--images", "40"],
+        ["BatchNorm ", "naive gn ", "gn+ws, match "],
+    ),
     "fold_and_run.py": ([], ["9 before folding, 0 after", "agree: ", "onnxruntime "]),
     "private_training.py": ([], ["gn+ws ", "wn ", "wn+mobn is refused"]),
     "train_digits.py": (["--help"], ["--output"]),  # its training takes longer than all others together

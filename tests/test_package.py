@@ -30,6 +30,7 @@ LAYERS = [
     "cli",
     "demo",
     "__init__",
+    "report",
     "conversion",
     "storage",
     "exporting",

@@ -150,3 +150,33 @@ def test_a_recipe_is_added_by_one_class() -> None:
     assert (result.model(x) - reference).norm() < 0.5 * reference.norm()
     replayed = ns.convert(small(), RmsNormalization(eps=1e-6), plan=ns.Plan.from_json(result.plan.to_json()))
     assert isinstance(replayed.model[1], RootMeanSquare)  # type: ignore[index]
+
+
+@pytest.mark.parametrize("recipe", ["gn+ws", "gn+aws"])
+def test_a_step_of_gain_or_offset_moves_the_filter_as_far(recipe: str) -> None:
+    """|∂W/∂g| = |∂W/∂o| = 1, as of g in weight normalization: no learning rate of their own is needed."""
+    model = nn.Sequential(nn.Conv2d(8, 4, 5), nn.BatchNorm2d(4)).eval()
+    layer = ns.swap_norms(model, recipe)[0]
+    before = layer.weight.detach().clone()
+    for name, parameter in layer.parametrizations.weight.named_parameters():
+        if parameter.ndim == 1:
+            with torch.no_grad():
+                parameter.add_(1)
+                moved = (layer.weight - before).flatten(1).norm(dim=1)
+                parameter.sub_(1)
+            assert moved.tolist() == pytest.approx([1.0] * 4, rel=1e-2), name  # eps beside the variance of v
+
+
+def test_a_dead_filter_is_as_long_as_the_others_and_computes_the_same() -> None:
+    """The gradient of v grows as v shrinks: a step that suits the others would throw a dead filter anywhere."""
+    model = nn.Sequential(nn.Conv2d(8, 4, 5), nn.BatchNorm2d(4)).eval()
+    with torch.no_grad():
+        model[0].weight[1] *= 1e-3
+        model[0].weight[2] = 0
+    swapped = ns.swap_norms(model, "gn+aws")[0]
+    lengths = swapped.parametrizations.weight.original0.detach().flatten(1).norm(dim=1)
+    typical = model[0].weight.detach().flatten(1).norm(dim=1).square().mean().sqrt()
+    assert float(lengths[1]) == pytest.approx(float(typical), rel=1e-5)
+    assert float(lengths[2]) == 0
+    expected = model[0].weight / (model[1].running_var + model[1].eps).sqrt()[:, None, None, None]
+    assert torch.allclose(swapped.weight, expected, rtol=1e-4, atol=1e-7)

@@ -14,7 +14,7 @@ import sys
 import textwrap
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TextIO, cast
 
 import typer
@@ -23,7 +23,17 @@ from typer.core import TyperGroup
 from normswap.errors import NormswapError
 from normswap.records import text_table
 
-__all__ = ["ErrorBoundary", "facts", "note", "print_json", "say", "survive_any_encoding", "table", "working"]
+__all__ = [
+    "ErrorBoundary",
+    "facts",
+    "note",
+    "print_json",
+    "progressing",
+    "say",
+    "survive_any_encoding",
+    "table",
+    "working",
+]
 
 # typer has a copy of click since 0.20 and click itself before: the base of the usage errors in either is this one.
 UsageError = cast("type[Exception]", typer.BadParameter.__mro__[2])
@@ -35,6 +45,8 @@ SPELLED = {
     "the whole reason is the exception's __cause__": "`normswap --debug …` shows the whole reason",
     "calibration=": "--calibration",
     "give calibration data": "give calibration data (--calibration FILE)",
+    "num_groups='auto'": "--num-groups auto",
+    "init='absorb'": "--init absorb",
     "give example_inputs": "give --input-shape",
     "give example inputs": "give --input-shape",
 }
@@ -109,10 +121,56 @@ def working(what: str) -> Iterator[None]:
             from rich.console import Console
 
             stack.enter_context(Console(stderr=True).status(f"{what} …"))
-        stack.enter_context(contextlib.redirect_stdout(sys.stderr))
-        stack.enter_context(warnings.catch_warnings())
+        stack.enter_context(_hushed())
+        yield
+
+
+@contextlib.contextmanager
+def _hushed() -> Iterator[None]:
+    """Send what libraries and models print to stderr, and their warnings nowhere."""
+    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+@contextlib.contextmanager
+def progressing(what: str, *, quiet: bool = False) -> Iterator[Callable[[str, int, int], None] | None]:
+    """As :func:`working`, with a bar and the time that is left once the callback given has been told of both.
+
+    Args:
+        what: What is going on.
+        quiet: Show no bar.
+
+    Yields:
+        To be called with what is done, how much of it, and how much there is; None where nothing is shown.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_hushed())
+        if quiet or not sys.stderr.isatty():
+            yield None
+            return
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            SpinnerColumn,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+
+        columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(bar_width=20))
+        bar = Progress(
+            *columns, MofNCompleteColumn(), TimeRemainingColumn(), console=Console(stderr=True), transient=True
+        )
+        task = stack.enter_context(bar).add_task(f"{what} …", total=None)
+
+        def show(name: str, done: int, total: int) -> None:
+            if total != bar.tasks[0].total:  # something else has begun
+                bar.reset(task, total=total)
+            bar.update(task, description=name, completed=done)
+
+        yield show
 
 
 class _Notes(logging.Handler):

@@ -11,10 +11,18 @@ import typer
 
 import normswap as ns
 from normswap.cli import files, options
-from normswap.cli.console import note, print_json, say, table, working
-from normswap.cli.reporting import as_record, show_conversion, show_norms, show_plan
+from normswap.cli.console import note, print_json, progressing, say, table, working
+from normswap.cli.reporting import (
+    as_record,
+    costs_as_record,
+    show_conversion,
+    show_costs,
+    show_norms,
+    show_plan,
+)
 from normswap.errors import InputError, NothingToConvertError
 from normswap.records import Plan
+from normswap.report import require_packages
 from normswap.writing import staged
 
 if TYPE_CHECKING:
@@ -29,6 +37,8 @@ DEFAULT = "gn+ws"
 def inspect_model(
     model: options.Model,
     to: options.To = None,
+    calibration: options.Calibration = None,
+    batch_size: options.BatchSize = 32,
     input_shape: options.InputShape = None,
     input_file: options.InputFile = None,
     trust: options.Trust = None,
@@ -38,11 +48,17 @@ def inspect_model(
 ) -> None:
     """Show a model's norms, their layers, and what cannot be converted.
 
-    With --to the plan of a conversion.
+    With --to the plan of a conversion; with --calibration what the swap of each site costs by itself.
     """
     shapes = options.read_shapes(input_shape)
     network = files.Source.of(trust, arch, arch_kwargs).open(model)
     inputs = files.example_inputs(network, shapes, input_file)
+    batches = files.calibration_batches(network, calibration, batch_size)
+    if batches is not None:
+        with progressing("ranking the sites", quiet=as_json) as progress:
+            costs = ns.rank_sites(network, to or DEFAULT, calibration=batches, example_inputs=inputs, progress=progress)
+        print_json(costs_as_record(costs)) if as_json else show_costs(costs, type(network).__name__, to or DEFAULT)
+        return
     if to is not None:
         with working("planning"):
             plan = ns.plan(network, to, example_inputs=inputs)
@@ -97,20 +113,25 @@ def convert_model(
         Path | None,
         typer.Option(help="fold, export to this .onnx file, and verify it", rich_help_panel=options.OUTPUT),
     ] = None,
-    calibration: Annotated[
+    report: Annotated[
         Path | None,
+        typer.Option(help="write a page of what the swap did to each site (.html)", rich_help_panel=options.OUTPUT),
+    ] = None,
+    calibration: options.Calibration = None,
+    batch_size: options.BatchSize = 32,
+    init: Annotated[
+        str | None,
         typer.Option(
-            help="unlabelled inputs: .npz, .npy, .pt or .safetensors; 500-1000 are enough",
-            rich_help_panel=options.INPUTS,
+            metavar="HOW",
+            help="absorb: keep what the BatchNorms know; match: fit each site to --calibration, too (the default "
+            "where that is given); tune: then take gradient steps, without labels; none: fresh norms",
+            rich_help_panel=options.NORMS,
         ),
     ] = None,
-    batch_size: Annotated[
-        int, typer.Option(min=1, help="calibration inputs that run at once", rich_help_panel=options.INPUTS)
-    ] = 32,
-    init: Annotated[
-        str,
-        typer.Option(help="absorb: keep what the model has learnt; none: fresh norms", rich_help_panel=options.NORMS),
-    ] = "absorb",
+    spread: options.Spread = None,
+    tune_steps: Annotated[
+        int | None, typer.Option(min=1, help="gradient steps of --init tune (300)", rich_help_panel=options.NORMS)
+    ] = None,
     num_groups: options.NumGroups = None,
     group_size: options.GroupSize = None,
     eps: options.Eps = None,
@@ -156,9 +177,12 @@ def convert_model(
             )
         recipe, chosen = replayed.recipe, dict(replayed.options)
     target = None if dry_run else _target(model, recipe, output, fold=fold, onnx=onnx)
-    onnx = None if dry_run else onnx
+    onnx, report = (None, None) if dry_run else (onnx, report)
+    if report is not None:
+        require_packages()
+    fitting: dict[str, Any] = {k: v for k, v in (("spread", spread), ("tune_steps", tune_steps)) if v is not None}
 
-    with staged(*filter(None, (target, onnx, save_plan)), inputs=(model,)) as place:
+    with staged(*filter(None, (target, onnx, report, save_plan)), inputs=(model,)) as place:
         network = source.open(model)
         inputs = example = files.example_inputs(network, shapes, input_file)
         program = target is not None and target.suffix == ".pt2"
@@ -175,7 +199,7 @@ def convert_model(
                 )
             _save_plan(made, save_plan, place)
         else:
-            with working(f"converting to {recipe}"):
+            with progressing(f"converting to {recipe}", quiet=as_json) as progress:
                 result = ns.convert(
                     network,
                     recipe,
@@ -184,11 +208,16 @@ def convert_model(
                     init=init,
                     plan=replayed,
                     inplace=True,  # it was read from a file and is nobody else's
+                    progress=progress,
+                    **fitting,
                     **selected,
                     **({} if replayed else chosen),
                 )
             artifact = _write(result, place, target, onnx, example, fold=fold, opset=opset)
             _save_plan(result.plan, save_plan, place)
+            if report is not None:
+                with working(f"writing {report}"):
+                    ns.write_report(result, place(report))
     if dry_run:
         print_json(made.to_json()) if as_json else show_plan(made)
         if not made.steps:
@@ -198,7 +227,7 @@ def convert_model(
                 hint="the table above has the reasons",
             )
         return
-    outputs = [path for path in (target, onnx, save_plan) if path is not None]
+    outputs = [path for path in (target, onnx, report, save_plan) if path is not None]
     if as_json:
         print_json(as_record(result, artifact, outputs))
         return

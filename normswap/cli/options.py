@@ -16,6 +16,8 @@ from normswap.errors import InputError
 __all__ = [
     "Arch",
     "ArchKwargs",
+    "BatchSize",
+    "Calibration",
     "Eps",
     "Exclude",
     "GroupSize",
@@ -28,6 +30,7 @@ __all__ = [
     "Opset",
     "RecipeOption",
     "Shapes",
+    "Spread",
     "To",
     "Trust",
     "read_arch_kwargs",
@@ -95,9 +98,31 @@ To = Annotated[
         rich_help_panel=NORMS,
     ),
 ]
-NumGroups = Annotated[int | None, typer.Option(help="groups at every norm", rich_help_panel=NORMS)]
+NumGroups = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N|auto",
+        help="groups at every norm; auto: at each the number that calibration finds best",
+        rich_help_panel=NORMS,
+    ),
+]
 GroupSize = Annotated[
     int | None, typer.Option(help="channels per group, where that divides (16)", rich_help_panel=NORMS)
+]
+Calibration = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="unlabelled inputs: .npz, .npy, .pt or .safetensors; 500-1000 are enough",
+        rich_help_panel=INPUTS,
+    ),
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="calibration inputs that run at once", rich_help_panel=INPUTS)]
+Spread = Annotated[
+    float | None,
+    typer.Option(
+        min=0, help="how steady a match keeps a group's statistics (1); 0 leaves them alone", rich_help_panel=NORMS
+    ),
 ]
 Eps = Annotated[float | None, typer.Option(help="added to the variance (the BatchNorm's own)", rich_help_panel=NORMS)]
 RecipeOption = Annotated[
@@ -174,7 +199,11 @@ def read_recipe_options(recipe: str, given: Mapping[str, Any], texts: Sequence[s
 
     cls = all_recipes().get(recipe)  # an unknown one is refused later, with the list of those there are
     types = {field.name: str(field.type).split(" | ") for field in fields(cls)} if cls else {}
-    options = {name: value for name, value in given.items() if value is not None}
+    options = {
+        name: _typed(name, value, types.get(name, ["str"])) if isinstance(value, str) else value
+        for name, value in given.items()
+        if value is not None
+    }
     for text in texts or ():
         name, equals, value = text.partition("=")
         name = name.strip().replace("-", "_")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from normswap.cli.console import facts, say, table
-from normswap.records import InitReport, Plan, Skip
+from normswap.records import InitReport, Plan, SiteCost, Skip
 
 if TYPE_CHECKING:
     from normswap.conversion import Conversion
@@ -22,10 +22,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "as_record",
+    "costs_as_record",
     "describe_check",
     "show_artifact",
     "show_check",
     "show_conversion",
+    "show_costs",
     "show_norms",
     "show_plan",
     "written",
@@ -72,6 +74,20 @@ def show_norms(header: tuple[str, ...], rows: Sequence[tuple[str, ...]], notes: 
         facts([("noted", f"{_counted(names, 'norm')}: {text}") for text, names in _alike(about)])
 
 
+def show_costs(costs: Sequence[SiteCost], model: str, recipe: str) -> None:
+    """Print what the swap of each site costs by itself, the dearest first."""
+    say(f"{model} → {recipe}: the error of each site's swap by itself, as a share of its output's variance\n")
+    table(
+        ("site", "error", "before the match", "layer", "share"),
+        [(c.norm, f"{c.error:.4f}", f"{c.absorbed:.4f}", c.layer or "–", f"{100 * c.share:.1f} %") for c in costs],
+    )
+
+
+def costs_as_record(costs: Sequence[SiteCost]) -> str:
+    """Return a ranking as JSON."""
+    return json.dumps([dataclasses.asdict(cost) for cost in costs], indent=2, ensure_ascii=False)
+
+
 def _grouped(skips: Sequence[Skip]) -> list[tuple[tuple[str, str], list[str]]]:
     """Return the names per kind and reason, norms first."""
     found = []
@@ -114,6 +130,8 @@ def show_conversion(result: Conversion, artifact: ExportArtifact | None, outputs
     lines += [("noted", text) for text in _noted(plan, result.init)]
     if result.check is not None or _should_be_checked(result):
         lines.append(("checked", describe_check(result.check)))
+    if result.init.agreement is not None:
+        lines.append(("agreement", str(result.init.agreement)))
     lines += [("assumed", text) for text in result.init.assumptions]
     if artifact is not None and artifact.verification is not None:
         lines.append(("verified", describe_check(artifact.verification)))

@@ -90,7 +90,7 @@ def run_side_by_side(
     converted: nn.Module,
     places: Sequence[Place],
     batches: Sequence[Batch],
-    fit: Callable[[Place, Sequence[Visit]], None],
+    fit: Callable[[Place, Sequence[Visit]], Sequence[Tensor] | None],
 ) -> None:
     """Run both networks over ``batches`` and call ``fit`` once for each place, in the order of execution.
 
@@ -99,7 +99,9 @@ def run_side_by_side(
         converted: The converted network, of which only what ``fit`` changes of its parameters in place stays changed.
         places: The sites, in execution order as far as it is known.
         batches: The inputs of each forward pass.
-        fit: Fits one site to all its visits. A place that is called more than once is fitted at its first call.
+        fit: Fits one site to all its visits, and returns what the converted network goes on with after each of them;
+            None lets it go on with what the site gives now. A place that is called more than once is fitted at its
+            first call.
 
     Raises:
         InputError: The forward fails.
@@ -129,7 +131,7 @@ def run_side_by_side(
             run.advance()
         while paused := [run for run in seconds if run.event is not None]:
             name = min((run.event.name for run in paused if run.event is not None), key=rank.__getitem__)
-            visits = []
+            visits, visitors = [], []
             arrived = [(a, b) for a, b in zip(firsts, seconds, strict=True) if b.event and b.event.name == name]
             if name not in fitted:
                 for first, second in arrived:
@@ -142,9 +144,12 @@ def run_side_by_side(
                         one_shape = here.beside.shape == there.beside.shape == there.x.shape
                         beside = (there.beside, here.beside) if one_shape else None
                     visits.append(Visit(here.x, there.x, beside))
+                    visitors.append(here)
                 if visits:
-                    fit(by_name[name], visits)
+                    outputs = fit(by_name[name], visits)
                     fitted.add(name)
+                    for here, output in zip(visitors, outputs or (), strict=outputs is not None):
+                        here.output = output
             for first, second in arrived:
                 first.found.pop(name, None)
                 second.advance()
@@ -154,11 +159,12 @@ def run_side_by_side(
 
 @dataclass
 class _Event:
-    """A pause at a place: the source's input (in the original: the reference) and the other addend."""
+    """A pause at a place: the source's input (in the original: the reference), the other addend, what to go on with."""
 
     name: str
     x: Tensor
     beside: Tensor | None = None
+    output: Tensor | None = None
     _versions: list[tuple[Tensor, int]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -369,11 +375,15 @@ def _watch_converted(place: Place, added: bool) -> Iterator[None]:
         event = run.inputs_of.pop(place.name, None)
         if not run.first_call(place) or event is None or not event.valid:
             return None
+
+        def again() -> Tensor:
+            return place.output(event.x) if event.output is None else event.output.to(output.dtype)
+
         if added:
-            run.pending[id(output)] = output, event, lambda: place.output(event.x)
+            run.pending[id(output)] = output, event, again
             return None
         run.pause(event)
-        return place.output(event.x)
+        return again()
 
     handles = [
         place.source.register_forward_pre_hook(before, with_kwargs=True),

@@ -56,6 +56,7 @@ def match_to(
     *,
     least_group: int | None = None,
     spread: float = SPREAD,
+    isolated: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, InitRow]:
     """Fit ``converted``, whose sites hold the absorbed BatchNorms, to ``original``.
@@ -68,6 +69,7 @@ def match_to(
         least_group: Give each group normalization the number of groups that has the least error, of those with at least
             so many channels in a group; None leaves them as they are.
         spread: See :mod:`normswap.initialization.steadying`.
+        isolated: Let the original's values go on after each site, such that each site's error is its own alone.
         progress: Called with a site's name, how many were fitted, and how many there are.
 
     Returns:
@@ -81,12 +83,14 @@ def match_to(
     places += heads
     rows: dict[str, InitRow] = {}
 
-    def fit(place: Place, visits: Sequence[Visit]) -> None:
+    def fit(place: Place, visits: Sequence[Visit]) -> list[Tensor] | None:
+        goal = goals[place.name]
         with torch.no_grad():
-            fitting = _Fitting(place, goals[place.name], visits, least_group, spread)
+            fitting = _Fitting(place, goal, visits, least_group, spread)
             rows[place.name] = fitting.run(sites.get(place.name))
         if progress is not None:
             progress(place.name, len(rows), len(places))
+        return [goal.targets(visit)[1] for visit in visits] if isolated else None
 
     run_side_by_side(original, converted, places, batches, fit)
     for place in places:  # no parameter, and so put back with all else that the forwards may have changed
@@ -491,7 +495,11 @@ class _Fitting:
         if isinstance(self.source, ChannelAffine):
             self.source.weight.copy_(weight[:, 0])
         elif self.goal.part is not None:
-            excess = self.goal.part.load(self.source, weight, excess)
+            # The filters' lengths are free and decide what a learning rate does to them: the original's is kept.
+            length = (self.goal.anchor.norm(dim=1) / self.goal.scale.double()).square().mean().sqrt()
+            found = candidate.weight.norm(dim=1).square().mean().sqrt()
+            stretch = length / found if bool(length > 0) and bool(found > 0) else torch.ones_like(found)
+            excess = self.goal.part.load(self.source, weight * stretch, excess / stretch)
         else:
             self.source.weight.copy_(weight)  # type: ignore[operator]
         if isinstance(self.source.bias, Tensor):

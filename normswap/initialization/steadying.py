@@ -9,9 +9,10 @@ filters and bias can take them back: each channel's sign s, and its offset o. Wi
 - its second moment is ``E z² + 2/n Σ o_c z'_c + ‖o‖²/n``: with offsets along the direction, orthogonal to 1, in which
   Σ varies least, the middle term is as steady as can be, and ``‖o‖²/n = spread²`` is the part of it that never varies.
 
-At ``spread`` 0 the statistics are all the sample's own; the larger it is, the steadier they are, the closer the swap,
-and the less is normalized. At 1, the default, half of the variance is the sample's own: about what a convolution's
-output has anyway, whose channels' means differ by about their deviations.
+At ``spread`` k a share of 1/(1 + k²) of the variance that the norm divides by is the sample's own: all of it at 0, a
+fifth at 2, the default. The larger it is, the steadier the statistics, the closer the swap, and the less is normalized:
+activations far beyond the calibration data's are brought back by any. What varies in the deviation by a share d moves
+the output by ``d k/(1 + k²)`` times a constant per sample and channel, which is worst at 1: a little is no good.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 
 __all__ = ["SPREAD", "steady"]
 
-SPREAD = 1.0
+SPREAD = 2.0
 
 
 def steady(means: Tensor, groups: int, spread: float = SPREAD) -> tuple[Tensor, Tensor]:

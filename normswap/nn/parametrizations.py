@@ -47,10 +47,15 @@ def parametrize_weight_norm(layer: nn.Module, name: str = "weight") -> None:
 class WeightStandardization(nn.Module):
     """Weight standardization, with a learnable gain and, on request, a learnable offset per filter.
 
-    ``W_c = g_c · (v_c − mean(v_c)) / sqrt(var(v_c) + eps) + o_c``, mean and (biased) variance over each filter.
-    Originals: ``original0`` is v, shaped as the weight; ``original1`` the gain g, ``(out,)``; ``original2`` the offset
-    o, ``(out,)``. Without a gain, g = 1 and v is the only original: the published form. The gain keeps a pretrained
-    filter's scale; the offset keeps its mean, so that with both every weight can be written exactly.
+    ``W_c = (g_c · (v_c − mean(v_c)) / sqrt(var(v_c) + eps) + o_c) / sqrt(n)``, mean and (biased) variance over each
+    filter, n its number of values. Originals: ``original0`` is v, shaped as the weight; ``original1`` the gain g,
+    ``(out,)``; ``original2`` the offset o, ``(out,)``. Without a gain there is no ``sqrt(n)`` either, and v is the only
+    original: the published form. The gain keeps a pretrained filter's scale; the offset keeps its mean, so that with
+    both every weight can be written exactly.
+
+    With the ``sqrt(n)``, g is the filter's norm, as in weight normalization, and ``|∂W/∂g| = |∂W/∂o| = 1``. Without it
+    g would be sqrt(n) times smaller and its gradient as much larger: a rate that fits all other parameters would change
+    it n times too fast, and training diverges.
 
     Args:
         layout: Where the layer's filters lie.
@@ -59,7 +64,8 @@ class WeightStandardization(nn.Module):
         eps: Added to the variance.
 
     Source: S. Qiao et al., *Micro-Batch Training with Batch-Channel Normalization and Weight Standardization*, 2019,
-    eq. 4-5, which have neither gain nor offset.
+    eq. 4-5, which have neither gain nor offset; the gain with its ``sqrt(n)``: A. Brock et al., *Characterizing signal
+    propagation to close the performance gap in unnormalized ResNets*, 2021, eq. 2.
     """
 
     def __init__(self, layout: FilterLayout, *, gain: bool = True, offset: bool = False, eps: float = 1e-5) -> None:
@@ -73,6 +79,8 @@ class WeightStandardization(nn.Module):
         filters = self.layout.flatten(v)
         # One filter is one "group" of a single sample: torch's group norm standardizes, multiplies by the gain and
         # adds the offset in one kernel, about five times faster than layer_norm and two elementwise operations.
+        scale = filters.shape[1] ** -0.5
+        gain, offset = (None if value is None else value * scale for value in (gain, offset))
         rows = F.group_norm(filters[None], filters.shape[0], gain, offset, self.eps)[0]
         return self.layout.unflatten(rows, v)
 
@@ -82,8 +90,9 @@ class WeightStandardization(nn.Module):
             return weight
         filters = self.layout.flatten(weight)
         mean, var = row_moments(filters)
-        gain = (var + self.eps).sqrt()
-        return (weight, gain, mean) if self.offset else (weight, gain)
+        unit = filters.shape[1] ** 0.5
+        gain = (var + self.eps).sqrt() * unit
+        return (weight, gain, mean * unit) if self.offset else (weight, gain)
 
     def extra_repr(self) -> str:
         return f"gain={self.gain}, offset={self.offset}, eps={self.eps}"

@@ -15,15 +15,15 @@ __all__ = ["GroupNormalizationAffineWeightStandardization"]
 class GroupNormalizationAffineWeightStandardization(GroupedRecipe):
     """Group normalization, and weight standardization with a learnable gain and offset per filter.
 
-    ``W = gain (v − mean v)/sqrt(var v + eps) + offset``: every weight can be written so, and the layer's function is
-    kept exactly. A filter of one value (fan-in 1) has no deviation: there the recipe is ``gn``.
+    ``W = (gain (v − mean v)/sqrt(var v + eps) + offset)/sqrt(n)``: every weight can be written so, and the layer's
+    function is kept exactly. A filter of one value (fan-in 1) has no deviation: there the recipe is ``gn``.
 
     Source: S. Qiao et al., *Weight Standardization*, 2019, eq. 4-5; gain and offset as in mmcv's ``ConvAWS2d``, where
     they are buffers.
     """
 
     name = "gn+aws"
-    equation = "W = gain (v − mean v)/sqrt(var v + eps) + offset, then gn"
+    equation = "W = (gain (v − mean v)/sqrt(var v + eps) + offset)/sqrt(n), then gn"
     paper = "Qiao et al. 2019, Wu & He 2018"
     exact = False
 

@@ -15,8 +15,8 @@ __all__ = ["GroupNormalizationWeightStandardization"]
 class GroupNormalizationWeightStandardization(GroupedRecipe):
     """Group normalization in the BatchNorm's place and weight standardization of the layer in front of it.
 
-    ``W = gain (v − mean v)/sqrt(var v + eps)`` per filter, then group normalization. A filter of one value (fan-in 1)
-    has no deviation: there the recipe is ``gn``.
+    ``W = gain (v − mean v)/sqrt(n (var v + eps))`` per filter of n values, then group normalization. A filter of one
+    value (fan-in 1) has no deviation: there the recipe is ``gn``.
 
     Args:
         gain: Whether each filter has a learnable gain, which keeps a pretrained filter's scale; without it the weight
@@ -28,7 +28,7 @@ class GroupNormalizationWeightStandardization(GroupedRecipe):
     gain: bool = True
 
     name = "gn+ws"
-    equation = "W = gain (v − mean v)/sqrt(var v + eps), then gn"
+    equation = "W = gain (v − mean v)/sqrt(n (var v + eps)), then gn"
     paper = "Qiao et al. 2019, Wu & He 2018"
     exact = False
 

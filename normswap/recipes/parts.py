@@ -275,7 +275,7 @@ class WeightNorm(WeightPart):
 
 @dataclass(frozen=True)
 class WeightStd(WeightPart):
-    """``W = gain (v − mean v)/sqrt(var v + eps) + offset`` (Qiao et al. 2019, eq. 4-5, with our gain and offset)."""
+    """``W = (gain (v − mean v)/sqrt(var v + eps) + offset)/sqrt(n)``, n values in a filter; see the parametrization."""
 
     gain: bool = True
     offset: bool = False
@@ -295,15 +295,25 @@ class WeightStd(WeightPart):
 
     def load(self, layer: nn.Module, weight: Tensor, scale: Tensor) -> Tensor:
         layout = FilterLayout.of(layer)
-        mean, var = row_moments(layout.flatten(weight))
-        std = (var + self.eps).sqrt()
+        filters = layout.flatten(weight)
         originals = _originals(layer)
+        if self.gain:
+            # The length of v is free, and the gradient grows as it shrinks: a dead channel's filter, near zero, would
+            # be flung about by any rate that the others need. None is left shorter than they are in the mean.
+            length = filters.norm(dim=1)
+            stretch = (length.square().mean().sqrt() / length).clamp(min=1)
+            stretch = torch.where(stretch.isfinite(), stretch, torch.ones_like(stretch))
+            filters, scale = filters * stretch[:, None], scale / stretch
+            weight = layout.unflatten(filters, weight)
+        mean, var = row_moments(filters)
+        std = (var + self.eps).sqrt()
+        unit = filters.shape[1] ** 0.5
         with torch.no_grad():
             if not self.gain:
                 originals.original.copy_(weight)
                 return 1 / (std * scale)
             originals.original0.copy_(weight)  # type: ignore[operator]
-            originals.original1.copy_(std * scale)  # type: ignore[operator]
+            originals.original1.copy_(std * scale * unit)  # type: ignore[operator]
             if self.offset:
-                originals.original2.copy_(mean * scale)  # type: ignore[operator]
+                originals.original2.copy_(mean * scale * unit)  # type: ignore[operator]
         return torch.ones_like(scale)

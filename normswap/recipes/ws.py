@@ -15,7 +15,7 @@ __all__ = ["WeightStandardizationOnly"]
 class WeightStandardizationOnly(Recipe):
     """Weight standardization of the layer; the BatchNorm stays.
 
-    ``W = gain (v − mean v)/sqrt(var v + eps)``.
+    ``W = gain (v − mean v)/sqrt(n (var v + eps))``.
 
     Args:
         gain: Whether each filter has a learnable gain, else the weight is standardized as published.
@@ -26,7 +26,7 @@ class WeightStandardizationOnly(Recipe):
     gain: bool = True
 
     name = "ws"
-    equation = "W = gain (v − mean v)/sqrt(var v + eps), the BatchNorm stays"
+    equation = "W = gain (v − mean v)/sqrt(n (var v + eps)), the BatchNorm stays"
     paper = "Qiao et al. 2019"
     exact = False
 
