@@ -333,7 +333,8 @@ def _with_groups(plan: Plan, recipe: Recipe, placed: Sequence[Placed]) -> Plan:
 
 def _check_numbers(spread: float, tune_steps: int) -> None:
     if not 0 <= spread < math.inf:
-        raise InputError(f"spread={spread} is no distance", code="spread", hint=f"give 0 or more; the default is {SPREAD:g}")
+        hint = f"give 0 or more; the default is {SPREAD:g}"
+        raise InputError(f"spread={spread} is no distance", code="spread", hint=hint)
     if tune_steps < 0:
         raise InputError(f"tune_steps={tune_steps} is no number of steps", code="tune-steps", hint="give 0 or more")
 
