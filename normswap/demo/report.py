@@ -42,15 +42,16 @@ THREADS = 1
 WARM_UP, RUNS = 20, 300
 
 HEADER = ("recipe", "fresh", "swapped", "folded", "onnx", "fold diff", "onnx diff", "ms/image", "trained", "deployed")
+ACCURACIES = 4  # columns of the first table; both fit into 80 columns
 
 LEGEND = """\
-fresh      top-1 in % with new norms that know nothing of the old ones: what other converters give
-swapped    top-1 in % after swap_norms without data; calibrated: with {calibration} unlabelled digits
+fresh      top-1 in % with fresh norms, which is what other converters give
+swapped    after swap_norms without data; calibrated: {calibration} unlabelled digits
 folded     top-1 in % after fold: plain weights, no parametrization left
 onnx       top-1 in % of the ONNX file in onnxruntime
-fold diff  largest difference of the folded from the swapped network, relative to the largest output
+fold diff  largest difference of the folded network, relative to its output
 onnx diff  the same of the ONNX file from the folded network
-ms/image   the ONNX file in onnxruntime, batch 1, {threads} thread, median of interleaved runs
+ms/image   the ONNX file in onnxruntime, batch 1, {threads} thread, median of runs
 trained    parameters of the swapped network, the one to train
 deployed   parameters of the folded network"""
 
@@ -149,9 +150,12 @@ class DemoReport:
             verdict = f"NOT VERIFIED: {'; '.join(wrong)}"
         else:
             verdict = f"all {len(self.rows)} files verified against torch, {self.seconds:.0f} s"
+        cells = [row.cells() for row in self.rows]
+        end = 1 + ACCURACIES
         parts = [
             head,
-            text_table(HEADER, [row.cells() for row in self.rows]),
+            text_table(HEADER[:end], [row[:end] for row in cells]),
+            text_table((HEADER[0], *HEADER[end:]), [(row[0], *row[end:]) for row in cells]),
             LEGEND.format(calibration=self.calibration, threads=self.threads),
             verdict,
         ]
