@@ -6,7 +6,7 @@
     python benchmarks/fidelity.py cost [--network resnet18 ...] [--images 64]
 
 cifar   Top-1 on the 10,000 CIFAR-10 test images. Calibrated on unlabelled training images, others in each draw (seeds
-        0, 1, 2); the mean of the draws. The test images were used for this table alone.
+        0, 1, 2); the mean of the draws.
 others  Networks for speech commands, earthquakes, pitch and vision, calibrated on one half of their data and measured
         on the other.
 tune    ResNet-20, gn+ws, with gradient steps without labels on top.
