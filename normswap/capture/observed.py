@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from normswap.errors import InputError, NormswapError
 
-__all__ = ["Batch", "call", "first_input", "run_on", "run_on_data"]
+__all__ = ["Batch", "call", "does_not_run", "first_input", "run_on", "run_on_data"]
 
 Batch = tuple[Any, ...] | Mapping[str, Any] | Callable[[nn.Module], Any]
 """What a model is run on: positional inputs, inputs by keyword, or a function that calls it."""
@@ -42,12 +42,17 @@ def run_on_data(model: nn.Module, inputs: Batch) -> Any:
     except NormswapError:
         raise
     except Exception as cause:
-        first = (str(cause).splitlines() or [""])[0]
-        raise InputError(
-            f"the model does not run on the inputs it was given: {type(cause).__name__}: {first}",
-            code="inputs-do-not-run",
-            hint="give inputs of the shapes and dtypes that the model's forward takes",
-        ) from cause
+        raise does_not_run(cause) from cause
+
+
+def does_not_run(cause: Exception) -> InputError:
+    """Return the error that tells a user why the model does not run on the inputs given."""
+    first = (str(cause).splitlines() or [""])[0]
+    return InputError(
+        f"the model does not run on the inputs it was given: {type(cause).__name__}: {first}",
+        code="inputs-do-not-run",
+        hint="give inputs of the shapes and dtypes that the model's forward takes",
+    )
 
 
 def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -28,10 +28,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from normswap.capture.guard import set_mode, untouched
-from normswap.capture.observed import run_on
+from normswap.capture.observed import does_not_run, run_on
 from normswap.capture.ops import is_leaf, is_norm
 from normswap.capture.symbolic import Capture, Trace, hook_barrier, model_names, refuse_wrappers
-from normswap.errors import InputError
 
 __all__ = ["capture_recorded", "changed_in_place", "untracked"]
 
@@ -97,12 +96,7 @@ def capture_recorded(
         except Exception as cause:
             if traces:
                 continue
-            first = (str(cause).splitlines() or [""])[0]
-            raise InputError(
-                f"the model does not run on the inputs it was given: {type(cause).__name__}: {first}",
-                code="inputs-do-not-run",
-                hint="give inputs of the shapes and dtypes that the model's forward takes",
-            ) from cause
+            raise does_not_run(cause) from cause
         traces.append(Trace(run, "", graph, recorded=True))
         for norm, seen in recorder.shapes.items():
             shapes[norm] |= seen
