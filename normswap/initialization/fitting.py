@@ -39,7 +39,7 @@ __all__ = ["Fitting", "Goal"]
 
 _RIDGES = (1.0, 1e-2, 1e-4)
 _MOST_VALUES = 2**24  # of patches at once, and of those that are kept: 64 MB in float32
-_MOST_OUTPUTS = 2**23  # that the norm's affine is fitted to
+_MOST_OUTPUTS = 2**22  # that the norm's affine is fitted to
 _LEAST_ROWS = 64
 _ROUNDS = 6  # of regression on what is seen
 _WORTH = 0.01  # the share of the error that another round must take away
@@ -101,31 +101,43 @@ class Goal:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Some samples: the source's input, the targets t and y, below what y is not seen, and which are held out."""
+    """Some samples: what they bring to the site, and which of them are held out."""
 
-    x: Tensor
-    t: Tensor
-    y: Tensor
-    cut: Tensor | None
+    visit: Visit
     held: Tensor
+
+    @property
+    def x(self) -> Tensor:
+        """The source's input."""
+        return self.visit.x
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """Some positions, one a row: a value there, the targets t and y, below what y is not seen, and which are held out.
+    """Some positions, one a row: values there, the target y, below what y is not seen, and which are held out.
 
-    ``value`` is ``(n, …)``, ``held`` ``(n,)``, the others ``(n, C)``.
+    Each of ``values`` is ``(n, …)``, ``held`` ``(n,)``, the others ``(n, C)``.
     """
 
-    value: Tensor
-    t: Tensor
+    values: tuple[Tensor, ...]
     y: Tensor
     cut: Tensor | None
     held: Tensor
 
     def __getitem__(self, index: Tensor) -> _Rows:
         cut = None if self.cut is None else self.cut[index]
-        return _Rows(self.value[index], self.t[index], self.y[index], cut, self.held[index])
+        return _Rows(tuple(value[index] for value in self.values), self.y[index], cut, self.held[index])
+
+    @classmethod
+    def joined(cls, parts: Sequence[_Rows]) -> _Rows:
+        """Return the rows of all parts."""
+        cuts = [rows.cut for rows in parts if rows.cut is not None]
+        return cls(
+            tuple(map(torch.cat, zip(*(rows.values for rows in parts), strict=True))),
+            torch.cat([rows.y for rows in parts]),
+            torch.cat(cuts) if len(cuts) == len(parts) else None,
+            torch.cat([rows.held for rows in parts]),
+        )
 
     def error(self, outputs: Tensor) -> Tensor:
         """Return the mean squared error of what is seen, per channel."""
@@ -162,12 +174,13 @@ class _Candidate:
 class _Result:
     """How a candidate did on the held-out samples, and the values that the site has with it.
 
-    ``noise`` is ``E‖y' − y‖² / Var y`` of what is seen; ``mean`` and ``std`` are those of y'.
+    ``noise`` is ``E‖y' − y‖² / Var y`` of what is seen; ``mean`` and ``std`` are those of y', ``target`` those of y.
     """
 
     noise: float
     mean: float
     std: float
+    target: tuple[float, float]
     values: tuple[Tensor, ...]
     num_groups: int | None
     ridge: float | None
@@ -199,7 +212,9 @@ class Fitting:
         if not all(self._agrees(visit) for visit in self.visits):
             return InitRow(name, "absorbed", ("the networks' shapes differ here: not fitted",))
         rows = self._sample(
-            lambda chunk: self._patches(chunk.x), self._layout.groups * self._layout.fan_in(self._weight)
+            lambda chunk: (self._patches(chunk.x), _by_position(self.goal.targets(chunk.visit)[0])),
+            self._layout.groups * self._layout.fan_in(self._weight),
+            _MOST_VALUES,
         )
         fit, held = self._moments(rows)
         if placed is not None and placed.step.site.layer and self.goal.part is not None and self.goal.part.centres:
@@ -219,11 +234,10 @@ class Fitting:
         notes = [] if self.holds_out else [f"{self.samples} samples: none was held out"]
         if self.visits[0].beside is not None:
             notes.append("makes good its shortcut's error")
-        mean, std = self._of_target()
         fitted = Fit(
             samples=self.samples,
-            mean=mean,
-            std=std,
+            mean=best.target[0],
+            std=best.target[1],
             mean_before=before.mean,
             std_before=before.std,
             noise_before=before.noise,
@@ -243,18 +257,15 @@ class Fitting:
         )
 
     def _chunks(self) -> Iterator[_Chunk]:
-        layout, weight = self._layout, self._weight
+        width = self._layout.groups * self._layout.fan_in(self._weight)
         before = 0
         for visit in self.visits:
-            t, y = self.goal.targets(visit)
-            positions = max(1, t[:1].numel() // t.shape[1])
-            size = max(1, _MOST_VALUES // (positions * layout.groups * layout.fan_in(weight)))
-            held = held_out(len(t), before).to(t.device) & self.holds_out
-            before += len(t)
-            cut = visit.cut
-            for i in range(0, len(t), size):
-                part = slice(i, i + size)
-                yield _Chunk(visit.x[part], t[part], y[part], None if cut is None else cut[part].float(), held[part])
+            positions = max(1, visit.reference[:1].numel() // visit.reference.shape[1])
+            held = held_out(len(visit.x), before).to(visit.x.device) & self.holds_out
+            before += len(visit.x)
+            for part in visit.split(max(1, _MOST_VALUES // (positions * width))):
+                yield _Chunk(part, held[: len(part.x)])
+                held = held[len(part.x) :]
 
     @property
     def _layout(self) -> FilterLayout:
@@ -271,14 +282,11 @@ class Fitting:
             return _by_position(x)[..., None]
         return patches(self.source, x)
 
-    def _output(self, x: Tensor) -> Tensor:
-        return self.place.output(x).float()
-
-    def _sample(self, value: Callable[[_Chunk], Tensor], width: int, most: int = _MOST_VALUES) -> _Rows:
-        """Return a random choice of all positions, the same each time, with what ``value`` gives there.
+    def _sample(self, values: Callable[[_Chunk], tuple[Tensor, ...]], width: int, most: int) -> _Rows:
+        """Return a random choice of all positions, the same each time, with the ``values`` there.
 
         Args:
-            value: Takes a chunk and returns a row for each of its positions.
+            values: Takes a chunk and returns values of each of its positions, as rows.
             width: How many values a row has.
             most: How many values are wanted at the most.
         """
@@ -288,37 +296,26 @@ class Fitting:
         generator = torch.Generator().manual_seed(0)
         found = []
         for chunk in self._chunks():
-            t, y = _by_position(chunk.t), _by_position(chunk.y)
-            cut = None if chunk.cut is None else _by_position(chunk.cut)
-            held = chunk.held.repeat_interleave(len(t) // len(chunk.t))
-            rows = _Rows(value(chunk).to(t.dtype), t, y, cut, held)
+            y, cut = _by_position(self.goal.targets(chunk.visit)[1]), chunk.visit.cut
+            held = chunk.held.repeat_interleave(len(y) // len(chunk.x))
+            floats = tuple(value.to(y.dtype) for value in values(chunk))
+            rows = _Rows(floats, y, None if cut is None else _by_position(cut.to(y.dtype)), held)
             if share < 1:
-                some = torch.randperm(len(t), generator=generator)[: max(1, round(share * len(t)))]
-                rows = rows[some.sort().values.to(t.device)]
+                some = torch.randperm(len(y), generator=generator)[: max(1, round(share * len(y)))]
+                rows = rows[some.sort().values.to(y.device)]
             found.append(rows)
-        cuts = [rows.cut for rows in found if rows.cut is not None]
-        return _Rows(
-            torch.cat([rows.value for rows in found]),
-            torch.cat([rows.t for rows in found]),
-            torch.cat([rows.y for rows in found]),
-            torch.cat(cuts) if len(cuts) == len(found) else None,
-            torch.cat([rows.held for rows in found]),
-        )
+        return _Rows.joined(found)
 
     def _judging(self, rows: _Rows) -> Tensor:
         """Return which rows judge: those held out, all where none is."""
         return rows.held if self.holds_out else ~rows.held
-
-    def _of_target(self) -> tuple[float, float]:
-        rows = self._sample(lambda chunk: _by_position(chunk.y), len(self.goal.gain), _MOST_OUTPUTS)
-        return _mean_and_std(rows.y[self._judging(rows)])
 
     # --------------------------------------------------------------------------------------- the layer's weights
 
     def _moments(self, rows: _Rows) -> tuple[Covariances, Covariances]:
         """Return the moments of the rows to fit to, and of those held out."""
         both = SecondMoments(), SecondMoments()
-        for u, t, held in zip(*(v.split(2**16) for v in (rows.value, rows.t, rows.held)), strict=True):
+        for u, t, held in zip(*(v.split(2**16) for v in (*rows.values, rows.held)), strict=True):
             for moments, some in zip(both, (~held, held), strict=True):
                 moments.add(u[some], t[some])
         fit = both[0].read()
@@ -352,14 +349,14 @@ class Fitting:
             if not worth:
                 break
             wanted = within_sight(self._predicted(solution, fitting), fitting.y, fitting.cut)
-            t = fitting.t + (wanted - fitting.y) * self.goal.inverse_gain
-            moments = fit.retargeted(fitting.value, t)
+            u, t = fitting.values
+            moments = fit.retargeted(u, t + (wanted - fitting.y) * self.goal.inverse_gain)
             solution = solve(moments, anchor, solution.ridge, zero_sum=zero_sum, factor=solution.factor)
         return best
 
     def _predicted(self, solution: Solution, rows: _Rows) -> Tensor:
         """Return y' as it would be if the norm took nothing away."""
-        return self.goal.gain * solution.apply(rows.value) + self.goal.shift
+        return self.goal.gain * solution.apply(rows.values[0]) + self.goal.shift
 
     # -------------------------------------------------------------------------- signs, offsets and the norm's affine
 
@@ -382,8 +379,8 @@ class Fitting:
     def _units(self) -> tuple[Tensor, Tensor]:
         """Return the mean and the mean square, per channel, of all that the norm takes one mean over. ``(n, C)``"""
         if isinstance(self.norm, ChannelLayerNorm):  # each position by itself
-            rows = self._sample(lambda chunk: _by_position(self.source(chunk.x)), len(self.goal.gain))
-            z = rows.value[~rows.held]
+            rows = self._sample(lambda chunk: (_by_position(self.source(chunk.x)),), len(self.goal.gain), _MOST_OUTPUTS)
+            z = rows.values[0][~rows.held]
             return z, z.square()
         means, squares = [], []
         for chunk in self._chunks():
@@ -410,9 +407,11 @@ class Fitting:
             self._load(candidate)
             if self.norm is not None:
                 _set_affine(self.norm, torch.ones_like(self.goal.gain), torch.zeros_like(self.goal.gain))
-        rows = self._sample(lambda chunk: _by_position(self._output(chunk.x)), len(self.goal.gain), _MOST_OUTPUTS)
+        rows = self._sample(
+            lambda chunk: (_by_position(self.place.output(chunk.x)),), len(self.goal.gain), _MOST_OUTPUTS
+        )
         judging = rows[self._judging(rows)]
-        outputs = judging.value
+        (outputs,) = judging.values
         if candidate is not None and self.norm is not None:
             gain, shift = self._affine(rows[~rows.held], candidate.prior.float())
             _set_affine(self.norm, gain, shift)
@@ -422,6 +421,7 @@ class Fitting:
             noise=float(judging.error(outputs).double().sum() / judging.size.double().sum().clamp(min=1e-30)),
             mean=mean,
             std=std,
+            target=_mean_and_std(judging.y),
             values=tuple(p.detach().clone() for p in self.parameters),
             num_groups=getattr(self.norm, "num_groups", None),
             ridge=candidate.ridge if candidate else None,
@@ -429,8 +429,8 @@ class Fitting:
 
     def _affine(self, rows: _Rows, prior: Tensor) -> tuple[Tensor, Tensor]:
         """Return γ' and β' by least squares; a channel that hardly varies keeps the gain that ``prior`` gives."""
-        mean = rows.value.mean(0)
-        h = rows.value - mean
+        mean = rows.values[0].mean(0)
+        h = rows.values[0] - mean
         variance = h.square().mean(0)
         whole = variance.mean().clamp(min=1e-30)
         floor, prior = _FLOOR * whole, prior / whole.sqrt()

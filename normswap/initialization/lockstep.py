@@ -96,6 +96,13 @@ class Visit:
             return None
         return torch.zeros_like(self.reference) if self.beside is None else -self.beside[1]
 
+    def split(self, size: int) -> Iterator[Visit]:
+        """Return the same for at most ``size`` samples at a time."""
+        for first in range(0, len(self.x), size):
+            part = slice(first, first + size)
+            beside = None if self.beside is None else (self.beside[0][part], self.beside[1][part])
+            yield Visit(self.x[part], self.reference[part], beside, self.rectified)
+
 
 def run_side_by_side(
     original: nn.Module,
