@@ -18,7 +18,8 @@ from normswap.capture.guard import copy_of
 from normswap.capture.observed import Batch
 from normswap.errors import InitializationError, InputError, NothingToConvertError, VerificationError
 from normswap.initialization.absorb import absorb
-from normswap.initialization.match import agreement, match_to
+from normswap.initialization.agreement import agreement
+from normswap.initialization.match import match_to
 from normswap.initialization.moments import Moments, input_moments, measure_statistics, noise_like
 from normswap.initialization.steadying import SPREAD
 from normswap.initialization.tune import tune_to

@@ -257,7 +257,7 @@ class Fit:
         std: Its standard deviation.
         mean_before: The converted network's mean with what the BatchNorm alone told it.
         std_before: Its standard deviation.
-        noise_before: Its error, ``E‖y' − y‖² / Var y``.
+        noise_before: Its error, ``E‖y' − y‖² / Var y``; where a ReLU follows, of what that lets through.
         mean_after: The mean after the fit.
         std_after: The standard deviation after the fit.
         noise_after: The error after the fit.

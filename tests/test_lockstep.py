@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normswap.errors import InitializationError, InputError
-from normswap.initialization.lockstep import THREAD, Place, Visit, find_additions, run_side_by_side
+from normswap.initialization.lockstep import THREAD, Place, Visit, find_uses, run_side_by_side
 
 C = 4
 
@@ -90,7 +90,9 @@ class Log:
     def __call__(self, place: Place, visits: Sequence[Visit]) -> None:
         assert place.name not in self.visits, "fitted twice"
         self.visits[place.name] = [
-            Visit(v.x.clone(), v.reference.clone(), v.beside and (v.beside[0].clone(), v.beside[1].clone()))
+            Visit(
+                v.x.clone(), v.reference.clone(), v.beside and (v.beside[0].clone(), v.beside[1].clone()), v.rectified
+            )
             for v in visits
         ]
         if self.changing:
@@ -228,13 +230,56 @@ def test_any_other_use_is_no_such_addition(how: str) -> None:
     assert torch.equal(log.visits["bn2"][1].x, seen_in_a_plain_run(converted, "conv2", batches[1]))
 
 
+RECTIFIED = {
+    "F.relu": lambda y, r, m: F.relu(y),
+    "in place": lambda y, r, m: F.relu(y, inplace=True) * 2 + r,
+    "y.relu_()": lambda y, r, m: y.relu_() * y,
+    "a module": lambda y, r, m: nn.ReLU(inplace=True)(y) - 1,
+    "ReLU6": lambda y, r, m: nn.ReLU6()(y),
+    "ReLU6, in place": lambda y, r, m: nn.ReLU6(inplace=True)(y) * r,
+    "clamp": lambda y, r, m: y.clamp(min=0),
+    "twice": lambda y, r, m: F.relu(y) + torch.relu(y) * 2,
+    "the sum": lambda y, r, m: F.relu(y + r),
+    "the sum, in place": lambda y, r, m: nn.ReLU(inplace=True)(y.__iadd__(r)) * 3,
+    "the sum of r += y": lambda y, r, m: r.__iadd__(y).relu(),
+}
+NOT_RECTIFIED = {
+    "nothing": lambda y, r, m: y,
+    "a leak": lambda y, r, m: F.leaky_relu(y),
+    "Hardtanh": lambda y, r, m: F.hardtanh(y),
+    "clamp above": lambda y, r, m: y.clamp(max=0),
+    "GELU": lambda y, r, m: F.gelu(y),
+    "used again": lambda y, r, m: F.relu(y) + y.abs(),
+    "returned too": lambda y, r, m: (F.relu(y), y),
+    "after a scale": lambda y, r, m: F.relu(y * 2),
+    "one addend of a sum that is seen": lambda y, r, m: y + r,
+    "the sum is returned too": lambda y, r, m: (F.relu(z := y + r), z),
+    "the sum is used before": lambda y, r, m: (z := y + r).exp() + F.relu(z),
+}
+
+
+@pytest.mark.parametrize("how", [*RECTIFIED, *NOT_RECTIFIED])
+def test_below_zero_an_output_is_unseen_only_where_all_of_it_goes_into_a_relu(how: str) -> None:
+    join = RECTIFIED.get(how) or NOT_RECTIFIED[how]
+    _, converted, batches, log = run(added_by(join)())
+    rectified = how in RECTIFIED
+    for batch, visit in zip(batches, log.visits["bn2"], strict=True):
+        if not rectified:
+            assert visit.cut is None
+        elif "sum" in how:
+            assert torch.equal(visit.cut, -seen_in_a_plain_run(converted, "conv2", batch)), "what r lifts above zero"
+        else:
+            assert torch.equal(visit.cut, torch.zeros_like(visit.reference))
+
+
 def test_of_two_norms_that_are_added_the_first_one_is_found() -> None:
     class Both(Chain):
         def forward(self, x: Tensor) -> Tensor:
             return self.bn1(self.conv1(x)) + self.bn2(self.conv2(x))
 
     original, converted, batches, log = run(Both())
-    assert find_additions(original, {n: original.get_submodule(n) for n in ("bn1", "bn2")}, batches[0]) == {"bn1"}
+    uses = find_uses(original, {n: original.get_submodule(n) for n in ("bn1", "bn2")}, batches[0])
+    assert uses.added == {"bn1"}
     assert list(log.visits) == ["bn2", "bn1"]
     with torch.no_grad():
         beside = converted.bn2(converted.conv2(*batches[0]))

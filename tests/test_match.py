@@ -212,7 +212,7 @@ def test_a_fits_target_is_what_the_original_gives() -> None:
 @pytest.mark.parametrize("recipe", ["gn", "gn+ws", "gn+aws"])
 def test_the_ridge_pulls_towards_the_originals_filters(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A ridge beyond all data leaves the absorbed filters, up to sign and what standardization takes away."""
-    monkeypatch.setattr("normswap.initialization.match._RIDGES", (1e9,))
+    monkeypatch.setattr("normswap.initialization.fitting._RIDGES", (1e9,))
     model = residual()
     converted = convert(model, recipe, spread=0.0).model
     for layer, norm in (("0", "1"), ("3.conv1", "3.bn1"), ("4.conv2", "4.bn2")):

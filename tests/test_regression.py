@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from normswap.initialization.regression import Covariances, SecondMoments, Solution, solve
+from normswap.initialization.regression import Covariances, SecondMoments, seen, solve, within_sight
 
 GROUPS, FAN_IN, OUT = 2, 5, 3
 
@@ -135,8 +137,8 @@ def test_removing_the_filters_means_evenly_costs_more_than_the_constrained_minim
     evenly = free.weight - free.weight.mean(-1, keepdim=True)
     bias = data.target_mean - (evenly @ data.input_mean[..., None])[..., 0]
     constrained = solve(data, anchor(), 1e-6, zero_sum=True)
-    assert bool((data.error(constrained) < 0.99 * data.error(Solution(evenly, bias, 0.0))).any())
-    assert bool((data.error(constrained) <= data.error(Solution(evenly, bias, 0.0)) + 1e-9).all())
+    assert bool((data.error(constrained) < 0.99 * data.error(replace(constrained, weight=evenly, bias=bias))).any())
+    assert bool((data.error(constrained) <= data.error(replace(constrained, weight=evenly, bias=bias)) + 1e-9).all())
     assert bool((data.error(free) <= data.error(constrained) + 1e-9).all())
 
 
@@ -154,10 +156,10 @@ def test_the_error_is_that_of_the_residuals(zero_sum: bool) -> None:
     u, t = samples(200, offset=5.0)
     data = moments(u, t, 90, 110)
     fitted = solve(data, anchor(), 1e-2, zero_sum=zero_sum)
-    for solution in (fitted, Solution(fitted.weight, fitted.bias + 1, 0.0), Solution(anchor(), fitted.bias, 0.0)):
+    for solution in (fitted, replace(fitted, bias=fitted.bias + 1), replace(fitted, weight=anchor())):
         residual = np.einsum("ngp,gop->ngo", u.numpy(), solution.weight.numpy()) + solution.bias.numpy() - by_group(t)
         np.testing.assert_allclose(data.error(solution), (residual**2).mean(0), rtol=1e-7)
-    assert bool((data.error(Solution(fitted.weight, fitted.bias + 1, 0.0)) > data.error(fitted) + 0.9).all())
+    assert bool((data.error(replace(fitted, bias=fitted.bias + 1)) > data.error(fitted) + 0.9).all())
 
 
 # ---------------------------------------------------------------------------------------------------- degenerate
@@ -192,3 +194,51 @@ def test_without_a_ridge_a_singular_covariance_is_no_failure_and_a_regular_one_i
     u, t = samples(100)
     assert solve(moments(u, t), anchor(), 0.0).ridge == 0.0
     assert solve(moments(torch.zeros_like(u), t), anchor(), 0.0).ridge > 0.0
+
+
+# ------------------------------------------------------------------------------------------- only what is seen
+
+
+def test_retargeted_moments_are_those_of_the_new_targets() -> None:
+    u, t = samples(300, offset=50.0)
+    other = t.square() + u.flatten(1)[:, : t.shape[1]]
+    expected, found = moments(u, other), moments(u, t).retargeted(u, other)
+    for a, b in ((expected.cross, found.cross), (expected.targets, found.targets), (expected.inputs, found.inputs)):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-4 * float(a.abs().max()))
+    assert torch.allclose(expected.target_mean, found.target_mean)
+
+
+def test_a_solution_applies_as_it_says_and_its_factor_may_be_used_again() -> None:
+    u, t = samples(200, offset=3.0)
+    found = solve(moments(u, t), anchor(), 1e-2, zero_sum=True)
+    by_hand = np.einsum("ngp,gop->ngo", u.double(), found.weight) + found.bias.numpy()
+    np.testing.assert_allclose(found.apply(u.double()), by_hand.reshape(len(u), -1), atol=1e-9)
+    again = solve(moments(u, t), anchor(), 1e-2, zero_sum=True, factor=found.factor)
+    assert torch.equal(found.weight, again.weight)
+
+
+def test_rounds_of_what_is_seen_lessen_its_error_where_plain_regression_spends_weights_on_the_unseen() -> None:
+    """Targets with a tail far below zero, which no linear map predicts and nobody sees."""
+    generator = torch.Generator().manual_seed(0)
+    u = torch.randn(4000, 1, 6, generator=generator, dtype=torch.float64)
+    plain = u[:, 0] @ torch.randn(6, 3, generator=generator, dtype=torch.float64)
+    y = torch.where(plain > 0, plain, -3 * plain.square() * (1 + u[:, 0, :1].abs()))
+    cut = torch.zeros_like(y)
+    data = moments(u, y)
+    solution = solve(data, torch.zeros(1, 3, 6, dtype=torch.float64), 1e-4)
+    errors = []
+    for _ in range(8):
+        predicted = solution.apply(u)
+        errors.append(float((seen(predicted, cut) - seen(y, cut)).square().mean()))
+        again = data.retargeted(u, within_sight(predicted, y, cut))
+        solution = solve(again, torch.zeros(1, 3, 6, dtype=torch.float64), 1e-4, factor=solution.factor)
+    assert errors[-1] < 0.3 * errors[0]
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_all_is_seen_without_a_cut() -> None:
+    y, predicted = torch.randn(5, 3), torch.randn(5, 3)
+    assert within_sight(predicted, y, None) is y
+    assert seen(y, None) is y
+    cut = torch.full_like(y, -10.0)
+    assert torch.equal(within_sight(predicted, y, cut), y), "nor where the cut is far below"

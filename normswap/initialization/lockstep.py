@@ -11,7 +11,8 @@ graph is needed: a model that cannot be traced runs as well as any other.
 Note [Where a block's error can still be made good]
 In a residual network the norm's output is added to a shortcut on which the converted network's errors travel along.
 Where a norm's output goes into an addition and nowhere else, the site is therefore fitted there, when both addends are
-known: its output takes up the error of the other addend. A first run of the original shows where that is.
+known: its output takes up the error of the other addend. A first run of both networks shows where that is, and also
+where a norm's output, or that sum, goes into a ReLU and nowhere else: what lies below zero is then not seen.
 """
 
 from __future__ import annotations
@@ -32,13 +33,15 @@ from normswap.capture.guard import set_mode, untouched
 from normswap.capture.observed import Batch, first_input, run_on, run_on_data
 from normswap.errors import InitializationError
 
-__all__ = ["ADDITIONS", "THREAD", "Place", "Visit", "find_additions", "run_side_by_side", "tensors_of"]
+__all__ = ["ADDITIONS", "THREAD", "Place", "Uses", "Visit", "find_uses", "run_side_by_side", "tensors_of"]
 
 THREAD = "normswap-lockstep"
 """The name of the threads that passes run in."""
 
 _IN_PLACE: frozenset[Any] = frozenset({Tensor.add_, Tensor.__iadd__})
 ADDITIONS: frozenset[Any] = _IN_PLACE | {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__}
+_RELUS: frozenset[Any] = frozenset({F.relu, F.relu_, F.relu6, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_})
+_CLAMPS: frozenset[Any] = frozenset({F.hardtanh, torch.clamp, torch.clamp_, Tensor.clamp, Tensor.clamp_})
 
 
 @dataclass(frozen=True)
@@ -78,11 +81,27 @@ class Visit:
         x: The source's input in the converted network.
         reference: The input of the original's norm; its output where a layer is fitted alone.
         beside: Where the site is fitted at an addition, the other addend in the original and in the converted network.
+        rectified: Whether of the site's output, or of that sum, only what lies above zero is seen.
     """
 
     x: Tensor
     reference: Tensor
     beside: tuple[Tensor, Tensor] | None = None
+    rectified: bool = False
+
+    @property
+    def cut(self) -> Tensor | None:
+        """The value below which the site's output is not seen, shaped as it; None where all of it is."""
+        if not self.rectified:
+            return None
+        return torch.zeros_like(self.reference) if self.beside is None else -self.beside[1]
+
+    def split(self, size: int) -> Iterator[Visit]:
+        """Return the same for at most ``size`` samples at a time."""
+        for first in range(0, len(self.x), size):
+            part = slice(first, first + size)
+            beside = None if self.beside is None else (self.beside[0][part], self.beside[1][part])
+            yield Visit(self.x[part], self.reference[part], beside, self.rectified)
 
 
 def run_side_by_side(
@@ -117,8 +136,9 @@ def run_side_by_side(
         set_mode(converted, False)
         norms = [place for place in places if place.norm is not None and place.original is not None]
         # In both networks: what a BatchNorm with an activation gives is not what the new norm before it gives.
-        added = find_additions(original, {p.name: p.original for p in norms if p.original}, batches[0])
-        added &= find_additions(converted, {p.name: p.end for p in norms}, batches[0])
+        added = find_uses(original, {p.name: p.original for p in norms if p.original}, batches[0]).added
+        uses = find_uses(converted, {p.name: p.end for p in places if p.norm is not None}, batches[0])
+        added &= uses.added
         functional = {id(p.running_mean): p for p in places if p.original is None}
         firsts = [_Run(original, inputs, functional) for inputs in batches]
         seconds = [_Run(converted, inputs) for inputs in batches]
@@ -143,7 +163,8 @@ def run_side_by_side(
                     if there.beside is not None and here.beside is not None:
                         one_shape = here.beside.shape == there.beside.shape == there.x.shape
                         beside = (there.beside, here.beside) if one_shape else None
-                    visits.append(Visit(here.x, there.x, beside))
+                    rectified = name in (uses.rectified_sums if beside is not None else uses.rectified)
+                    visits.append(Visit(here.x, there.x, beside, rectified))
                     visitors.append(here)
                 if visits:
                     outputs = fit(by_name[name], visits)
@@ -396,11 +417,24 @@ def _watch_converted(place: Place, added: bool) -> Iterator[None]:
             handle.remove()
 
 
-def find_additions(model: nn.Module, norms: Mapping[str, nn.Module], inputs: Batch) -> frozenset[str]:
-    """Run ``model`` and return the names of the ``norms`` whose output goes into one addition and nowhere else.
+@dataclass(frozen=True)
+class Uses:
+    """What becomes of the outputs of some norms, by name.
 
-    Of two norms that are added to one another it is the one that runs first: mostly the last of a block's main branch.
+    Args:
+        added: Those that go into one addition and nowhere else. Of two norms that are added to one another it is the
+            one that runs first: mostly the last of a block's main branch.
+        rectified: Those that go into ReLUs and nowhere else.
+        rectified_sums: Those of ``added`` whose sum goes into ReLUs and nowhere else.
     """
+
+    added: frozenset[str]
+    rectified: frozenset[str]
+    rectified_sums: frozenset[str]
+
+
+def find_uses(model: nn.Module, norms: Mapping[str, nn.Module], inputs: Batch) -> Uses:
+    """Run ``model`` and return what becomes of the outputs of ``norms``."""
     pilot = _Pilot()
     handles = [norm.register_forward_hook(partial(pilot.note, name)) for name, norm in norms.items()]
     try:
@@ -410,21 +444,29 @@ def find_additions(model: nn.Module, norms: Mapping[str, nn.Module], inputs: Bat
         for handle in handles:
             handle.remove()
     pilot.use(None, returned)
-    found: dict[int, str] = {}
-    for name, calls in pilot.calls.items():
-        uses = pilot.uses.get(name, [])
-        if calls == 1 and len(uses) == 1 and uses[0] is not None:
-            found.setdefault(uses[0], name)
-    return frozenset(found.values())
+    once = {name: pilot.uses.get(name, []) for name, calls in pilot.calls.items() if calls == 1}
+    sums: dict[int, str] = {}
+    for name, uses in once.items():
+        if len(uses) == 1 and isinstance(uses[0], int):
+            sums.setdefault(uses[0], name)
+    return Uses(
+        frozenset(sums.values()),
+        frozenset(name for name, uses in once.items() if set(uses) == {_RELU}),
+        frozenset(name for number, name in sums.items() if set(pilot.uses.get(number, [])) == {_RELU}),
+    )
+
+
+_RELU = "relu"
 
 
 class _Pilot(TorchFunctionMode):
-    """Notes what each norm's output goes into: the number of an addition, or None for anything else."""
+    """Notes what each norm's output and each sum goes into: an addition, by its number, a ReLU, or else None."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.outputs: dict[int, tuple[Tensor, str]] = {}  # the tensors are held, so that no id comes again
-        self.uses: dict[str, list[int | None]] = {}
+        # By id, an output with its norm's name or a sum with its number. The tensors are held: no id comes again.
+        self.outputs: dict[int, tuple[Tensor, str | int]] = {}
+        self.uses: dict[str | int, list[int | str | None]] = {}
         self.calls: dict[str, int] = {}
         self.additions = 0
 
@@ -438,17 +480,32 @@ class _Pilot(TorchFunctionMode):
         addends = _addends(args, kwargs) if func in ADDITIONS else ()
         addition = len(addends) == 2 and addends[0].shape == addends[1].shape and addends[0] is not addends[1]
         self.additions += addition
+        known = addition and any(id(addend) in self.outputs for addend in addends)
+        rectifies = _rectifies(func, args, kwargs)
         if getattr(func, "__name__", "") != "__get__":  # .shape and the like
-            self.use(self.additions if addition else None, args, kwargs)
+            self.use(self.additions if addition else _RELU if rectifies else None, args, kwargs)
         if addition and func in _IN_PLACE:  # what is called by this name from now on is the sum
             self.outputs.pop(id(addends[0]), None)
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if known:
+            self.outputs[id(result)] = result, self.additions
+        elif rectifies and args and result is args[0]:  # in place: what is called by this name is rectified from now on
+            self.outputs.pop(id(result), None)
+        return result
 
-    def use(self, addition: int | None, *values: Any) -> None:
-        """Note that ``values`` go into an addition, or into anything else."""
+    def use(self, what: int | str | None, *values: Any) -> None:
+        """Note that ``values`` go into an addition, a ReLU, or into anything else."""
         for value in _nested(*values):
             if (found := self.outputs.get(id(value))) is not None:
-                self.uses.setdefault(found[1], []).append(addition)
+                self.uses.setdefault(found[1], []).append(what)
+
+
+def _rectifies(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Return whether a function lets nothing through that is below zero, as a ReLU does, or a ReLU6."""
+    if func in _CLAMPS:
+        least = args[1] if len(args) > 1 else kwargs.get("min_val", kwargs.get("min"))
+        return isinstance(least, (int, float)) and least == 0
+    return func in _RELUS
 
 
 def _addends(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:

@@ -7,16 +7,24 @@ For patches u of a layer's input and a target t per output channel, over all sam
 whose solution is ``W = W₀ + (C_tu − W₀ C_uu)(C_uu + λ d I)⁻¹``, ``b = E[t] − W E[u]``. Under the constraint that every
 filter sums to zero (weight standardization) the ridge solution W is projected in the metric of ``A = C_uu + λ d I``:
 ``W − (W 1) 1ᵀA⁻¹ / (1ᵀA⁻¹1)``, which is the constrained minimum.
+
+Note [Only what is seen]
+Behind many norms stands a ReLU: of a value y only ``max(y, c)`` is seen, with c = 0, or minus a shortcut that is added
+before. How far below c a value lies is of no account, and weights that were spent on it would be wasted. The error
+``E (max(y', c) − max(y, c))²`` has no closed minimum, but a step towards one is a regression like any other: where y
+lies below c, the target is what is predicted there, as long as that is below c, too, and else c (:func:`within_sight`).
+Where y lies above c this counts what falls below c in full, which is an upper bound; each step lessens that bound.
+After X. Zhang et al., *Accelerating Very Deep Convolutional Networks*, 2015, whose targets weigh a penalty instead.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-__all__ = ["SecondMoments", "Solution", "solve"]
+__all__ = ["Covariances", "SecondMoments", "Solution", "seen", "solve", "within_sight"]
 
 
 class SecondMoments:
@@ -99,6 +107,19 @@ class Covariances:
         d = self.inputs.diagonal(dim1=1, dim2=2).mean(1)
         return torch.where(d > 0, d, torch.ones_like(d))[:, None, None]
 
+    def retargeted(self, patches: Tensor, target: Tensor) -> Covariances:
+        """Return the same with other targets of the same patches, ``(n, G, p)`` and ``(n, C)``."""
+        mean = target.mean(0)
+        target = target - mean
+        patches = patches - self.input_mean.to(patches.dtype)
+        by_group = target.unflatten(1, self.target_mean.shape).transpose(0, 1)  # (G, n, o)
+        return replace(
+            self,
+            target_mean=mean.double().view_as(self.target_mean),
+            cross=(by_group.mT @ patches.transpose(0, 1)).double() / len(target),
+            targets=target.square().mean(0).double().view_as(self.targets),
+        )
+
     def error(self, solution: Solution) -> Tensor:
         """Return ``E (W u + b − t)²`` per channel. ``(G, o)``"""
         weight = solution.weight
@@ -109,17 +130,25 @@ class Covariances:
 
 @dataclass(frozen=True)
 class Solution:
-    """A layer's weight and bias: ``(G, o, p)`` and ``(G, o)``; and the λ that gave it."""
+    """A layer's weight and bias: ``(G, o, p)`` and ``(G, o)``; the λ that gave it, and the Cholesky factor of A."""
 
     weight: Tensor
     bias: Tensor
     ridge: float
+    factor: Tensor
+
+    def apply(self, patches: Tensor) -> Tensor:
+        """Return ``W u + b`` of patches ``(n, G, p)``. ``(n, C)``"""
+        weight, bias = self.weight.to(patches.dtype), self.bias.to(patches.dtype)
+        return torch.baddbmm(bias[:, None], patches.transpose(0, 1), weight.mT).transpose(0, 1).flatten(1)
 
 
 _MOST_RIDGE = 1e6
 
 
-def solve(data: Covariances, anchor: Tensor, ridge: float, *, zero_sum: bool = False) -> Solution:
+def solve(
+    data: Covariances, anchor: Tensor, ridge: float, *, zero_sum: bool = False, factor: Tensor | None = None
+) -> Solution:
     """Return the weight and bias that predict the targets best, at ridge λ towards ``anchor``.
 
     The covariance is factored by Cholesky; where rounding leaves it not positive definite, λ grows tenfold until it is.
@@ -129,17 +158,29 @@ def solve(data: Covariances, anchor: Tensor, ridge: float, *, zero_sum: bool = F
         anchor: W₀. ``(G, o, p)``
         ridge: λ, relative to the inputs' mean variance.
         zero_sum: Whether every filter must sum to zero.
+        factor: The factor of an earlier solution with the same patches and λ, which is not computed again.
     """
     eye = torch.eye(anchor.shape[-1], dtype=anchor.dtype, device=anchor.device)
     missing = data.cross - anchor @ data.inputs
-    while True:
-        factor, failed = torch.linalg.cholesky_ex(data.inputs + ridge * data.scale * eye)
+    while factor is None:
+        tried, failed = torch.linalg.cholesky_ex(data.inputs + ridge * data.scale * eye)
         if not bool(failed.any()) or ridge > _MOST_RIDGE:
-            break
-        ridge = max(10 * ridge, 1e-12)
+            factor = tried
+        else:
+            ridge = max(10 * ridge, 1e-12)
     weight = anchor + torch.cholesky_solve(missing.mT, factor).mT
     if zero_sum:
         direction = torch.cholesky_solve(torch.ones_like(anchor[:, :1]).mT, factor).mT  # 1ᵀA⁻¹, (G, 1, p)
         weight = weight - weight.sum(-1, keepdim=True) * (direction / direction.sum(-1, keepdim=True))
     bias = data.target_mean - (weight @ data.input_mean[..., None])[..., 0]
-    return Solution(weight, bias, ridge)
+    return Solution(weight, bias, ridge, factor)
+
+
+def seen(value: Tensor, cut: Tensor | None) -> Tensor:
+    """Return what is seen of a value: all of it, or what lies above ``cut``."""
+    return value if cut is None else torch.maximum(value, cut)
+
+
+def within_sight(predicted: Tensor, target: Tensor, cut: Tensor | None) -> Tensor:
+    """Return what to regress on where ``target`` is wanted (Note [Only what is seen])."""
+    return target if cut is None else torch.where(target > cut, target, torch.minimum(predicted, cut))

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from normswap.capture.guard import set_mode, untouched
 from normswap.capture.observed import Batch, call
-from normswap.initialization.lockstep import ADDITIONS, find_additions, tensors_of
+from normswap.initialization.lockstep import ADDITIONS, find_uses, tensors_of
 
 __all__ = ["tune_to"]
 
@@ -64,7 +64,7 @@ def tune_to(
         set_mode(original, False)
         set_mode(converted, False)
         ends = [{name: network.get_submodule(name) for name in places} for network in (original, converted)]
-        seen = _Compared((original, converted), ends, find_additions(original, ends[0], batches[0]))
+        seen = _Compared((original, converted), ends, find_uses(original, ends[0], batches[0]).added)
         stack.enter_context(seen.watching())
         try:
             converted.requires_grad_(False)

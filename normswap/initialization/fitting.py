@@ -1,0 +1,481 @@
+"""Fit one site in closed form to what the original gives there.
+
+The original computes ``y = γ (x − μ)/σ + β`` and the converted network ``y' = γ' N(W u + b) + β'``, u its own input.
+Without a gradient are fitted, in this order:
+
+1. W and b, by ridge regression (:mod:`normswap.initialization.regression`) towards the original's ``(x − μ)/σ``;
+   where y is added to a shortcut, towards what makes the shortcut's error good, too; and where a ReLU follows, towards
+   what of it is seen (:mod:`normswap.initialization.lockstep` tells both);
+2. the signs and offsets of the channels, which are free (:mod:`normswap.initialization.steadying`);
+3. γ' and β' per channel, by least squares of y on ``N(W u + b)``, again of what is seen.
+
+Every fifth sample is held out: it chooses the ridge, and among the candidates, of which the absorbed BatchNorm is one,
+so that on those samples no site is worse than without the fit.
+
+A fit holds a random choice of the positions: patches, and what goes with them, of at most 2²⁴ values each (64 MB).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from normswap.initialization.absorb import absorb
+from normswap.initialization.holdout import LEAST_SAMPLES, held_out
+from normswap.initialization.lockstep import Place, Visit
+from normswap.initialization.moments import moments_of_covariance, patches
+from normswap.initialization.regression import Covariances, SecondMoments, Solution, seen, solve, within_sight
+from normswap.initialization.steadying import steady
+from normswap.nn import ChannelAffine, ChannelLayerNorm, FilterLayout
+from normswap.recipes.parts import WeightPart
+from normswap.records import Fit, InitRow
+from normswap.rewriting import Placed
+
+__all__ = ["Fitting", "Goal"]
+
+_RIDGES = (1.0, 1e-2, 1e-4)
+_MOST_VALUES = 2**24  # of patches at once, and of those that are kept: 64 MB in float32
+_MOST_OUTPUTS = 2**22  # that the norm's affine is fitted to
+_LEAST_ROWS = 64
+_ROUNDS = 6  # of regression on what is seen
+_WORTH = 0.01  # the share of the error that another round must take away
+_FLOOR = 1e-3  # of the mean variance: a channel that varies less keeps about the gain it had
+_INVERSE_FLOOR = 1e-2  # of the mean |γ|: a channel with less is not asked to make good an error of y
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What the original does at a site, per channel ``(C,)``: ``y = gain·t + shift``, ``t = (x − mean)·scale``.
+
+    ``anchor`` are the filters that give t on the original's own input, ``(C, fan_in)``; ``part`` is how the layer's
+    weight is parametrized.
+    """
+
+    gain: Tensor
+    shift: Tensor
+    mean: Tensor
+    scale: Tensor
+    anchor: Tensor
+    part: WeightPart | None
+
+    @classmethod
+    def at(cls, placed: Placed, original: nn.Module) -> Goal:
+        """Return the goal of what was placed in the stead of a norm of ``original``."""
+        state = placed.state
+        assert state.mean is not None
+        anchor = state.inverse_std[:, None]
+        if placed.step.site.layer is not None:
+            layer = original.get_submodule(placed.step.site.layer)
+            anchor = FilterLayout.of(layer).flatten(FilterLayout.weight(layer).detach().double()) * anchor
+        gain, shift, mean = state.gamma.float(), state.beta.float(), state.mean.float()
+        return cls(gain, shift, mean, state.inverse_std.float(), anchor, placed.weight_part)
+
+    @classmethod
+    def of_layer(cls, layer: nn.Module) -> Goal:
+        """Return the goal of a layer that is fitted alone: to give what the original's gives."""
+        weight = FilterLayout.weight(layer).detach()
+        anchor = FilterLayout.of(layer).flatten(weight.double())
+        ones, zeros = (f(len(anchor), device=weight.device) for f in (torch.ones, torch.zeros))
+        return cls(ones, zeros, zeros, ones, anchor, None)
+
+    @property
+    def inverse_gain(self) -> Tensor:
+        """How far t must go for a step of y: ``1/gain``, less where the gain is near zero. ``(C,)``"""
+        floor = _INVERSE_FLOOR * self.gain.abs().mean()
+        return self.gain / (self.gain.square() + floor.square()).clamp(min=1e-30)
+
+    def targets(self, visit: Visit) -> tuple[Tensor, Tensor]:
+        """Return t, which the source is to give, and y, which the norm is to give, shaped as the original's output."""
+        shape = (1, -1, *(1,) * (visit.reference.ndim - 2))
+        t = (visit.reference.float() - self.mean.view(shape)) * self.scale.view(shape)
+        y = self.gain.view(shape) * t + self.shift.view(shape)
+        if visit.beside is not None:
+            error = visit.beside[0].float() - visit.beside[1].float()
+            t, y = t + error * self.inverse_gain.view(shape), y + error
+        return t, y
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Some samples: what they bring to the site, and which of them are held out."""
+
+    visit: Visit
+    held: Tensor
+
+    @property
+    def x(self) -> Tensor:
+        """The source's input."""
+        return self.visit.x
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Some positions, one a row: values there, the target y, below what y is not seen, and which are held out.
+
+    Each of ``values`` is ``(n, …)``, ``held`` ``(n,)``, the others ``(n, C)``.
+    """
+
+    values: tuple[Tensor, ...]
+    y: Tensor
+    cut: Tensor | None
+    held: Tensor
+
+    def __getitem__(self, index: Tensor) -> _Rows:
+        cut = None if self.cut is None else self.cut[index]
+        return _Rows(tuple(value[index] for value in self.values), self.y[index], cut, self.held[index])
+
+    @classmethod
+    def joined(cls, parts: Sequence[_Rows]) -> _Rows:
+        """Return the rows of all parts."""
+        cuts = [rows.cut for rows in parts if rows.cut is not None]
+        return cls(
+            tuple(map(torch.cat, zip(*(rows.values for rows in parts), strict=True))),
+            torch.cat([rows.y for rows in parts]),
+            torch.cat(cuts) if len(cuts) == len(parts) else None,
+            torch.cat([rows.held for rows in parts]),
+        )
+
+    def error(self, outputs: Tensor) -> Tensor:
+        """Return the mean squared error of what is seen, per channel."""
+        return (seen(outputs, self.cut) - seen(self.y, self.cut)).square().mean(0)
+
+    @property
+    def size(self) -> Tensor:
+        """The variance of what is seen, per channel."""
+        return (self.y if self.cut is None else (self.y - self.cut).clamp(min=0)).var(0, correction=0)
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """What a site may get.
+
+    Args:
+        weight: The source's filters. ``(C, fan_in)``
+        bias: Its bias. ``(C,)``
+        offsets: What the bias exceeds that by, in units of what the source really gives. ``(C,)``
+        prior: The norm's gain, times what it divides by. ``(C,)``
+        num_groups: The norm's groups.
+        ridge: The ridge that gave all this.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    offsets: Tensor
+    prior: Tensor
+    num_groups: int | None
+    ridge: float
+
+
+@dataclass(frozen=True)
+class _Result:
+    """How a candidate did on the held-out samples, and the values that the site has with it.
+
+    ``noise`` is ``E‖y' − y‖² / Var y`` of what is seen; ``mean`` and ``std`` are those of y', ``target`` those of y.
+    """
+
+    noise: float
+    mean: float
+    std: float
+    target: tuple[float, float]
+    values: tuple[Tensor, ...]
+    num_groups: int | None
+    ridge: float | None
+
+
+class Fitting:
+    """The fit of one site to what all batches bring there."""
+
+    def __init__(
+        self, place: Place, goal: Goal, visits: Sequence[Visit], least_group: int | None, spread: float
+    ) -> None:
+        self.place, self.goal = place, goal
+        self.visits = [visit for visit in visits if visit.x.numel() and visit.reference.numel()]
+        self.least_group, self.spread = least_group, spread
+        self.source, self.norm = place.source, place.norm
+        self.parameters = (*self.source.parameters(), *(() if self.norm is None else self.norm.parameters()))
+        self.samples = sum(len(visit.x) for visit in visits)
+        self.holds_out = self.samples >= LEAST_SAMPLES
+
+    def run(self, placed: Placed | None) -> InitRow:
+        """Fit the site and return its row.
+
+        Args:
+            placed: What was put there; None for a layer that is fitted alone.
+        """
+        name = self.place.name
+        if not self.visits:
+            return InitRow(name, "absorbed", ("no sample reaches it: not fitted",))
+        if not all(self._agrees(visit) for visit in self.visits):
+            return InitRow(name, "absorbed", ("the networks' shapes differ here: not fitted",))
+        rows = self._sample(
+            lambda chunk: (self._patches(chunk.x), _by_position(self.goal.targets(chunk.visit)[0])),
+            self._layout.groups * self._layout.fan_in(self._weight),
+            _MOST_VALUES,
+        )
+        fit, held = self._moments(rows)
+        if placed is not None and placed.step.site.layer and self.goal.part is not None and self.goal.part.centres:
+            # Absorbed anew, now that it is known what reaches the layer.
+            known = moments_of_covariance(fit.input_mean, fit.inputs, fit.count)
+            absorb(placed, {placed.step.site.layer: known})
+        before = best = self._measure(None)
+        if not math.isfinite(before.noise):
+            return InitRow(name, "absorbed", ("its values are not finite: not fitted",))
+        solution = self._regress(rows, fit, held)
+        del rows
+        for candidate in () if solution is None else self._candidates(solution):
+            found = self._measure(candidate)
+            best = found if found.noise < best.noise else best
+            self._restore(before)
+        self._restore(best)
+        notes = [] if self.holds_out else [f"{self.samples} samples: none was held out"]
+        if self.visits[0].beside is not None:
+            notes.append("makes good its shortcut's error")
+        fitted = Fit(
+            samples=self.samples,
+            mean=best.target[0],
+            std=best.target[1],
+            mean_before=before.mean,
+            std_before=before.std,
+            noise_before=before.noise,
+            mean_after=best.mean,
+            std_after=best.std,
+            noise_after=best.noise,
+            num_groups=best.num_groups,
+            ridge=best.ridge,
+        )
+        return InitRow(name, "absorbed" if best is before else "matched", tuple(notes), fitted)
+
+    # ------------------------------------------------------------------------------------------------- the data
+
+    def _agrees(self, visit: Visit) -> bool:
+        return len(visit.x) == len(visit.reference) and (
+            self.source(visit.x[:1]).shape[1:] == visit.reference.shape[1:]
+        )
+
+    def _chunks(self) -> Iterator[_Chunk]:
+        width = self._layout.groups * self._layout.fan_in(self._weight)
+        before = 0
+        for visit in self.visits:
+            positions = max(1, visit.reference[:1].numel() // visit.reference.shape[1])
+            held = held_out(len(visit.x), before).to(visit.x.device) & self.holds_out
+            before += len(visit.x)
+            for part in visit.split(max(1, _MOST_VALUES // (positions * width))):
+                yield _Chunk(part, held[: len(part.x)])
+                held = held[len(part.x) :]
+
+    @property
+    def _layout(self) -> FilterLayout:
+        channel_wise = isinstance(self.source, ChannelAffine)
+        return FilterLayout(groups=len(self.goal.gain)) if channel_wise else FilterLayout.of(self.source)
+
+    @property
+    def _weight(self) -> Tensor:
+        weight = FilterLayout.weight(self.source)
+        return weight[:, None] if isinstance(self.source, ChannelAffine) else weight
+
+    def _patches(self, x: Tensor) -> Tensor:
+        if isinstance(self.source, ChannelAffine):
+            return _by_position(x)[..., None]
+        return patches(self.source, x)
+
+    def _sample(self, values: Callable[[_Chunk], tuple[Tensor, ...]], width: int, most: int) -> _Rows:
+        """Return a random choice of all positions, the same each time, with the ``values`` there.
+
+        Args:
+            values: Takes a chunk and returns values of each of its positions, as rows.
+            width: How many values a row has.
+            most: How many values are wanted at the most.
+        """
+        channels = len(self.goal.gain)
+        in_all = sum(visit.reference.numel() for visit in self.visits) // channels
+        share = max(most // max(width, channels), _LEAST_ROWS) / in_all
+        generator = torch.Generator().manual_seed(0)
+        found = []
+        for chunk in self._chunks():
+            y, cut = _by_position(self.goal.targets(chunk.visit)[1]), chunk.visit.cut
+            held = chunk.held.repeat_interleave(len(y) // len(chunk.x))
+            floats = tuple(value.to(y.dtype) for value in values(chunk))
+            rows = _Rows(floats, y, None if cut is None else _by_position(cut.to(y.dtype)), held)
+            if share < 1:
+                some = torch.randperm(len(y), generator=generator)[: max(1, round(share * len(y)))]
+                rows = rows[some.sort().values.to(y.device)]
+            found.append(rows)
+        return _Rows.joined(found)
+
+    def _judging(self, rows: _Rows) -> Tensor:
+        """Return which rows judge: those held out, all where none is."""
+        return rows.held if self.holds_out else ~rows.held
+
+    # --------------------------------------------------------------------------------------- the layer's weights
+
+    def _moments(self, rows: _Rows) -> tuple[Covariances, Covariances]:
+        """Return the moments of the rows to fit to, and of those held out."""
+        both = SecondMoments(), SecondMoments()
+        for u, t, held in zip(*(v.split(2**16) for v in (*rows.values, rows.held)), strict=True):
+            for moments, some in zip(both, (~held, held), strict=True):
+                moments.add(u[some], t[some])
+        fit = both[0].read()
+        return fit, both[1].read() if both[1].count else fit
+
+    def _regress(self, rows: _Rows, fit: Covariances, held: Covariances) -> Solution | None:
+        """Return the source's weights by ridge regression; None where the moments are not finite."""
+        groups = self._layout.groups
+        anchor = self.goal.anchor.unflatten(0, (groups, -1))
+        zero_sum = self.goal.part is not None and self.goal.part.centres
+        importance = self.goal.gain.double().square().view(groups, -1)
+        solution: Solution | None = None
+        least = math.inf
+        # Where no sample is held out a weaker ridge would always seem better.
+        for ridge in _RIDGES if self.holds_out else _RIDGES[:2]:
+            found = solve(fit, anchor, ridge, zero_sum=zero_sum)
+            error = float((held.error(found) * importance).sum())
+            if error >= least:
+                break
+            solution, least = found, error
+        if solution is None or rows.cut is None:
+            return solution
+        best, least = solution, math.inf
+        judges, fits = self._judging(rows), ~rows.held
+        judging, fitting = rows[judges], rows[fits]
+        for _ in range(_ROUNDS + 1):
+            error = float(judging.error(self._predicted(solution, judging)).sum())
+            if not error < least:
+                break
+            worth, best, least = error < (1 - _WORTH) * least, solution, error
+            if not worth:
+                break
+            wanted = within_sight(self._predicted(solution, fitting), fitting.y, fitting.cut)
+            u, t = fitting.values
+            moments = fit.retargeted(u, t + (wanted - fitting.y) * self.goal.inverse_gain)
+            solution = solve(moments, anchor, solution.ridge, zero_sum=zero_sum, factor=solution.factor)
+        return best
+
+    def _predicted(self, solution: Solution, rows: _Rows) -> Tensor:
+        """Return y' as it would be if the norm took nothing away."""
+        return self.goal.gain * solution.apply(rows.values[0]) + self.goal.shift
+
+    # -------------------------------------------------------------------------- signs, offsets and the norm's affine
+
+    def _candidates(self, solution: Solution) -> Iterator[_Candidate]:
+        weight, bias = solution.weight.flatten(0, 1), solution.bias.flatten()
+        zeros, prior = torch.zeros_like(bias), self.goal.gain.double()
+        plain = _Candidate(weight, bias, zeros, prior, getattr(self.norm, "num_groups", None), solution.ridge)
+        if self.norm is None:
+            yield plain
+            return
+        self._load(plain)
+        means, squares = self._units()
+        deviation = (squares.mean(0) - means.mean(0).square()).clamp(min=0).mean().double().sqrt()
+        for count in self._group_counts():
+            signs, offsets = (v.double() for v in steady(means, squares, count or 1, self.spread))
+            yield _Candidate(
+                weight * signs[:, None], bias * signs, offsets, prior * signs * deviation, count, solution.ridge
+            )
+
+    def _units(self) -> tuple[Tensor, Tensor]:
+        """Return the mean and the mean square, per channel, of all that the norm takes one mean over. ``(n, C)``"""
+        if isinstance(self.norm, ChannelLayerNorm):  # each position by itself
+            rows = self._sample(lambda chunk: (_by_position(self.source(chunk.x)),), len(self.goal.gain), _MOST_OUTPUTS)
+            z = rows.values[0][~rows.held]
+            return z, z.square()
+        means, squares = [], []
+        for chunk in self._chunks():
+            z = self.source(chunk.x)[~chunk.held].float()
+            z = z.flatten(2) if z.ndim > 2 else z[..., None]
+            means.append(z.mean(2))
+            squares.append(z.square().mean(2))
+        return torch.cat(means), torch.cat(squares)
+
+    def _group_counts(self) -> list[int | None]:
+        present = getattr(self.norm, "num_groups", None)
+        if present is None or self.least_group is None:
+            return [present]
+        channels = len(self.goal.gain)
+        most = channels // max(2, self.least_group)
+        return [count for count in range(1, most + 1) if channels % count == 0] or [present]
+
+    def _measure(self, candidate: _Candidate | None) -> _Result:
+        """Give the site the candidate's values, fit the norm's affine, and measure the held-out error.
+
+        None is what the site has, its affine included.
+        """
+        if candidate is not None:
+            self._load(candidate)
+            if self.norm is not None:
+                _set_affine(self.norm, torch.ones_like(self.goal.gain), torch.zeros_like(self.goal.gain))
+        rows = self._sample(
+            lambda chunk: (_by_position(self.place.output(chunk.x)),), len(self.goal.gain), _MOST_OUTPUTS
+        )
+        judging = rows[self._judging(rows)]
+        (outputs,) = judging.values
+        if candidate is not None and self.norm is not None:
+            gain, shift = self._affine(rows[~rows.held], candidate.prior.float())
+            _set_affine(self.norm, gain, shift)
+            outputs = gain * outputs + shift
+        mean, std = _mean_and_std(outputs)
+        return _Result(
+            noise=float(judging.error(outputs).double().sum() / judging.size.double().sum().clamp(min=1e-30)),
+            mean=mean,
+            std=std,
+            target=_mean_and_std(judging.y),
+            values=tuple(p.detach().clone() for p in self.parameters),
+            num_groups=getattr(self.norm, "num_groups", None),
+            ridge=candidate.ridge if candidate else None,
+        )
+
+    def _affine(self, rows: _Rows, prior: Tensor) -> tuple[Tensor, Tensor]:
+        """Return γ' and β' by least squares; a channel that hardly varies keeps the gain that ``prior`` gives."""
+        mean = rows.values[0].mean(0)
+        h = rows.values[0] - mean
+        variance = h.square().mean(0)
+        whole = variance.mean().clamp(min=1e-30)
+        floor, prior = _FLOOR * whole, prior / whole.sqrt()
+        target = rows.y
+        for _ in range(1 if rows.cut is None else _ROUNDS):
+            centre = target.mean(0)
+            gain = ((h * (target - centre)).mean(0) + floor * prior) / (variance + floor)
+            target = within_sight(gain * h + centre, rows.y, rows.cut)
+        return gain, centre - gain * mean
+
+    def _load(self, candidate: _Candidate) -> None:
+        if candidate.num_groups is not None and self.norm is not None:
+            self.norm.__dict__["num_groups"] = candidate.num_groups
+        weight = self._layout.unflatten(candidate.weight, self._weight)
+        excess = torch.ones_like(candidate.bias)
+        if isinstance(self.source, ChannelAffine):
+            self.source.weight.copy_(weight[:, 0])
+        elif self.goal.part is not None:
+            # The filters' lengths are free and decide what a learning rate does to them: the original's is kept.
+            length = (self.goal.anchor.norm(dim=1) / self.goal.scale.double()).square().mean().sqrt()
+            found = candidate.weight.norm(dim=1).square().mean().sqrt()
+            stretch = length / found if bool(length > 0) and bool(found > 0) else torch.ones_like(found)
+            excess = self.goal.part.load(self.source, weight * stretch, excess / stretch)
+        else:
+            self.source.weight.copy_(weight)  # type: ignore[operator]
+        if isinstance(self.source.bias, Tensor):
+            self.source.bias.copy_(excess * candidate.bias + candidate.offsets)
+
+    def _restore(self, result: _Result) -> None:
+        for parameter, value in zip(self.parameters, result.values, strict=True):
+            parameter.copy_(value)
+        if result.num_groups is not None and self.norm is not None:
+            self.norm.__dict__["num_groups"] = result.num_groups
+
+
+def _by_position(value: Tensor) -> Tensor:
+    """Return the channels ``(N, C, …)`` of each position as a row. ``(positions, C)``"""
+    return value.movedim(1, -1).flatten(0, -2)
+
+
+def _mean_and_std(value: Tensor) -> tuple[float, float]:
+    value = value.double()
+    return float(value.mean()), float(value.std(correction=0))
+
+
+def _set_affine(norm: nn.Module, gain: Tensor, shift: Tensor) -> None:
+    norm.weight.copy_(gain)  # type: ignore[operator]
+    norm.bias.copy_(shift)  # type: ignore[operator]
