@@ -10,6 +10,7 @@ import pty
 import re
 import shlex
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -27,9 +28,11 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import normswap as ns
-from normswap.cli import app, console, files, options, reporting
+from normswap.cli import app, console, deploying, files, options, reporting
 from normswap.errors import InputError
+from normswap.folding import FoldRow
 from normswap.loading import load_model
+from normswap.loading.architectures import build
 from normswap.writing import staged
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -151,11 +154,13 @@ def test_the_examples_in_the_help_texts_work_one_after_another(folder: Path, mon
         *(commands[n].epilog for n in ("inspect", "convert", "fold", "export", "verify", "recipes")),
     ]
     assert set(commands) == {"inspect", "convert", "fold", "export", "verify", "recipes", "demo"}
+    np.save("images.npy", np.random.default_rng(0).standard_normal((40, 3, 12, 12)).astype("float32"))
+    torch.save(build("torchvision:resnet18", {}).state_dict(), "weights.pt")
     for epilog in shown:
-        assert epilog is not None
-        program, *arguments = shlex.split(epilog.removeprefix("Example:"))
-        assert program == "normswap"
-        succeed(*arguments)
+        for line in epilog.split("\n\n"):
+            program, *arguments = shlex.split(line.removeprefix("Example:"))
+            assert program == "normswap"
+            succeed(*arguments)
 
 
 def test_every_command_and_option_is_described() -> None:
@@ -269,10 +274,23 @@ def test_calibration_is_read_in_batches_without_its_labels(folder: Path) -> None
 def test_fold_and_export_make_a_file_that_verify_accepts(folder: Path) -> None:
     succeed("convert", "model.pt", "-o", "m.safetensors")
     result = succeed("fold", "m.safetensors", "-o", "m.pt", "--input-shape", "1x3x12x12")
-    assert "folded   2 became a plain weight" in result.stdout
+    assert "folded   2 weights made plain" in result.stdout
     succeed("export", "m.pt", "-o", "m.onnx", "--input-shape", "1x3x12x12", "--dynamic-spatial")
     result = succeed("verify", "m.safetensors", "m.onnx", "--input-shape", "5x3x17x12")
     assert result.stdout.startswith("m.safetensors and m.onnx agree: ")
+
+
+@pytest.mark.parametrize(
+    ("results", "text"),
+    [
+        ([], "nothing: its weights were plain"),
+        (["a plain weight"], "1 weight made plain"),
+        (["a plain weight"] * 2 + ["part of a", "part of b"], "2 weights made plain, 2 modules made part of a layer"),
+        (["a depthwise 1×1 Conv2d"], "1 module made a depthwise 1×1 Conv2d"),
+    ],
+)
+def test_what_was_folded_is_counted(results: list[str], text: str) -> None:
+    assert deploying._what_became([FoldRow("", result) for result in results]) == text
 
 
 def test_verify_tells_two_different_models_apart(folder: Path) -> None:
@@ -661,10 +679,23 @@ def test_a_terminal_gets_tables_that_fit_it(folder: Path, width: int) -> None:
     lines = visible(shown)
     assert ANSI in shown
     assert max(map(len, lines)) <= width
-    assert "every row: is BatchNorm2d, weight ws, proof proven" in [line.rstrip() for line in lines]
+    heading = next(i for i, line in enumerate(lines) if line.startswith("Sequential → gn+ws"))
+    assert not lines[heading + 1].strip()  # as in a pipe, a line is left free
+    assert "in every row: type BatchNorm2d, weight ws, proof proven" in [line.rstrip() for line in lines]
     rows = [line.split() for line in lines]
     assert ["4", "3", "GroupNorm,", "2", "groups", "of", "16"] in rows
     assert not any("…" in line and "reading" not in line and "planning" not in line for line in lines)
+
+
+@pytest.mark.parametrize("width", [80, 140, 200])
+def test_the_list_of_recipes_is_split_before_its_equations_are(width: int) -> None:
+    lines = [line.rstrip() for line in visible(run_on_terminal(width, "recipes"))]
+    assert max(map(len, lines)) <= width
+    for recipe in ns.all_recipes().values():
+        row = next(line for line in lines if line.split()[:1] == [recipe.name])
+        assert recipe.equation.split(", ")[0] in row
+        assert any(recipe.paper in line for line in lines)
+    assert sum(line.startswith("recipe ") for line in lines) == (1 if width == 200 else 2)
 
 
 def test_no_color_is_respected(folder: Path) -> None:
@@ -702,6 +733,18 @@ def test_ctrl_c_ends_with_130_and_leaves_nothing(folder: Path) -> None:
     assert (result.returncode, result.stderr) == (130, "interrupted\n")
     assert contents(folder) == before
     assert not list(folder.glob(".normswap-*"))
+
+
+def test_a_signal_that_is_ignored_stays_ignored_and_handlers_are_put_back() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with console._ended_by_signals():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            with pytest.raises(console.Ended):
+                signal.raise_signal(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_the_choice_of_a_checkpoints_entry_is_told(folder: Path) -> None:

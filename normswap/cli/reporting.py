@@ -42,7 +42,7 @@ def show_plan(plan: Plan) -> None:
     say(f"{plan.model} → {plan.recipe}{chosen}\n")
     if plan.steps:
         show_norms(
-            ("norm", "is", "layer", "weight", "becomes", "proof"),
+            ("norm", "type", "layer", "weight", "becomes", "proof"),
             [
                 (s.site.norm, s.site.norm_type, s.site.layer or "–", s.weight or "–", s.norm, s.site.evidence)
                 for s in plan.steps
@@ -171,7 +171,7 @@ def describe_check(check: Verification | None) -> str:
         return f"{check.a} and {check.b} DIFFER: {check.failure}"
     if not check.max_abs:
         return "no difference in the output"
-    return f"{check.max_rel:.1e} of the output's magnitude (allowed {check.tolerance:.0e})"
+    return f"outputs differ by {check.max_rel:.1e} of their magnitude (allowed {check.tolerance:.0e})"
 
 
 def show_artifact(artifact: ExportArtifact) -> None:
