@@ -51,13 +51,18 @@ class Source:
 
     def open(self, path: Path) -> nn.Module:
         """Return the model in ``path``: stored by normswap, a whole model, an exported program, or a state dict."""
-        model = self._open(path)
+        try:
+            model = self._open(path)
+        except InputError as error:
+            if error.message.startswith(("the file", "the model")):  # what is wrong with it, and not yet which it is
+                error.message = f"{str(path)!r}: {error.message}"
+            raise
         from normswap.capture.exported import fixed_sizes
 
         if sizes := fixed_sizes(model):
-            note(
-                f"as exported, {path} takes {', '.join(f'{n} {size}' for n, size in sizes.items())} and no other sizes"
-            )
+            shown = ", ".join(f"{name} {size}" for name, size in sizes.items())
+            any_size = " (* is any)" if "*" in shown else ""
+            note(f"as exported, {path} takes {shown} and no other sizes{any_size}")
         return model
 
     def _open(self, path: Path) -> nn.Module:

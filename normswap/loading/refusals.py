@@ -109,7 +109,7 @@ def _listed(names: set[Global]) -> tuple[str, str]:
     lines = [f"{found.path} ({option or 'never admitted'})" for found, option in options.items()]
     if len(lines) > SHOWN:
         lines = [*lines[:SHOWN], f"and {len(lines) - SHOWN} more"]
-    advice = INSTEAD
+    advice = f"nothing of it was run; {INSTEAD}"
     if None not in options.values():
         flags = sorted({option for option in options.values() if option})
         python = ", ".join(repr(flag.removeprefix("--trust ")) for flag in flags)
