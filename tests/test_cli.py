@@ -652,7 +652,10 @@ def test_a_shell_offers_the_recipes(folder: Path) -> None:
 
 def test_notes_that_differ_in_names_alone_are_joined() -> None:
     groups = {"a.b might use a.c, too": ["x"], "b.b might use d.c, too": ["y", "z"], "another": ["w"]}
-    assert reporting._alike(groups) == [("… might use …, too", ["x", "y", "z"]), ("another", ["w"])]
+    assert reporting._alike(groups) == [
+        ("a.b might use a.c, too (the others likewise)", ["x", "y", "z"]),
+        ("another", ["w"]),
+    ]
 
 
 def test_a_pipe_gets_plain_text_whose_lines_are_whole(folder: Path) -> None:

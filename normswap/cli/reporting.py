@@ -101,13 +101,16 @@ def _grouped(skips: Sequence[Skip]) -> list[tuple[tuple[str, str], list[str]]]:
 
 
 def _alike(groups: Mapping[str, Sequence[str]]) -> list[tuple[str, list[str]]]:
-    """Join the groups whose texts differ in the names of modules alone; these become an ellipsis there."""
+    """Join the groups whose texts differ in the names of modules alone: the first speaks for all."""
     joined: dict[str, dict[str, Sequence[str]]] = defaultdict(dict)
     for text, names in groups.items():
         joined[re.sub(r"\w+(\.\w+)+", "…", text)][text] = names
     return [
-        (next(iter(texts)) if len(texts) == 1 else general, [name for names in texts.values() for name in names])
-        for general, texts in joined.items()
+        (
+            next(iter(texts)) + (" (the others likewise)" if len(texts) > 1 else ""),
+            [name for names in texts.values() for name in names],
+        )
+        for texts in joined.values()
     ]
 
 
