@@ -265,7 +265,7 @@ def test_a_saved_plan_is_carried_out(folder: Path) -> None:
 def test_calibration_is_read_in_batches_without_its_labels(folder: Path) -> None:
     np.savez("data.npz", np.random.default_rng(0).normal(size=(10, 3, 12, 12)).astype("float32"), np.arange(10))
     result = succeed("convert", "model.pt", "--calibration", "data.npz", "--batch-size", "4", "-o", "out.safetensors")
-    assert "assumed    of each batch the first 1 of 2 entries were used" in result.stdout
+    assert "assumed    of each batch's 2 entries the first was used" in result.stdout
     batches = files.calibration_batches(make_model(), Path("data.npz"), 4)
     assert batches is not None
     assert [len(x) for x, _ in batches] == [4, 4, 2]
@@ -530,6 +530,18 @@ def test_images_that_were_not_prepared_are_explained(folder: Path) -> None:
         assert result.exit_code == 2
         assert f"error[inputs-do-not-fit]: Sequential fails on the inputs of {option}" in result.stderr
         assert "images are not scaled on loading" in result.stderr
+
+
+@pytest.mark.parametrize("text", ["Couldn't load custom C++ ops.", "operator torchvision::nms does not exist", "other"])
+def test_a_detector_without_torchvisions_operators_is_explained(text: str) -> None:
+    class Detects(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise RuntimeError(text)
+
+    with pytest.raises(InputError) as caught:
+        files.example_inputs(Detects(), ((1, 3, 8, 8),), None)
+    assert ("install the torchvision" in caught.value.hint) == (text != "other")
+    assert ("forward takes (x" in caught.value.hint) == (text == "other")
 
 
 def test_both_kinds_of_inputs_at_once_are_refused(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -168,8 +169,14 @@ def _check_inputs(model: nn.Module, inputs: Any, option: str) -> None:
         raise InputError(
             f"{type(model).__name__} fails on the inputs of {option}: {type(cause).__name__}: {first_line(cause)}",
             code="inputs-do-not-fit",
-            hint=explain_dtype(inputs, model) or _signature_hint(model, inputs, option),
+            hint=explain_dtype(inputs, model) or _operators_hint(cause) or _signature_hint(model, inputs, option),
         ) from cause
+
+
+def _operators_hint(cause: Exception) -> str:
+    """Return what to do where a detector finds torchvision's operators (``nms``) missing, else nothing."""
+    missing = re.search(r"torchvision::|custom C\+\+ ops", str(cause))
+    return "install the torchvision that was built for the installed torch" if missing else ""
 
 
 def _signature_hint(model: nn.Module, inputs: Any, option: str) -> str:
