@@ -16,6 +16,7 @@ import subprocess
 import sys
 import termios
 import types
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -700,6 +701,23 @@ def test_a_terminal_gets_tables_that_fit_it(folder: Path, width: int) -> None:
     rows = [line.split() for line in lines]
     assert ["4", "3", "GroupNorm,", "2", "groups", "of", "16"] in rows
     assert not any("…" in line and "reading" not in line and "planning" not in line for line in lines)
+
+
+def test_names_and_numbers_stay_whole_where_there_is_room() -> None:
+    columns = [["norm", "stages.0.conv1_1x1.bn"], ["reason", "a text that may be broken between its words"], ["n", "7"]]
+    assert console._widths(columns, 100) == [21, 43, 1]  # all that is wanted
+    assert console._widths(columns, 60) == [21, 34, 1]
+    assert console._widths(columns, 33) == [21, 7, 1]
+    assert console._widths(columns, 32) == [None, None, None]
+
+
+def test_a_long_name_beside_a_long_text_is_shown_whole_on_a_terminal(folder: Path) -> None:
+    inner = nn.Sequential(OrderedDict({"a_name_of_forty_characters_in_a_network": nn.Linear(32, 10)}))
+    torch.save(nn.Sequential(*list(make_model())[:-1], inner, nn.Linear(10, 2)).eval(), "long.pt")
+    lines = [line.rstrip() for line in visible(run_on_terminal(80, "inspect", "long.pt", "--to", "gn+ws"))]
+    assert max(map(len, lines)) <= 80
+    assert any(" 8.a_name_of_forty_characters_in_a_network" in line for line in lines)
+    assert any(line.endswith(" directly") for line in lines)  # the reason beside it is broken between words, not cut
 
 
 @pytest.mark.parametrize("width", [80, 140, 200])

@@ -57,7 +57,7 @@ SPELLED = {
 """Arguments of the Python functions, as they stand in messages, and how the command line writes them."""
 
 
-GAP = 3
+GAP = 2
 """Columns between the cells of a table on a terminal."""
 
 
@@ -274,16 +274,34 @@ def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
         say(f"in every row: {', '.join(common)}")
         say()
     shown = [i for i in range(len(header)) if i not in same]
-    longest = {i: max(len(row[i]) for row in (header, *cells)) for i in shown}
-    words = {i for i in shown if not any(" " in row[i] for row in cells)}  # names and numbers, which should stay whole
     console = Console(highlight=False)
-    narrow = sum(longest[i] if i in words else min(longest[i], 12) for i in shown) + GAP * (len(shown) - 1)
-    grid = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1), header_style="bold")
-    for i in shown:
-        grid.add_column(header[i], overflow="fold", no_wrap=i in words and narrow <= console.width)
+    widths = _widths([[row[i] for row in (header, *cells)] for i in shown], console.width)
+    grid = Table(
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1),
+        collapse_padding=True,
+        header_style="bold",
+    )
+    for i, width in zip(shown, widths, strict=True):
+        grid.add_column(header[i], overflow="fold", width=width)
     for row in cells:
         grid.add_row(*(_literal(row[i]) for i in shown))
     console.print(grid)
+
+
+def _widths(columns: Sequence[Sequence[str]], room: int) -> list[int | None]:
+    """Return the columns' widths such that names and numbers stay whole; None where there is no room for that."""
+    widths = [max(map(len, column)) for column in columns]
+    least = [max(len(word) for cell in column for word in cell.split(" ")) for column in columns]
+    room -= GAP * (len(columns) - 1)
+    if sum(least) > room:
+        return [None] * len(columns)
+    while sum(widths) > room:
+        widest = max((i for i in range(len(widths)) if widths[i] > least[i]), key=widths.__getitem__)
+        widths[widest] -= 1
+    return [*widths]
 
 
 def facts(pairs: Sequence[tuple[str, str]]) -> None:
