@@ -53,7 +53,7 @@ def verify_pair(
     else:
         show_check(check)
     if not check.ok:
-        if check.rows and not any(row.reason and not isfinite(row.max_abs) for row in check.rows):
+        if check.rows and not check.reason and not any(row.reason and not isfinite(row.max_abs) for row in check.rows):
             exact = ", ".join(name for name, recipe in ns.all_recipes().items() if recipe.exact)
             note(
                 f"only exact recipes ({exact}) keep a model's output: after another one compare with the converted "

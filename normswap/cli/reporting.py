@@ -198,8 +198,6 @@ def show_check(check: Verification) -> None:
     ]
     say()
     table(("output", "shape", "dtype", "max |a−b|", "max |a|", "result"), rows)
-    if check.rows and check.reason:
-        say(check.reason)
 
 
 def _result(row: OutputRow) -> str:
