@@ -114,5 +114,5 @@ def _listed(names: set[Global]) -> tuple[str, str]:
         flags = sorted({option for option in options.values() if option})
         python = ", ".join(repr(flag.removeprefix("--trust ")) for flag in flags)
         script = "; SCRIPT.py is the script that saved the model" if "--trust SCRIPT.py" in flags else ""
-        advice = f"where you trust the file: {' '.join(flags)} (from Python trust=[{python}]{script}); or {advice}"
+        advice = f"where you trust the file: {' '.join(flags)} (from Python trust=[{python}]{script}); or {INSTEAD}"
     return ", ".join(lines), advice
