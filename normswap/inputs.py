@@ -86,7 +86,8 @@ def bind_batches(
         inputs = as_inputs(batch, "a batch")
         if not single and isinstance(inputs, tuple) and wanted is not None and len(inputs) > max(wanted, 1):
             if not count and notes is not None:
-                notes.append(f"of each batch the first {max(wanted, 1)} of {len(inputs)} entries were used")
+                used = "was" if wanted < 2 else f"{wanted} were"
+                notes.append(f"of each batch's {len(inputs)} entries the first {used} used")
             inputs = inputs[: max(wanted, 1)]
         if isinstance(inputs, dict):
             inputs = _known(model, inputs, notes if not count else None)

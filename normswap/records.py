@@ -190,7 +190,7 @@ class Plan:
         ]
         parts = [head]
         if rows:
-            parts.append(text_table(("norm", "is", "layer", "weight", "becomes", "proof", "notes"), rows))
+            parts.append(text_table(("norm", "type", "layer", "weight", "becomes", "proof", "notes"), rows))
         if self.skips:
             reasons = Counter((skip.what, skip.reason) for skip in self.skips)
             named = {(s.what, s.reason): s.name for s in reversed(self.skips)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -37,11 +38,15 @@ def keeps_output(expected: Any, model: nn.Module, inputs: Inputs) -> Verificatio
     found = eval_output(model, inputs)
     if not any(leaf.numel() for leaf in pytree.tree_leaves((expected, found)) if isinstance(leaf, Tensor)):
         return None
-    result = verify(lambda *_, **__: expected, lambda *_, **__: found, inputs, rtol=rtol)
+    result = _compared(expected, found, inputs, rtol)
     if result.ok:
         return result
-    rtol = max(rtol, _MARGIN * own_rounding(model, inputs))
-    return verify(lambda *_, **__: expected, lambda *_, **__: found, inputs, rtol=rtol)
+    return _compared(expected, found, inputs, max(rtol, _MARGIN * own_rounding(model, inputs)))
+
+
+def _compared(expected: Any, found: Any, inputs: Inputs, rtol: float) -> Verification:
+    result = verify(lambda *_, **__: expected, lambda *_, **__: found, inputs, rtol=rtol)
+    return dataclasses.replace(result, a="the model before", b="the model after")
 
 
 def own_rounding(model: nn.Module, inputs: Inputs) -> float:

@@ -133,7 +133,10 @@ class Verification:
         head = f"{self.a} and {self.b} {'agree' if self.ok else 'DIFFER'}"
         if not self.rows:
             return f"{head}: {self.reason}"
-        head += f": {self.max_rel:.1e} of the output's magnitude (allowed {self.tolerance:.0e})"
+        if self.reason:
+            head = f"{self.a} and {self.b} prove nothing: {self.reason}"
+        else:
+            head += f": {self.max_rel:.1e} of the output's magnitude (allowed {self.tolerance:.0e})"
         table = text_table(
             ("output", "shape", "dtype", "max |a−b|", "max |a|", "relative", "allowed", "result"),
             [
@@ -150,7 +153,7 @@ class Verification:
                 for row in self.rows
             ],
         )
-        return "\n\n".join([head, table, *([self.reason] if self.reason else [])])
+        return f"{head}\n\n{table}"
 
     def to_json(self, indent: int | None = 2) -> str:
         """Return the record as JSON; a difference that is not finite is null."""

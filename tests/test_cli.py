@@ -10,11 +10,13 @@ import pty
 import re
 import shlex
 import shutil
+import signal
 import struct
 import subprocess
 import sys
 import termios
 import types
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +29,11 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import normswap as ns
-from normswap.cli import app, console, files, options, reporting
+from normswap.cli import app, console, deploying, files, options, reporting
 from normswap.errors import InputError
+from normswap.folding import FoldRow
 from normswap.loading import load_model
+from normswap.loading.architectures import build
 from normswap.writing import staged
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -151,11 +155,13 @@ def test_the_examples_in_the_help_texts_work_one_after_another(folder: Path, mon
         *(commands[n].epilog for n in ("inspect", "convert", "fold", "export", "verify", "recipes")),
     ]
     assert set(commands) == {"inspect", "convert", "fold", "export", "verify", "recipes", "demo"}
+    np.save("images.npy", np.random.default_rng(0).standard_normal((40, 3, 12, 12)).astype("float32"))
+    torch.save(build("torchvision:resnet18", {}).state_dict(), "weights.pt")
     for epilog in shown:
-        assert epilog is not None
-        program, *arguments = shlex.split(epilog.removeprefix("Example:"))
-        assert program == "normswap"
-        succeed(*arguments)
+        for line in epilog.split("\n\n"):
+            program, *arguments = shlex.split(line.removeprefix("Example:"))
+            assert program == "normswap"
+            succeed(*arguments)
 
 
 def test_every_command_and_option_is_described() -> None:
@@ -260,7 +266,7 @@ def test_a_saved_plan_is_carried_out(folder: Path) -> None:
 def test_calibration_is_read_in_batches_without_its_labels(folder: Path) -> None:
     np.savez("data.npz", np.random.default_rng(0).normal(size=(10, 3, 12, 12)).astype("float32"), np.arange(10))
     result = succeed("convert", "model.pt", "--calibration", "data.npz", "--batch-size", "4", "-o", "out.safetensors")
-    assert "assumed    of each batch the first 1 of 2 entries were used" in result.stdout
+    assert "assumed    of each batch's 2 entries the first was used" in result.stdout
     batches = files.calibration_batches(make_model(), Path("data.npz"), 4)
     assert batches is not None
     assert [len(x) for x, _ in batches] == [4, 4, 2]
@@ -269,10 +275,23 @@ def test_calibration_is_read_in_batches_without_its_labels(folder: Path) -> None
 def test_fold_and_export_make_a_file_that_verify_accepts(folder: Path) -> None:
     succeed("convert", "model.pt", "-o", "m.safetensors")
     result = succeed("fold", "m.safetensors", "-o", "m.pt", "--input-shape", "1x3x12x12")
-    assert "folded   2 became a plain weight" in result.stdout
+    assert "folded   2 weights made plain" in result.stdout
     succeed("export", "m.pt", "-o", "m.onnx", "--input-shape", "1x3x12x12", "--dynamic-spatial")
     result = succeed("verify", "m.safetensors", "m.onnx", "--input-shape", "5x3x17x12")
     assert result.stdout.startswith("m.safetensors and m.onnx agree: ")
+
+
+@pytest.mark.parametrize(
+    ("results", "text"),
+    [
+        ([], "nothing: its weights were plain"),
+        (["a plain weight"], "1 weight made plain"),
+        (["a plain weight"] * 2 + ["part of a", "part of b"], "2 weights made plain, 2 modules made part of a layer"),
+        (["a depthwise 1×1 Conv2d"], "1 module made a depthwise 1×1 Conv2d"),
+    ],
+)
+def test_what_was_folded_is_counted(results: list[str], text: str) -> None:
+    assert deploying._what_became([FoldRow("", result) for result in results]) == text
 
 
 def test_verify_tells_two_different_models_apart(folder: Path) -> None:
@@ -319,7 +338,10 @@ def test_outputs_without_a_value_are_told_and_prove_nothing(folder: Path) -> Non
     assert "checked    not compared: give inputs on which the model returns something" in result.stdout
     result = run("verify", "detector.pt", "out.safetensors", *options)
     assert result.exit_code == 1
-    assert "all outputs are empty: nothing was compared" in result.stdout
+    assert result.stdout.startswith(
+        "detector.pt and out.safetensors prove nothing: all outputs are empty: nothing was compared\n"
+    )
+    assert "exact recipes" not in result.stderr
     result = run("convert", "detector.pt", "--trust", "detector", "--input-shape", "3x8x8")
     assert "a list of images is given by --input-file" in result.stderr
     del sys.modules["detector"]
@@ -514,6 +536,18 @@ def test_images_that_were_not_prepared_are_explained(folder: Path) -> None:
         assert "images are not scaled on loading" in result.stderr
 
 
+@pytest.mark.parametrize("text", ["Couldn't load custom C++ ops.", "operator torchvision::nms does not exist", "other"])
+def test_a_detector_without_torchvisions_operators_is_explained(text: str) -> None:
+    class Detects(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise RuntimeError(text)
+
+    with pytest.raises(InputError) as caught:
+        files.example_inputs(Detects(), ((1, 3, 8, 8),), None)
+    assert ("install the torchvision" in caught.value.hint) == (text != "other")
+    assert ("forward takes (x" in caught.value.hint) == (text == "other")
+
+
 def test_both_kinds_of_inputs_at_once_are_refused(folder: Path) -> None:
     np.save("x.npy", np.zeros((1, 3, 12, 12), dtype="float32"))
     result = run("export", "model.pt", "--input-file", "x.npy", "--input-shape", "1x3x12x12")
@@ -634,7 +668,10 @@ def test_a_shell_offers_the_recipes(folder: Path) -> None:
 
 def test_notes_that_differ_in_names_alone_are_joined() -> None:
     groups = {"a.b might use a.c, too": ["x"], "b.b might use d.c, too": ["y", "z"], "another": ["w"]}
-    assert reporting._alike(groups) == [("… might use …, too", ["x", "y", "z"]), ("another", ["w"])]
+    assert reporting._alike(groups) == [
+        ("a.b might use a.c, too (the others likewise)", ["x", "y", "z"]),
+        ("another", ["w"]),
+    ]
 
 
 def test_a_pipe_gets_plain_text_whose_lines_are_whole(folder: Path) -> None:
@@ -661,10 +698,40 @@ def test_a_terminal_gets_tables_that_fit_it(folder: Path, width: int) -> None:
     lines = visible(shown)
     assert ANSI in shown
     assert max(map(len, lines)) <= width
-    assert "every row: is BatchNorm2d, weight ws, proof proven" in [line.rstrip() for line in lines]
+    heading = next(i for i, line in enumerate(lines) if line.startswith("Sequential → gn+ws"))
+    assert not lines[heading + 1].strip()  # as in a pipe, a line is left free
+    assert "in every row: type BatchNorm2d, weight ws, proof proven" in [line.rstrip() for line in lines]
     rows = [line.split() for line in lines]
     assert ["4", "3", "GroupNorm,", "2", "groups", "of", "16"] in rows
     assert not any("…" in line and "reading" not in line and "planning" not in line for line in lines)
+
+
+def test_names_and_numbers_stay_whole_where_there_is_room() -> None:
+    columns = [["norm", "stages.0.conv1_1x1.bn"], ["reason", "a text that may be broken between its words"], ["n", "7"]]
+    assert console._widths(columns, 100) == [21, 43, 1]  # all that is wanted
+    assert console._widths(columns, 60) == [21, 34, 1]
+    assert console._widths(columns, 33) == [21, 7, 1]
+    assert console._widths(columns, 32) == [None, None, None]
+
+
+def test_a_long_name_beside_a_long_text_is_shown_whole_on_a_terminal(folder: Path) -> None:
+    inner = nn.Sequential(OrderedDict({"a_name_of_forty_characters_in_a_network": nn.Linear(32, 10)}))
+    torch.save(nn.Sequential(*list(make_model())[:-1], inner, nn.Linear(10, 2)).eval(), "long.pt")
+    lines = [line.rstrip() for line in visible(run_on_terminal(80, "inspect", "long.pt", "--to", "gn+ws"))]
+    assert max(map(len, lines)) <= 80
+    assert any(" 8.a_name_of_forty_characters_in_a_network" in line for line in lines)
+    assert any(line.endswith(" directly") for line in lines)  # the reason beside it is broken between words, not cut
+
+
+@pytest.mark.parametrize("width", [80, 140, 200])
+def test_the_list_of_recipes_is_split_before_its_equations_are(width: int) -> None:
+    lines = [line.rstrip() for line in visible(run_on_terminal(width, "recipes"))]
+    assert max(map(len, lines)) <= width
+    for recipe in ns.all_recipes().values():
+        row = next(line for line in lines if line.split()[:1] == [recipe.name])
+        assert recipe.equation.split(", ")[0] in row
+        assert any(recipe.paper in line for line in lines)
+    assert sum(line.startswith("recipe ") for line in lines) == (1 if width == 200 else 2)
 
 
 def test_no_color_is_respected(folder: Path) -> None:
@@ -702,6 +769,18 @@ def test_ctrl_c_ends_with_130_and_leaves_nothing(folder: Path) -> None:
     assert (result.returncode, result.stderr) == (130, "interrupted\n")
     assert contents(folder) == before
     assert not list(folder.glob(".normswap-*"))
+
+
+def test_a_signal_that_is_ignored_stays_ignored_and_handlers_are_put_back() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with console._ended_by_signals():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            with pytest.raises(console.Ended):
+                signal.raise_signal(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_the_choice_of_a_checkpoints_entry_is_told(folder: Path) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 
 from normswap.demo import report as demo
 from normswap.demo.data import load_digits, load_metadata
-from normswap.demo.report import DemoReport, DemoRow, run_demo
+from normswap.demo.report import OPENING, DemoReport, DemoRow, run_demo
 from normswap.errors import InputError
 from normswap.recipes import all_recipes
 
@@ -109,9 +109,11 @@ def test_the_report_prints_as_two_tables_of_at_most_80_columns(
     assert "1 thread" in str(report)
 
 
-def test_the_three_printed_lines_run_a_file(report: DemoReport) -> None:
+def test_the_printed_lines_run_a_file_and_fit_a_terminal(report: DemoReport) -> None:
     lines = [line.strip() for line in str(report).splitlines() if line.startswith("    ")]
-    assert len(lines) == 3
+    assert len(lines) == 4
+    usual = OPENING.format(folder="normswap-demo", file="normswap-demo/digits-ws-calibrated.onnx")
+    assert max(map(len, usual.splitlines())) <= 80  # a longer one would be broken in two, and be no Python
     printed = io.StringIO()
     with redirect_stdout(printed):
         exec("\n".join(lines), {})

@@ -415,6 +415,7 @@ def test_an_exact_recipe_checks_itself(name: str, recipe: str) -> None:
     result = ns.convert(entry.model(), recipe, example_inputs=entry.inputs())
     assert result.check is not None
     assert result.check.ok
+    assert str(result.check).startswith("the model before and the model after agree: ")
 
 
 def before_centring(monkeypatch: pytest.MonkeyPatch) -> None:

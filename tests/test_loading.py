@@ -533,6 +533,117 @@ def test_names_that_were_not_reviewed_as_values_are_refused(tmp_path, module, na
     assert load_model(tmp_path / "model.pt").make is nn.Linear
 
 
+# --- a module's forward that is another method of its own
+
+
+CHOOSES = """
+class Chooses(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        self.forward = self.forward_layer
+    def forward_layer(self, x):
+        return self.layer(x)
+    def forward(self, x):
+        raise NotImplementedError
+    forward_static = staticmethod(print)
+"""
+
+
+@pytest.fixture
+def chooses(fake_module):
+    """Plant a network that binds its forward, as timm's FasterNet does, under an admitted prefix."""
+    return sys.modules[fake_module(CHOOSES)].Chooses
+
+
+def test_a_forward_that_was_chosen_when_the_model_was_made_comes_back(tmp_path, chooses):
+    part = chooses()
+    model = nn.Sequential(part, nn.ReLU(), part)  # one of them twice
+    model.append(chooses())
+    torch.save(model, tmp_path / "model.pt")
+    loaded = load_model(tmp_path / "model.pt")
+    x = torch.randn(2, 3)
+    assert torch.equal(loaded(x), model(x))
+    assert loaded[0] is loaded[2]
+    for module in (loaded[0], loaded[3]):
+        assert module.forward.__self__ is module
+        assert module.forward.__func__ is chooses.forward_layer
+    with torch.no_grad():
+        loaded[3].layer.weight.fill_(5)
+    assert not torch.equal(loaded(x), model(x))
+    torch.save(loaded, tmp_path / "again.pt")
+    assert torch.equal(load_model(tmp_path / "again.pt")(x), loaded(x))
+
+
+def bound(owner, name):
+    return Reduced(builtins.getattr, owner, name)
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "code"),
+    [
+        ("forward", "load_state_dict", "untrusted-global"),  # no forward by its name
+        ("forward", "__class__", "untrusted-global"),
+        ("forward", "__reduce_ex__", "untrusted-global"),
+        ("forward", "forward", "untrusted-global"),
+        ("forward", "forward_layer.__globals__", "untrusted-global"),
+        ("forward", "forward_gone", "model-damaged"),
+        ("forward", "forward_static", "model-damaged"),
+        ("train", "forward_layer", "model-damaged"),
+        ("act", "forward_layer", "model-damaged"),
+    ],
+)
+def test_a_bound_method_that_is_no_forward_in_forwards_place_is_refused(tmp_path, chooses, place, name, code):
+    model = chooses()
+    del model.forward
+    vars(model)[place] = bound(model, name)
+    torch.save(model, tmp_path / "evil.pt")
+    assert refusal(tmp_path / "evil.pt").code == code
+
+
+def test_a_bound_method_of_anything_else_is_refused(tmp_path, chooses, marker):
+    model, other = chooses(), chooses()
+    del model.forward
+    for owner in (other, [model], "text", 3, os, Reduced(os.system, f"touch {marker}")):
+        if owner is os:
+            owner = Reduced(__import__, "os")
+        vars(model)["forward"] = bound(owner, "forward_layer")
+        torch.save(model, tmp_path / "evil.pt")
+        assert refusal(tmp_path / "evil.pt").code in ("untrusted-global", "model-damaged")
+    assert not marker.exists()
+
+
+def test_a_bound_method_elsewhere_in_the_file_does_nothing(tmp_path, chooses):
+    model = chooses()
+    model.notes = [bound(model, "forward_layer")]  # no attribute of a module: it cannot be called
+    torch.save(model, tmp_path / "model.pt")
+    loaded = load_model(tmp_path / "model.pt")
+    assert not callable(loaded.notes[0])
+    del model.notes
+    torch.save({"model": model, "x": {"y": bound(model, "forward_layer")}}, tmp_path / "model.pt")
+    assert not [m for m in load_model(tmp_path / "model.pt").modules() if "x" in vars(m)]
+    for hostile in (
+        {"model": model, "x": Reduced(functools.partial, bound(model, "forward_layer"))},
+        {"model": model, "x": bound(model, "forward_layer"), "y": bound(model, "state_dict")},
+        {"model": model, "x": Reduced(torch._tensor._rebuild_from_type_v2, bound(model, "forward_layer"), 1, (), {})},
+    ):
+        torch.save(hostile, tmp_path / "evil.pt")
+        assert refusal(tmp_path / "evil.pt").code in ("untrusted-global", "pickle-unsafe")
+    hooked = chooses()
+    hooked._forward_hooks[0] = bound(hooked, "forward_layer")
+    torch.save(hooked, tmp_path / "evil.pt")
+    assert refusal(tmp_path / "evil.pt").code == "model-hooks"
+
+
+def test_getattr_itself_never_comes_out_of_a_file(tmp_path, chooses):
+    model = chooses()
+    model.reach = builtins.getattr
+    torch.save(model, tmp_path / "evil.pt")
+    error = refusal(tmp_path / "evil.pt")
+    assert error.code == "untrusted-global"
+    assert "builtins.getattr (never admitted)" in error.message
+
+
 def test_nested_names_of_protocol_4_are_refused(tmp_path, marker):
     name = b"\x8c\x08torch.nn\x8c\x14functional.os.system\x93"
     write_archive(tmp_path / "evil.pt", b"\x80\x04" + name + op_text(f"touch {marker}") + b"\x85R.")

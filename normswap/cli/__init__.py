@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -25,15 +27,34 @@ app = typer.Typer(
     epilog="Example:  normswap convert model.pt --to gn+ws --onnx model.onnx",
 )
 
-app.command("inspect", epilog="Example:  normswap inspect model.pt --to gn+ws")(inspect_model)
-app.command("convert", epilog="Example:  normswap convert model.pt --to gn+ws -o model.gn+ws.safetensors")(
-    convert_model
+
+def _add(command: Callable[..., None], name: str, *examples: str) -> None:
+    """Add a command; its help is the function's docstring with each paragraph in one piece, as typer needs it."""
+    paragraphs = (inspect.getdoc(command) or "").split("\n\n")
+    text = "\n\n".join(paragraph.replace("\n", " ") for paragraph in paragraphs)
+    app.command(name, help=text, epilog="\n\n".join(f"Example:  normswap {name} {given}" for given in examples))(
+        command
+    )
+
+
+_add(
+    inspect_model,
+    "inspect",
+    "model.pt --to gn+ws",
+    "weights.pt --arch torchvision:resnet18",
 )
-app.command("fold", epilog="Example:  normswap fold model.gn+ws.safetensors -o deploy.pt")(fold_model)
-app.command("export", epilog="Example:  normswap export deploy.pt -o deploy.onnx --input-shape 1x3x32x32")(export_model)
-app.command("verify", epilog="Example:  normswap verify deploy.pt deploy.onnx --input-shape 4x3x32x32")(verify_pair)
-app.command("recipes", epilog="Example:  normswap recipes")(show_recipes)
-app.command("demo", epilog="Example:  normswap demo --output results")(show_demo)
+_add(
+    convert_model,
+    "convert",
+    "model.pt --to gn+ws -o model.gn+ws.safetensors",
+    "model.pt --calibration images.npy",
+    "model.pt --to wn+mobn --onnx model.onnx",
+)
+_add(fold_model, "fold", "model.gn+ws.safetensors -o deploy.pt")
+_add(export_model, "export", "deploy.pt -o deploy.onnx --input-shape 1x3x32x32")
+_add(verify_pair, "verify", "deploy.pt deploy.onnx --input-shape 4x3x32x32")
+_add(show_recipes, "recipes", "")
+_add(show_demo, "demo", "--output results")
 
 
 def _print_version(wanted: bool) -> None:

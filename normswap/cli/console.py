@@ -10,8 +10,10 @@ import contextlib
 import io
 import logging
 import shutil
+import signal
 import sys
 import textwrap
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +28,7 @@ from normswap.records import text_table
 __all__ = [
     "ErrorBoundary",
     "facts",
+    "fits",
     "note",
     "print_json",
     "progressing",
@@ -47,22 +50,59 @@ SPELLED = {
     "give calibration data": "give calibration data (--calibration FILE)",
     "num_groups='auto'": "--num-groups auto",
     "init='absorb'": "--init absorb",
+    "or group_size for": "or --group-size for",
     "give example_inputs": "give --input-shape",
     "give example inputs": "give --input-shape",
 }
 """Arguments of the Python functions, as they stand in messages, and how the command line writes them."""
 
 
+GAP = 2
+"""Columns between the cells of a table on a terminal."""
+
+
+class Ended(KeyboardInterrupt):
+    """The process was asked to end, and cleans up on its way out as after Ctrl+C."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Let what ends a process (``kill``, ``timeout``, a closed terminal) raise, so that hidden files are removed."""
+    if threading.current_thread() is not threading.main_thread():  # Python lets no other set a handler
+        yield
+        return
+
+    def end(number: int, _: object) -> None:
+        raise Ended(number)
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    ours = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]  # nohup ignores its own
+    try:
+        for number in ours:
+            signal.signal(number, end)
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
+
+
 class ErrorBoundary(TyperGroup):
     """The one place that catches errors: it prints them and ends with their exit code."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command; see ``NormswapError.exit_code``, 2 for an unexpected error, 130 after Ctrl+C."""
+        """Run the command; see ``NormswapError.exit_code``, 2 for an unexpected error, 128 + n after a signal n."""
         try:
-            with _notes_shown():
+            with _ended_by_signals(), _notes_shown():
                 return super().invoke(ctx)
         except (BrokenPipeError, UsageError, typer.Exit, typer.Abort):
             raise
+        except Ended as signalled:
+            typer.echo("ended by a signal", err=True)
+            raise typer.Exit(128 + signalled.number) from None
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)
             raise typer.Exit(130) from None
@@ -100,7 +140,7 @@ def _fitted(text: str, stream: TextIO) -> str:
         shutil.get_terminal_size().columns, break_long_words=False, break_on_hyphens=False, replace_whitespace=False
     )
     lines = []
-    for line in text.splitlines():
+    for line in text.split("\n"):
         wrap.subsequent_indent = " " * (len(line) - len(line.lstrip()) + 4)
         lines += wrap.wrap(line) or [""]
     return "\n".join(lines)
@@ -210,6 +250,13 @@ def print_json(text: str) -> None:
     typer.echo(text)
 
 
+def fits(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> bool:
+    """Return whether a table's rows stay whole: in a pipe, and on a terminal that is wide enough."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    room = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+    return sum(widths) + GAP * (len(widths) - 1) <= room
+
+
 def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     """Print a table; on a terminal the columns with one value alone stand in a line above it."""
     if not rows:
@@ -224,19 +271,37 @@ def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
 
     same = {i for i in range(1, len(header)) if len(cells) > 1 and len({row[i] for row in cells}) == 1}
     if common := [f"{header[i]} {cells[0][i]}" for i in sorted(same) if cells[0][i] not in ("", "–")]:
-        say(f"every row: {', '.join(common)}")
+        say(f"in every row: {', '.join(common)}")
         say()
     shown = [i for i in range(len(header)) if i not in same]
-    longest = {i: max(len(row[i]) for row in (header, *cells)) for i in shown}
-    words = {i for i in shown if not any(" " in row[i] for row in cells)}  # names and numbers, which should stay whole
-    console, gap = Console(highlight=False), 3
-    narrow = sum(longest[i] if i in words else min(longest[i], 12) for i in shown) + gap * (len(shown) - 1)
-    grid = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1), header_style="bold")
-    for i in shown:
-        grid.add_column(header[i], overflow="fold", no_wrap=i in words and narrow <= console.width)
+    console = Console(highlight=False)
+    widths = _widths([[row[i] for row in (header, *cells)] for i in shown], console.width)
+    grid = Table(
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1),
+        collapse_padding=True,
+        header_style="bold",
+    )
+    for i, width in zip(shown, widths, strict=True):
+        grid.add_column(header[i], overflow="fold", width=width)
     for row in cells:
         grid.add_row(*(_literal(row[i]) for i in shown))
     console.print(grid)
+
+
+def _widths(columns: Sequence[Sequence[str]], room: int) -> list[int | None]:
+    """Return the columns' widths such that names and numbers stay whole; None where there is no room for that."""
+    widths = [max(map(len, column)) for column in columns]
+    least = [max(len(word) for cell in column for word in cell.split(" ")) for column in columns]
+    room -= GAP * (len(columns) - 1)
+    if sum(least) > room:
+        return [None] * len(columns)
+    while sum(widths) > room:
+        widest = max((i for i in range(len(widths)) if widths[i] > least[i]), key=widths.__getitem__)
+        widths[widest] -= 1
+    return [*widths]
 
 
 def facts(pairs: Sequence[tuple[str, str]]) -> None:

@@ -48,7 +48,8 @@ def inspect_model(
 ) -> None:
     """Show a model's norms, their layers, and what cannot be converted.
 
-    With --to the plan of a conversion; with --calibration what the swap of each site costs by itself.
+    With --to it shows what each norm would become; with --calibration what the swap of each by itself costs. Nothing
+    is written.
     """
     shapes = options.read_shapes(input_shape)
     network = files.Source.of(trust, arch, arch_kwargs).open(model)
@@ -82,7 +83,7 @@ def inspect_model(
     converted = "" if origin is None else f", converted to {origin.plan.recipe}"
     say(f"{name}{converted}: {parameters:,} parameters, {len(matches.sites)} BatchNorm sites\n")
     show_norms(
-        ("norm", "is", "channels", "layer", "layer is", "proof"),
+        ("norm", "type", "channels", "layer", "layer type", "proof"),
         [
             (s.norm, s.norm_type, str(s.num_features), s.layer or "–", s.layer_type or "–", s.evidence)
             for s in matches.sites
@@ -91,7 +92,7 @@ def inspect_model(
     )
     if matches.sites and matches.skips:
         say()
-    table(("left alone", "what", "is", "reason"), [(s.name, s.what, s.type, s.reason) for s in matches.skips])
+    table(("left alone", "what", "type", "reason"), [(s.name, s.what, s.type, s.reason) for s in matches.skips])
 
 
 def convert_model(
@@ -102,20 +103,28 @@ def convert_model(
         typer.Option(
             "-o",
             "--output",
+            metavar="FILE",
             help="a .safetensors file, with --fold a .pt; or a .pt2 program (default: MODEL.RECIPE.safetensors)",
             rich_help_panel=options.OUTPUT,
         ),
     ] = None,
     fold: Annotated[
-        bool, typer.Option("--fold", help="write plain weights, for deployment", rich_help_panel=options.OUTPUT)
+        bool,
+        typer.Option("--fold", help="write plain weights, to deploy and not to train", rich_help_panel=options.OUTPUT),
     ] = False,
     onnx: Annotated[
         Path | None,
-        typer.Option(help="fold, export to this .onnx file, and verify it", rich_help_panel=options.OUTPUT),
+        typer.Option(
+            metavar="FILE", help="fold, export to this .onnx file, and verify it", rich_help_panel=options.OUTPUT
+        ),
     ] = None,
     report: Annotated[
         Path | None,
-        typer.Option(help="write a page of what the swap did to each site (.html)", rich_help_panel=options.OUTPUT),
+        typer.Option(
+            metavar="FILE",
+            help="write a page of what the swap did to each site (.html)",
+            rich_help_panel=options.OUTPUT,
+        ),
     ] = None,
     calibration: options.Calibration = None,
     batch_size: options.BatchSize = 32,
@@ -130,7 +139,8 @@ def convert_model(
     ] = None,
     spread: options.Spread = None,
     tune_steps: Annotated[
-        int | None, typer.Option(min=1, help="gradient steps of --init tune (300)", rich_help_panel=options.NORMS)
+        int | None,
+        typer.Option(metavar="N", min=1, help="gradient steps of --init tune (300)", rich_help_panel=options.NORMS),
     ] = None,
     num_groups: options.NumGroups = None,
     group_size: options.GroupSize = None,
@@ -141,7 +151,8 @@ def convert_model(
     input_shape: options.InputShape = None,
     input_file: options.InputFile = None,
     plan: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="carry out this plan (.json)", rich_help_panel=options.CHOICE)
+        Path | None,
+        typer.Option(metavar="FILE", help="carry out this plan, by --save-plan", rich_help_panel=options.CHOICE),
     ] = None,
     save_plan: Annotated[
         Path | None, typer.Option(metavar="FILE", help="write the plan (.json)", rich_help_panel=options.OUTPUT)
@@ -158,8 +169,11 @@ def convert_model(
 ) -> None:
     """Swap a model's BatchNorms and keep what it has learnt.
 
-    Without -o and --onnx the output stands beside the model, as MODEL.RECIPE.safetensors. That file is for training on
-    (normswap.load in Python) and for `normswap fold`.
+    Writes MODEL.RECIPE.safetensors, or what -o names: to be trained on (normswap.load in Python) and then given to
+    `normswap fold`. To deploy without training, --fold writes plain weights and --onnx an ONNX file.
+
+    Some recipes, as wn+mobn, keep the model's outputs exactly. gn+ws, gn and ln come close: the closer with
+    --calibration.
     """
     shapes = options.read_shapes(input_shape)
     source = files.Source.of(trust, arch, arch_kwargs)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,6 +18,9 @@ from normswap.cli.reporting import describe_check, show_artifact, written
 from normswap.errors import InputError
 from normswap.writing import staged
 
+if TYPE_CHECKING:
+    from normswap.folding import FoldRow
+
 __all__ = ["export_model", "fold_model"]
 
 
@@ -25,7 +29,11 @@ def fold_model(
     output: Annotated[
         Path | None,
         typer.Option(
-            "-o", "--output", help="a .pt or .pt2 file (default: MODEL.folded.pt)", rich_help_panel=options.OUTPUT
+            "-o",
+            "--output",
+            metavar="FILE",
+            help="a .pt or .pt2 file (default: MODEL.folded.pt)",
+            rich_help_panel=options.OUTPUT,
         ),
     ] = None,
     input_shape: options.InputShape = None,
@@ -35,7 +43,11 @@ def fold_model(
     arch_kwargs: options.ArchKwargs = None,
     as_json: options.Json = False,
 ) -> None:
-    """Turn reparameterized weights into plain ones, for deployment."""
+    """Turn reparameterized weights into plain ones, for deployment.
+
+    MODEL is what `normswap convert` wrote or, after training, normswap.save in Python. BatchNorms that are left are
+    merged into their layers. The output is of torch.nn's modules and loads where normswap is not installed.
+    """
     shapes = options.read_shapes(input_shape)
     program = model.suffix == ".pt2"
     target = output or model.with_name(f"{model.stem}.folded.pt{2 if program else ''}")
@@ -61,11 +73,10 @@ def fold_model(
         }
         print_json(json.dumps(record, indent=2, ensure_ascii=False))
         return
-    became = Counter("part of a layer" if r.result.startswith("part of") else r.result for r in folding.rows)
     say(type(network).__name__)
     facts(
         [
-            ("folded", ", ".join(f"{n} became {what}" for what, n in became.items()) or "nothing: it was plain"),
+            ("folded", _what_became(folding.rows)),
             ("checked", describe_check(folding.check)),
             *written([target]),
         ]
@@ -77,11 +88,29 @@ def fold_model(
         note("no -o was given: the output stands beside the model")
 
 
+def _what_became(rows: Sequence[FoldRow]) -> str:
+    """Return how many things became what: ``9 weights plain, 9 modules part of a layer``."""
+    became = Counter("part of a layer" if row.result.startswith("part of") else row.result for row in rows)
+    counted = [
+        f"{n} weight{'s' * (n > 1)} made plain"
+        if what == "a plain weight"
+        else f"{n} module{'s' * (n > 1)} made {what}"
+        for what, n in became.items()
+    ]
+    return ", ".join(counted) or "nothing: its weights were plain"
+
+
 def export_model(
     model: options.Model,
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", help="an .onnx file (default: MODEL.onnx)", rich_help_panel=options.OUTPUT),
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="FILE",
+            help="an .onnx file (default: MODEL.onnx)",
+            rich_help_panel=options.OUTPUT,
+        ),
     ] = None,
     input_shape: options.InputShape = None,
     input_file: options.InputFile = None,
@@ -97,7 +126,11 @@ def export_model(
     arch_kwargs: options.ArchKwargs = None,
     as_json: options.Json = False,
 ) -> None:
-    """Write a folded model to an ONNX file and verify that file."""
+    """Write a folded model to an ONNX file and verify that file.
+
+    MODEL is what `normswap fold` or `normswap convert --fold` wrote. The file is kept only where onnxruntime computes
+    with it, on two batch sizes, what torch does.
+    """
     shapes = options.read_shapes(input_shape)
     target = output or model.with_suffix(".onnx")
     if target.suffix != ".onnx":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,13 +52,18 @@ class Source:
 
     def open(self, path: Path) -> nn.Module:
         """Return the model in ``path``: stored by normswap, a whole model, an exported program, or a state dict."""
-        model = self._open(path)
+        try:
+            model = self._open(path)
+        except InputError as error:
+            if error.message.startswith(("the file", "the model")):  # what is wrong with it, and not yet which it is
+                error.message = f"{str(path)!r}: {error.message}"
+            raise
         from normswap.capture.exported import fixed_sizes
 
         if sizes := fixed_sizes(model):
-            note(
-                f"as exported, {path} takes {', '.join(f'{n} {size}' for n, size in sizes.items())} and no other sizes"
-            )
+            shown = ", ".join(f"{name} {size}" for name, size in sizes.items())
+            any_size = " (* is any)" if "*" in shown else ""
+            note(f"as exported, {path} takes {shown} and no other sizes{any_size}")
         return model
 
     def _open(self, path: Path) -> nn.Module:
@@ -163,8 +169,14 @@ def _check_inputs(model: nn.Module, inputs: Any, option: str) -> None:
         raise InputError(
             f"{type(model).__name__} fails on the inputs of {option}: {type(cause).__name__}: {first_line(cause)}",
             code="inputs-do-not-fit",
-            hint=explain_dtype(inputs, model) or _signature_hint(model, inputs, option),
+            hint=explain_dtype(inputs, model) or _operators_hint(cause) or _signature_hint(model, inputs, option),
         ) from cause
+
+
+def _operators_hint(cause: Exception) -> str:
+    """Return what to do where a detector finds torchvision's operators (``nms``) missing, else nothing."""
+    missing = re.search(r"torchvision::|custom C\+\+ ops", str(cause))
+    return "install the torchvision that was built for the installed torch" if missing else ""
 
 
 def _signature_hint(model: nn.Module, inputs: Any, option: str) -> str:

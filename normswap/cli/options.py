@@ -52,14 +52,15 @@ def _recipes_like(start: str) -> list[tuple[str, str]]:
 Model = Annotated[
     Path,
     typer.Argument(
-        metavar="MODEL", help="a model by torch.save, a .pt2 program, a state dict (with --arch), a stored conversion"
+        metavar="MODEL", help="what torch.save or `normswap convert` wrote, a .pt2 program, or a state dict with --arch"
     ),
 ]
 Trust = Annotated[
     list[str] | None,
     typer.Option(
         metavar="NAME",
-        help="a package or script.py whose classes MODEL may use; repeatable",
+        help="a package or script.py that MODEL's classes are from and whose code may run (not needed for torch, "
+        "torchvision and timm); repeatable",
         rich_help_panel=READING,
     ),
 ]
@@ -79,21 +80,22 @@ InputShape = Annotated[
     list[str] | None,
     typer.Option(
         metavar="SHAPE",
-        help="shape of an example input, such as 1x3x224x224; one for each input",
+        help="shape of random numbers to run the model on, such as 1x3x224x224; once for each of its inputs",
         rich_help_panel=INPUTS,
     ),
 ]
 InputFile = Annotated[
     Path | None,
     typer.Option(
-        metavar="FILE", help="example inputs in a .npz, .npy, .pt or .safetensors file", rich_help_panel=INPUTS
+        metavar="FILE", help="the same with inputs of yours: .npz, .npy, .pt or .safetensors", rich_help_panel=INPUTS
     ),
 ]
 To = Annotated[
     str | None,
     typer.Option(
         metavar="RECIPE",
-        help="the recipe, see `normswap recipes`; convert takes gn+ws where none is given",
+        help="what takes the BatchNorms' place: gn+ws (which convert takes by itself), ln, wn+mobn, …; "
+        "see `normswap recipes`",
         autocompletion=_recipes_like,
         rich_help_panel=NORMS,
     ),
@@ -107,24 +109,32 @@ NumGroups = Annotated[
     ),
 ]
 GroupSize = Annotated[
-    int | None, typer.Option(help="channels per group, where that divides (16)", rich_help_panel=NORMS)
+    int | None, typer.Option(metavar="N", help="channels per group, where that divides (16)", rich_help_panel=NORMS)
 ]
 Calibration = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="unlabelled inputs: .npz, .npy, .pt or .safetensors; 500-1000 are enough",
+        help="unlabelled inputs to fit the new norms to: .npz, .npy, .pt or .safetensors; 500-1000 are enough",
         rich_help_panel=INPUTS,
     ),
 ]
-BatchSize = Annotated[int, typer.Option(min=1, help="calibration inputs that run at once", rich_help_panel=INPUTS)]
+BatchSize = Annotated[
+    int, typer.Option(metavar="N", min=1, help="calibration inputs that run at once", rich_help_panel=INPUTS)
+]
 Spread = Annotated[
     float | None,
     typer.Option(
-        min=0, help="how steady a match keeps a group's statistics (1); 0 leaves them alone", rich_help_panel=NORMS
+        metavar="X",
+        min=0,
+        help="how steady a match keeps a group's statistics (1); 0 leaves them alone",
+        rich_help_panel=NORMS,
     ),
 ]
-Eps = Annotated[float | None, typer.Option(help="added to the variance (the BatchNorm's own)", rich_help_panel=NORMS)]
+Eps = Annotated[
+    float | None,
+    typer.Option(metavar="X", help="added to the variance (the BatchNorm's own)", rich_help_panel=NORMS),
+]
 RecipeOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -136,16 +146,21 @@ RecipeOption = Annotated[
 ]
 Include = Annotated[
     list[str] | None,
-    typer.Option(metavar="GLOB", help="convert only these norms; repeatable", rich_help_panel=CHOICE),
+    typer.Option(
+        metavar="GLOB", help="convert only norms with such names: 'layer1.*'; repeatable", rich_help_panel=CHOICE
+    ),
 ]
 Exclude = Annotated[
     list[str] | None,
-    typer.Option(metavar="GLOB", help="leave these norms as they are; repeatable", rich_help_panel=CHOICE),
+    typer.Option(metavar="GLOB", help="leave norms with such names as they are; repeatable", rich_help_panel=CHOICE),
 ]
 Json = Annotated[
     bool, typer.Option("--json", help="print JSON on stdout, and nothing else there", rich_help_panel=OUTPUT)
 ]
-Opset = Annotated[int, typer.Option(help="ONNX operator set; 18 runs fastest in onnxruntime", rich_help_panel=OUTPUT)]
+Opset = Annotated[
+    int,
+    typer.Option(metavar="N", help="ONNX operator set; 18 runs fastest in onnxruntime", rich_help_panel=OUTPUT),
+]
 
 Shapes = tuple[tuple[int, ...], ...]
 

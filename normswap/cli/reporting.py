@@ -42,7 +42,7 @@ def show_plan(plan: Plan) -> None:
     say(f"{plan.model} → {plan.recipe}{chosen}\n")
     if plan.steps:
         show_norms(
-            ("norm", "is", "layer", "weight", "becomes", "proof"),
+            ("norm", "type", "layer", "weight", "becomes", "proof"),
             [
                 (s.site.norm, s.site.norm_type, s.site.layer or "–", s.weight or "–", s.norm, s.site.evidence)
                 for s in plan.steps
@@ -101,13 +101,16 @@ def _grouped(skips: Sequence[Skip]) -> list[tuple[tuple[str, str], list[str]]]:
 
 
 def _alike(groups: Mapping[str, Sequence[str]]) -> list[tuple[str, list[str]]]:
-    """Join the groups whose texts differ in the names of modules alone; these become an ellipsis there."""
+    """Join the groups whose texts differ in the names of modules alone: the first speaks for all."""
     joined: dict[str, dict[str, Sequence[str]]] = defaultdict(dict)
     for text, names in groups.items():
         joined[re.sub(r"\w+(\.\w+)+", "…", text)][text] = names
     return [
-        (next(iter(texts)) if len(texts) == 1 else general, [name for names in texts.values() for name in names])
-        for general, texts in joined.items()
+        (
+            next(iter(texts)) + (" (the others likewise)" if len(texts) > 1 else ""),
+            [name for names in texts.values() for name in names],
+        )
+        for texts in joined.values()
     ]
 
 
@@ -171,7 +174,7 @@ def describe_check(check: Verification | None) -> str:
         return f"{check.a} and {check.b} DIFFER: {check.failure}"
     if not check.max_abs:
         return "no difference in the output"
-    return f"{check.max_rel:.1e} of the output's magnitude (allowed {check.tolerance:.0e})"
+    return f"outputs differ by {check.max_rel:.1e} of their magnitude (allowed {check.tolerance:.0e})"
 
 
 def show_artifact(artifact: ExportArtifact) -> None:
@@ -195,8 +198,6 @@ def show_check(check: Verification) -> None:
     ]
     say()
     table(("output", "shape", "dtype", "max |a−b|", "max |a|", "result"), rows)
-    if check.rows and check.reason:
-        say(check.reason)
 
 
 def _result(row: OutputRow) -> str:

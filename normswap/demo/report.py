@@ -60,7 +60,8 @@ The ONNX files are in {folder}
 See one: drop it onto https://netron.app
 Run one:
     import numpy, onnxruntime
-    session = onnxruntime.InferenceSession({file!r})
+    file = {file!r}
+    session = onnxruntime.InferenceSession(file)
     print(session.run(None, {{"images": numpy.zeros((1, 1, 8, 8), "float32")}}))"""
 
 

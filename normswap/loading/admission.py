@@ -19,7 +19,8 @@ that. Each of their modules is ``object.__new__(cls)`` (NEWOBJ without arguments
   constants (ViT keeps ``partial(LayerNorm, eps=1e-6)``): the worst is a layer of the wrong size. Its second
   function, in BUILD, counts too.
 
-``builtins.getattr`` (bound methods) reaches everything from anything and is never admitted.
+* ``builtins.getattr`` reaches everything from anything and is never called. Where each of its calls is for a
+  module's method of a forward's name, ``methods.note`` is called in its place; see there.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import torch
 from torch import nn
 
 from normswap.errors import InputError
+from normswap.loading.methods import GETATTR, is_forward, note
 from normswap.loading.refusals import refuse_code, refuse_hooks, refuse_known, refuse_names
 from normswap.loading.scanning import Call, Global, Made, Scan, globals_in, parts
 from normswap.loading.trust import Trust, import_trusted, under
@@ -115,7 +117,9 @@ def admit(scan: Scan, trust: Trust) -> list[tuple[object, str]]:
     strange = {found for found in scan.globals if not _is_plain(found)}
     hooks = {found for table in scan.hook_tables for found in globals_in(table) if not _is_plain(found)}
     refuse_hooks({found for found in hooks if not trust.covers(found)})
-    refuse_names({found for found in strange if not (trust.covers(found) or _is_reviewed(found))})
+    bound = {call.callee for call in scan.calls if _is_bound_forward(call)}
+    bound -= {call.callee for call in scan.calls if not _is_bound_forward(call)}
+    refuse_names({found for found in strange - bound if not (trust.covers(found) or _is_reviewed(found))})
     for call in scan.calls:
         if not trust.covers(call.callee):
             _check_call(call)
@@ -145,12 +149,21 @@ def _may_be_value(found: Global) -> bool:
     return under(found.module, VALUE_PREFIXES) or found.path in VALUES
 
 
+def _is_bound_forward(call: Call) -> bool:
+    """Return whether this is what pickle writes for a bound method of a module, with a forward's name."""
+    if call.callee.path != GETATTR or call.opcode != "REDUCE" or not isinstance(call.args, tuple):
+        return False
+    return len(call.args) == 2 and isinstance(call.args[0], Made) and is_forward(call.args[1])
+
+
 def _check_call(call: Call) -> None:
     """Refuse a call of an admitted name with what the file chose, see Note [What a file may do]."""
     name = call.callee.path
     if _is_plain(call.callee):
         if passed := sorted(found.path for found in globals_in(call.args) if not _is_plain(found)):
             raise _unsafe(f"{name} would be given {passed[0]}")
+    elif name == GETATTR:
+        pass  # refused already where it is no bound forward
     elif name == PARTIAL:
         for part in parts(call.args):
             layer = isinstance(part, Global) and under(part.module, ("torch.nn.modules",))
@@ -167,8 +180,11 @@ def _check_call(call: Call) -> None:
 def _resolve(names: list[Global], trust: Trust) -> list[tuple[object, str]]:
     admitted: list[tuple[object, str]] = []
     for found in names:
+        value: object
         if trust.covers(found):
             value = trust.resolve(found)
+        elif found.path == GETATTR:
+            value = note
         else:
             value = getattr(import_trusted(found), found.name)
             _check_value(found, value)

@@ -12,6 +12,7 @@ from torch import nn
 from normswap.errors import InputError
 from normswap.loading.admission import admit
 from normswap.loading.importing import first_line
+from normswap.loading.methods import Noted, bind
 from normswap.loading.scanning import scan_pickle
 from normswap.loading.trust import Trust
 
@@ -66,6 +67,7 @@ def _check_module(root: nn.Module, path: Path, *, trusting: bool) -> None:
     """Refuse a module tree that a file has bent: tables of wrong kinds, loops, a replaced method."""
     ancestors: list[tuple[nn.Module, frozenset[int]]] = [(root, frozenset())]
     seen: set[int] = set()
+    noted: list[tuple[nn.Module, str, Noted]] = []
     while ancestors:
         module, above = ancestors.pop()
         own = vars(module)
@@ -76,6 +78,8 @@ def _check_module(root: nn.Module, path: Path, *, trusting: bool) -> None:
         if id(module) in above or not all(isinstance(table, dict) for table in tables):
             raise _bent(path, f"a {type(module).__name__} in it has no module tree")
         for name, value in own.items():
+            if isinstance(value, Noted):
+                noted.append((module, name, value))
             if trusting:  # a class of the user's may well keep such things
                 break
             method = callable(getattr(type(module), name, None)) or name == "_compiled_call_impl"
@@ -94,6 +98,9 @@ def _check_module(root: nn.Module, path: Path, *, trusting: bool) -> None:
         for table in tables[:2]:
             if not all(isinstance(value, torch.Tensor | None) for value in table.values()):  # type: ignore[union-attr]
                 raise _bent(path, f"a {type(module).__name__} in it has a parameter that is no tensor")
+    for module, name, value in noted:  # at the end: a module that stands in several places was visited as often
+        if not bind(module, name, value):
+            raise _bent(path, f"{name!r} of a {type(module).__name__} in it is a method, {value.name!r}")
 
 
 def _bent(path: Path, what: str) -> InputError:

@@ -109,10 +109,10 @@ def _listed(names: set[Global]) -> tuple[str, str]:
     lines = [f"{found.path} ({option or 'never admitted'})" for found, option in options.items()]
     if len(lines) > SHOWN:
         lines = [*lines[:SHOWN], f"and {len(lines) - SHOWN} more"]
-    advice = INSTEAD
+    advice = f"nothing of it was run; {INSTEAD}"
     if None not in options.values():
         flags = sorted({option for option in options.values() if option})
         python = ", ".join(repr(flag.removeprefix("--trust ")) for flag in flags)
         script = "; SCRIPT.py is the script that saved the model" if "--trust SCRIPT.py" in flags else ""
-        advice = f"where you trust the file: {' '.join(flags)} (from Python trust=[{python}]{script}); or {advice}"
+        advice = f"where you trust the file: {' '.join(flags)} (from Python trust=[{python}]{script}); or {INSTEAD}"
     return ", ".join(lines), advice
