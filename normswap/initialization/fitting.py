@@ -7,7 +7,8 @@ Without a gradient are fitted, in this order:
    where y is added to a shortcut, towards what makes the shortcut's error good, too; and where a ReLU follows, towards
    what of it is seen (:mod:`normswap.initialization.lockstep` tells both);
 2. the signs and offsets of the channels, which are free (:mod:`normswap.initialization.steadying`);
-3. γ' and β' per channel, by least squares of y on ``N(W u + b)``, again of what is seen.
+3. γ' and β' per channel, by least squares of y on ``N(W u + b)``. Of all of it: fitted to what a ReLU lets through of
+   a poor prediction, they would lift most of it above zero, and the network would be nearly linear.
 
 Every fifth sample is held out: it chooses the ridge, and among the candidates, of which the absorbed BatchNorm is one,
 so that on those samples no site is worse than without the fit.
@@ -434,11 +435,8 @@ class Fitting:
         variance = h.square().mean(0)
         whole = variance.mean().clamp(min=1e-30)
         floor, prior = _FLOOR * whole, prior / whole.sqrt()
-        target = rows.y
-        for _ in range(1 if rows.cut is None else _ROUNDS):
-            centre = target.mean(0)
-            gain = ((h * (target - centre)).mean(0) + floor * prior) / (variance + floor)
-            target = within_sight(gain * h + centre, rows.y, rows.cut)
+        centre = rows.y.mean(0)
+        gain = ((h * (rows.y - centre)).mean(0) + floor * prior) / (variance + floor)
         return gain, centre - gain * mean
 
     def _load(self, candidate: _Candidate) -> None:
