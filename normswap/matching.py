@@ -14,6 +14,7 @@ from normswap.capture.batch_norms import after_norm, read_batch_norm
 from normswap.capture.dataflow import Dataflow
 from normswap.capture.garbage import confirm_feeds
 from normswap.capture.ops import class_of, is_layer, is_norm, is_other_norm
+from normswap.capture.reads import reads_in_code
 from normswap.nn import FilterLayout
 from normswap.records import FoundBy, NormKind, Proof, Site, Skip
 
@@ -45,11 +46,12 @@ def match(
     sites: list[Site] = []
     skips: list[Skip] = []
     conditional: dict[str, str] = {}
+    named = reads_in_code(capture)
     holders = {key for key, (_, norm) in flow.functional.items() if norm.holder} | set(flow.refused)
     for fqn, module in capture.modules.items():
         if not is_norm(module) or fqn in holders:
             continue
-        site_or_skip = _module_site(capture, flow, fqn, module)
+        site_or_skip = _module_site(capture, flow, fqn, module, named)
         if isinstance(site_or_skip, Skip):
             skips.append(site_or_skip)
         else:
@@ -95,7 +97,9 @@ def match(
     return Matches(tuple(matched), tuple(skips))
 
 
-def _module_site(capture: Capture, flow: Dataflow, fqn: str, module: nn.Module) -> Site | Skip:
+def _module_site(
+    capture: Capture, flow: Dataflow, fqn: str, module: nn.Module, named: Mapping[str, str]
+) -> Site | Skip:
     """Return the site of a norm module, still without a layer, or why it is none."""
     kind = class_of(module).__name__
 
@@ -109,6 +113,8 @@ def _module_site(capture: Capture, flow: Dataflow, fqn: str, module: nn.Module) 
     tensors = (*module._parameters.values(), *module._buffers.values())
     if any(flow.reads(t) for t in tensors if t is not None):
         return skip("read-elsewhere", "the model reads its parameters or statistics outside of its call")
+    if why := named.get(fqn):
+        return skip("read-elsewhere", why)
     after = after_norm(module)
     if isinstance(after, str):
         return skip("unknown-forward", after)

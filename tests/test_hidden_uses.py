@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from zoo import leaves, randomize_
 
 import normswap as ns
+from normswap.errors import NothingToConvertError, VerificationError
 
 X = torch.randn(3, 4, 7, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -136,3 +137,122 @@ def test_a_functional_norm_beside_a_direct_read_is_not_rewritten() -> None:
     with pytest.raises(ns.NormswapError, match=r"reads conv\.weight past the module's attributes"):
         ns.convert(model, "gn")
     assert ns.convert(model, "none", exclude=["bn"]).plan.steps
+
+
+def branches(x: Tensor) -> bool:
+    """A test that no trace passes and that is always true."""
+    return bool(x.sum() > -1e9)
+
+
+class ReadsAStatistic(Pair):
+    def forward(self, x: Tensor) -> Any:
+        y = super().forward(x)
+        return y + self.bn.running_mean.mean() if branches(x) else y
+
+
+class ReadsByAVariable(Pair):
+    def forward(self, x: Tensor) -> Any:
+        y, bn = super().forward(x), self.bn
+        return y * bn.weight.mean() if branches(x) else y
+
+
+class ReadsInAMethod(Pair):
+    @property
+    def level(self) -> Tensor:
+        return self.bn.running_var.mean()
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x) * self.level if branches(x) else x
+
+
+class ReadsInALambda(Pair):
+    def forward(self, x: Tensor) -> Any:
+        level = lambda: self.bn.bias.mean()  # noqa: E731
+        return super().forward(x) + level() if branches(x) else x
+
+
+class AsksForTheChannels(Pair):
+    """The trace of this shows a number only."""
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x) * self.bn.num_features
+
+
+class AsksForTheType(Pair):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x).to(self.bn.weight.dtype)
+
+
+class ReadsWhereNoInputComes(Pair):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x) if branches(x) else self.bn.running_mean
+
+
+READING = (
+    *(ReadsAStatistic, ReadsByAVariable, ReadsInAMethod, ReadsInALambda),
+    *(AsksForTheChannels, AsksForTheType, ReadsWhereNoInputComes),
+)
+
+
+@pytest.mark.parametrize("network", READING)
+@pytest.mark.parametrize("recipe", ["none", "gn"])
+@pytest.mark.parametrize("given", [None, (X,)], ids=["", "inputs"])
+def test_a_norm_that_a_forward_reads_stays_and_the_others_convert(network: type[Pair], recipe: str, given: Any) -> None:
+    model = randomize_(network().double(), 0)
+    result = ns.convert(model, recipe, example_inputs=given, check=False)
+    assert [step.site.norm for step in result.plan.steps] == ["head.1"]
+    (skip,) = (skip for skip in result.plan.skips if skip.what == "norm")
+    assert (skip.name, skip.code) == ("bn", "read-elsewhere")
+    assert "reads" in skip.reason
+    assert type(result.model.bn) is nn.BatchNorm2d
+    for found in (ns.fold(model, example_inputs=given), result.model if recipe == "none" else model):
+        assert error(found, model, lambda m: m(X)) < 1e-12
+
+
+def test_a_forward_that_reads_the_weight_of_a_layer_or_names_another_norm_keeps_no_norm_from_converting() -> None:
+    class ReadsALayer(Pair):
+        def forward(self, x: Tensor) -> Any:
+            y = super().forward(x)
+            return y * self.last.weight.mean() if branches(x) else self.head[1](y)
+
+    model = randomize_(ReadsALayer().double(), 0)
+    for given in (None, (X,)):
+        result = ns.convert(model, "none", example_inputs=given)
+        assert {step.site.norm for step in result.plan.steps} == {"bn", "head.1"}
+        assert error(result.model, model, lambda m: m(X)) < 1e-12
+
+
+class ReadsSomeNorm(Pair):
+    """Which norm, only a run shows."""
+
+    def forward(self, x: Tensor) -> Any:
+        y = super().forward(x)
+        return y + [self.bn, self.last][0].running_mean.mean() if branches(x) else y
+
+
+def test_a_read_of_no_name_keeps_every_norm_that_it_may_mean_unless_a_run_shows_which() -> None:
+    model = randomize_(ReadsSomeNorm().double(), 0)
+    with pytest.raises(NothingToConvertError, match=r"running_mean of a module, perhaps .* give example inputs"):
+        ns.convert(model, "gn", include=["bn"])
+    (step,) = ns.plan(model, "gn", example_inputs=(X,)).steps
+    assert step.site.norm == "head.1"
+    (step,) = ns.plan(model, "gn").steps
+    assert step.site.norm == "head.1", "the forward does not name the norm in head"
+
+
+class ReadsInDisguise(Pair):
+    def forward(self, x: Tensor) -> Any:
+        y = super().forward(x)
+        return y + getattr(self.bn, "_".join(("running", "mean"))).mean() if branches(x) else y
+
+
+@pytest.mark.parametrize("recipe", ["none", "gn"])
+def test_a_converted_model_that_does_not_run_is_an_error_that_says_so(recipe: str) -> None:
+    model = randomize_(ReadsInDisguise().double(), 0)
+    with pytest.raises(VerificationError, match="'running_mean'") as raised:
+        ns.convert(model, recipe)
+    assert raised.value.code == "does-not-run"
+    assert "exclude" in raised.value.hint
+    assert ns.convert(model, recipe, exclude=["bn"]).model(X).shape == model(X).shape
+    with pytest.raises(AttributeError):
+        ns.convert(model, recipe, check=False).model(X)
