@@ -157,18 +157,41 @@ class ReadsByAVariable(Pair):
 
 
 class ReadsInAMethod(Pair):
-    @property
-    def level(self) -> Tensor:
+    def measure(self) -> Tensor:
         return self.bn.running_var.mean()
 
     def forward(self, x: Tensor) -> Any:
-        return super().forward(x) * self.level if branches(x) else x
+        return super().forward(x) * self.measure() if branches(x) else x
 
 
 class ReadsInALambda(Pair):
     def forward(self, x: Tensor) -> Any:
         level = lambda: self.bn.bias.mean()  # noqa: E731
         return super().forward(x) + level() if branches(x) else x
+
+
+class HasALevel(Pair):
+    """Its own forward reads nothing."""
+
+    @property
+    def level(self) -> Tensor:
+        return self.bn.running_var.mean()
+
+
+class ReadsInABaseClass(ReadsAStatistic):
+    def forward(self, x: Tensor) -> Any:
+        return 2 * super().forward(x)
+
+
+class Outer(nn.Module):
+    """It calls a method of a module of its own that is not the forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = HasALevel()
+
+    def forward(self, x: Tensor) -> Any:
+        return self.inner.finish(self.inner.bn(self.inner.conv(x))) * self.inner.level if branches(x) else x
 
 
 class AsksForTheChannels(Pair):
@@ -189,7 +212,7 @@ class ReadsWhereNoInputComes(Pair):
 
 
 READING = (
-    *(ReadsAStatistic, ReadsByAVariable, ReadsInAMethod, ReadsInALambda),
+    *(ReadsAStatistic, ReadsByAVariable, ReadsInAMethod, ReadsInALambda, ReadsInABaseClass),
     *(AsksForTheChannels, AsksForTheType, ReadsWhereNoInputComes),
 )
 
@@ -207,6 +230,13 @@ def test_a_norm_that_a_forward_reads_stays_and_the_others_convert(network: type[
     assert type(result.model.bn) is nn.BatchNorm2d
     for found in (ns.fold(model, example_inputs=given), result.model if recipe == "none" else model):
         assert error(found, model, lambda m: m(X)) < 1e-12
+
+
+@pytest.mark.parametrize("given", [None, (X,)], ids=["", "inputs"])
+def test_a_norm_that_a_method_reads_which_another_module_calls_stays(given: Any) -> None:
+    model = randomize_(Outer().double(), 0)
+    plan = ns.plan(model, "gn", example_inputs=given)
+    assert [skip.name for skip in plan.skips if skip.what == "norm"] == ["inner.bn"]
 
 
 def test_a_forward_that_reads_the_weight_of_a_layer_or_names_another_norm_keeps_no_norm_from_converting() -> None:
@@ -233,11 +263,21 @@ class ReadsSomeNorm(Pair):
 def test_a_read_of_no_name_keeps_every_norm_that_it_may_mean_unless_a_run_shows_which() -> None:
     model = randomize_(ReadsSomeNorm().double(), 0)
     with pytest.raises(NothingToConvertError, match=r"running_mean of a module, perhaps .* give example inputs"):
-        ns.convert(model, "gn", include=["bn"])
+        ns.convert(model, "gn")
     (step,) = ns.plan(model, "gn", example_inputs=(X,)).steps
     assert step.site.norm == "head.1"
-    (step,) = ns.plan(model, "gn").steps
-    assert step.site.norm == "head.1", "the forward does not name the norm in head"
+
+
+def test_a_read_of_no_name_keeps_no_norm_that_the_code_does_not_name() -> None:
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pair, self.scales = Pair(), nn.ModuleList([nn.Conv2d(4, 4, 1)])
+
+        def forward(self, x: Tensor) -> Any:
+            return self.pair(x) * self.scales[0].weight.mean() if branches(x) else x
+
+    assert {step.site.norm for step in ns.plan(Around(), "gn").steps} == {"pair.bn", "pair.head.1"}
 
 
 class ReadsInDisguise(Pair):

@@ -15,7 +15,7 @@ import dis
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache, partial
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 
@@ -62,20 +62,28 @@ def reads_in_code(capture: Capture) -> dict[str, str]:
                 parent = parent.rpartition(".")[0]
                 below.setdefault(capture.aliases[parent], []).append((name[len(parent) :].lstrip("."), first))
     recorded = any(trace.recorded for trace in capture.traces)
+    owners = [fqn for fqn in below if _has_code(capture.modules[fqn])]
+    called = frozenset().union(*(code.names for fqn in owners for code, _ in _codes(capture.modules[fqn])))
     found: dict[str, str] = {}
-    for fqn, norms in below.items():
-        module = capture.modules[fqn]
-        if is_leaf(module) or isinstance(module, fx.GraphModule) or class_of(module).__module__.startswith("torch."):
-            continue
+    for fqn in owners:
+        module, norms = capture.modules[fqn], below[fqn]
         opaque = fqn in capture.opaque or any(capture.aliases[name] == fqn for name in capture.opaque)
-        for norm, why in _reads_of(module, norms, guess=opaque and not recorded):
+        for norm, why in _reads_of(module, norms, called, guess=opaque and not recorded):
             found.setdefault(norm, why)
     return found
 
 
-def _reads_of(module: nn.Module, norms: list[tuple[str, str]], *, guess: bool) -> Iterator[tuple[str, str]]:
+def _has_code(module: nn.Module) -> bool:
+    """Tell whether ``module``'s code is a user's, and not torch's or a graph's."""
+    of_torch = class_of(module).__module__.startswith("torch.")
+    return not (of_torch or is_leaf(module) or isinstance(module, fx.GraphModule))
+
+
+def _reads_of(
+    module: nn.Module, norms: list[tuple[str, str]], called: frozenset[str], *, guess: bool
+) -> Iterator[tuple[str, str]]:
     whose = f"the forward of {class_of(module).__name__}"
-    codes = list(_codes(module))
+    codes = list(_codes(module, called))
     for code, is_method in codes:
         for read in code.reads:
             if read.path:
@@ -96,9 +104,14 @@ def _reads_of(module: nn.Module, norms: list[tuple[str, str]], *, guess: bool) -
                 yield norm, f"{why}: give example inputs, which show of which"
 
 
-def _codes(module: nn.Module) -> Iterator[tuple[_Code, bool]]:
-    """Yield the code of a forward and of what it names, each with whether its first argument is ``module``."""
-    pending: list[tuple[Any, bool]] = [(vars(module).get("forward", type(module).forward), True)]
+def _codes(module: nn.Module, called: frozenset[str] = frozenset()) -> Iterator[tuple[_Code, bool]]:
+    """Yield the code of a forward and of what it names, each with whether its first argument is ``module``.
+
+    ``called`` are names that others call: a method of ``module`` with such a name counts, too.
+    """
+    pending: list[tuple[Any, bool]] = [(vars(module).get("forward"), True)]
+    for name in ("forward", *called):
+        pending += _members(type(module), name)
     done: set[CodeType] = set()
     while pending and len(done) < _MOST_FUNCTIONS:
         function, is_method = pending.pop()
@@ -106,6 +119,8 @@ def _codes(module: nn.Module) -> Iterator[tuple[_Code, bool]]:
             is_method, function = function.__self__ is module, function.__func__
         if isinstance(function, property):
             function = function.fget
+        if isinstance(function, (cached_property, partial)):
+            function = function.func
         if not isinstance(function, FunctionType):
             continue
         if (inner := inspect.unwrap(function)) is not function:  # what a decorator wraps
@@ -117,16 +132,22 @@ def _codes(module: nn.Module) -> Iterator[tuple[_Code, bool]]:
             read = _read(code)
             yield read, is_method and code is function.__code__
             for name in read.names:
-                member = inspect.getattr_static(type(module), name, None)
-                if member is not None and member is not getattr(nn.Module, name, None):
-                    pending.append((getattr(member, "__func__", member), not isinstance(member, staticmethod)))
-                elif isinstance(other := function.__globals__.get(name), FunctionType):
+                members = _members(type(module), name)
+                pending += members
+                if not members and isinstance(other := function.__globals__.get(name), FunctionType):
                     pending.append((other, False))
         for cell in function.__closure__ or ():
             try:
                 pending.append((cell.cell_contents, False))
             except ValueError:  # not filled yet
                 continue
+
+
+def _members(cls: type, name: str) -> list[tuple[Any, bool]]:
+    """Return the methods and properties called ``name`` of ``cls`` and its bases, which ``super()`` reaches."""
+    tables = (vars(base) for base in cls.__mro__ if not base.__module__.startswith(("torch.", "builtins")))
+    found = [table[name] for table in tables if name in table]
+    return [(getattr(one, "__func__", one), not isinstance(one, staticmethod)) for one in found]
 
 
 def _with_inner(code: CodeType) -> Iterator[CodeType]:
