@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
 from normswap.capture import Capture
@@ -15,6 +15,8 @@ from normswap.capture.dataflow import Dataflow
 from normswap.capture.garbage import confirm_feeds
 from normswap.capture.ops import class_of, is_layer, is_norm, is_other_norm
 from normswap.capture.reads import reads_in_code
+from normswap.errors import PlanError
+from normswap.forwards import trace_own_forward
 from normswap.nn import FilterLayout
 from normswap.records import FoundBy, NormKind, Proof, Site, Skip
 
@@ -47,6 +49,7 @@ def match(
     skips: list[Skip] = []
     conditional: dict[str, str] = {}
     named = reads_in_code(capture)
+    _refuse_unwritable(capture, flow)
     holders = {key for key, (_, norm) in flow.functional.items() if norm.holder} | set(flow.refused)
     for fqn, module in capture.modules.items():
         if not is_norm(module) or fqn in holders:
@@ -95,6 +98,20 @@ def match(
         for fqn, why in capture.opaque.items()
     )
     return Matches(tuple(matched), tuple(skips))
+
+
+def _refuse_unwritable(capture: Capture, flow: Dataflow) -> None:
+    """Refuse the functional norms of forwards that were traced as a part of the model and cannot be rewritten."""
+    for fqn in {owner for owner, _ in flow.functional.values()}:
+        owner = capture.modules[fqn]
+        if isinstance(owner, fx.GraphModule):
+            continue
+        try:
+            for training in (False, True):
+                trace_own_forward(owner, training)
+        except PlanError as cause:
+            for key in [key for key, (of, _) in flow.functional.items() if of == fqn]:
+                flow.refuse(key, f"{cause.message}: make it a BatchNorm module")
 
 
 def _module_site(

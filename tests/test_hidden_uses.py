@@ -134,9 +134,40 @@ def test_a_functional_norm_beside_a_direct_read_is_not_rewritten() -> None:
             return self.finish(y) * self.weights[0].norm()
 
     model = randomize_(Functional().double(), 0)
-    with pytest.raises(ns.NormswapError, match=r"reads conv\.weight past the module's attributes"):
-        ns.convert(model, "gn")
-    assert ns.convert(model, "none", exclude=["bn"]).plan.steps
+    for given in (None, (X,)):
+        result = ns.convert(model, "none", example_inputs=given)
+        (skip,) = (skip for skip in result.plan.skips if skip.what == "norm")
+        assert (skip.name, skip.code) == ("bn", "functional-norm")
+        assert "reads conv.weight past the module's attributes" in skip.reason
+        assert [step.site.norm for step in result.plan.steps] == ["head.1"]
+        assert error(result.model, model, lambda m: m(X)) < 1e-12
+
+
+class UntracedFlag(Pair):
+    """No trace shows what the flag does, and no run by its default."""
+
+    def forward(self, x: Tensor, raw: bool = False) -> Tensor:
+        y = self.finish(self.bn(self.conv(x))) if branches(x) else x
+        return y * self.conv(x).mean() if raw else y
+
+
+@pytest.mark.parametrize("given", [None, (X,), {"x": X}], ids=["", "inputs", "keyword"])
+def test_a_layer_that_a_flag_of_an_untraceable_forward_uses_is_left_as_it_is(given: Any) -> None:
+    model = randomize_(UntracedFlag().double(), 0)
+    result = ns.convert(model, "none", example_inputs=given, check=False)
+    layers = {step.site.norm: step.site.layer for step in result.plan.steps}
+    assert layers == {"bn": None, "head.1": None if given is None else "head.0"}
+    for found in (result.model, ns.fold(model, example_inputs=given)):
+        for raw in (False, True):
+            assert error(found, model, lambda m, raw=raw: m(X, raw=raw)) < 1e-12
+
+
+def test_a_flag_that_is_given_is_not_turned() -> None:
+    """Who gives a flag says how the model is called."""
+    model = randomize_(UntracedFlag().double(), 0)
+    for given in ((X, False), {"x": X, "raw": False}):
+        layers = [step.site.layer for step in ns.plan(model, "none", example_inputs=given).steps]
+        assert layers == ["conv", "head.0"]
 
 
 def branches(x: Tensor) -> bool:
