@@ -327,3 +327,63 @@ def test_a_converted_model_that_does_not_run_is_an_error_that_says_so(recipe: st
     assert ns.convert(model, recipe, exclude=["bn"]).model(X).shape == model(X).shape
     with pytest.raises(AttributeError):
         ns.convert(model, recipe, check=False).model(X)
+
+
+class WritesBetween(Pair):
+    def forward(self, x: Tensor) -> Any:
+        y = self.conv(x)
+        y[:, 0] = 0.5
+        return self.finish(self.bn(y))
+
+
+class WritesToAView(Pair):
+    def forward(self, x: Tensor) -> Any:
+        y = self.conv(x)
+        left = y[:, :2]
+        left[:] += 1
+        return self.finish(self.bn(y))
+
+
+class WritesAfterwards(Pair):
+    def forward(self, x: Tensor) -> Any:
+        y = self.conv(x)
+        z = self.finish(self.bn(y.contiguous()))
+        y[:] = 0
+        return z + y.mean()
+
+
+class WritesToTheNormsOutput(Pair):
+    def forward(self, x: Tensor) -> Any:
+        y = self.bn(self.conv(x))
+        y[:, :1] += x.mean()
+        return self.finish(y)
+
+
+@pytest.mark.parametrize(
+    ("network", "layer"),
+    [(WritesBetween, None), (WritesToAView, None), (WritesAfterwards, None), (WritesToTheNormsOutput, "conv")],
+)
+def test_writing_to_a_value_is_traced_and_a_use_of_it(network: type[Pair], layer: str | None) -> None:
+    model = randomize_(network().double(), 0)
+    result = ns.convert(model, "none", check=False)
+    assert {step.site.norm: step.site.layer for step in result.plan.steps} == {"bn": layer, "head.1": "head.0"}
+    assert not [skip for skip in result.plan.skips if skip.what == "scope"]
+    for found in (result.model, ns.fold(model)):
+        assert error(found, model, lambda m: m(X)) < 1e-12
+
+
+class WritingNorm(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        y[:, 0] = 0
+        return y
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_norm_that_writes_to_its_output_stays(device: str) -> None:
+    with torch.device(device):
+        model = nn.Sequential(nn.Conv2d(4, 6, 3), WritingNorm(6), nn.Conv2d(6, 5, 1), nn.BatchNorm2d(5)).eval()
+    plan = ns.plan(model, "gn")
+    assert [step.site.norm for step in plan.steps] == ["3"]
+    (skip,) = (skip for skip in plan.skips if skip.what == "norm")
+    assert (skip.name, skip.code) == ("1", "unknown-forward")
