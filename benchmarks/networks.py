@@ -262,6 +262,8 @@ _TRANSFORMERS: tuple[tuple[str, str, Any, Callable[[int, int], Inputs], tuple[in
                 out_features=["stage2"],
             ),
             "hidden_size": 64,
+            "convstream_hidden_sizes": [48, 96, 192],  # as lists: the defaults are tuples, which its code cannot add
+            "fusion_hidden_sizes": [256, 128, 64, 32],
         },
         _matting,
         (64,),

@@ -49,7 +49,7 @@ class Count:
         networks: How many.
         distinct: How many of them differ.
         exported: How many torch.export takes.
-        norms: How many norms they have, those of networks with a known bug aside.
+        norms: How many norms they have.
         seconds: How long it took.
         sites: The sites by kind, layer and proof.
         refusals: Why norms stay.
@@ -57,7 +57,6 @@ class Count:
         alone: Why norms convert without their layer.
         pairs_left: Why pairs that the exported graph shows are left alone.
         features: In how many networks each unusual thing occurs.
-        known: In how many networks a known bug may show, and did, by its description.
         broken: The broken promises: kind, text, code.
     """
 
@@ -72,7 +71,6 @@ class Count:
     alone: Counter[str] = field(default_factory=Counter)
     pairs_left: Counter[str] = field(default_factory=Counter)
     features: Counter[str] = field(default_factory=Counter)
-    known: Counter[str] = field(default_factory=Counter)
     broken: list[list[str]] = field(default_factory=list)
 
     def add(self, other: dict[str, Any]) -> None:
@@ -111,16 +109,11 @@ def count_chunk(start: int, size: int) -> Count:
         count.networks += 1
         sources.add(network.source)
         count.features.update(network.features)
-        known = [why for why, applies in generator.KNOWN_BUGS.items() if applies(network)]
         try:
             found = conversion_checks.check(network, oracle=count.networks % ORACLE_EVERY == 0)
         except conversion_checks.BrokenPromiseError as broken:
-            if known:
-                count.known[f"{known[0]} (seen)"] += 1
-            else:
-                count.broken.append([broken.kind, str(broken), network.source])
+            count.broken.append([broken.kind, str(broken), network.source])
             return
-        count.known.update(known)
         count.norms += found.norms
         count.unlisted += found.unlisted
         count.exported += found.exported
@@ -137,8 +130,6 @@ def shrunk(start: int, size: int, kind: str) -> str:
     smallest: list[tuple[int, Any]] = []
 
     def take(network: Any) -> None:
-        if any(applies(network) for applies in generator.KNOWN_BUGS.values()):
-            return
         try:
             conversion_checks.check(network)
         except conversion_checks.BrokenPromiseError as broken:
@@ -163,7 +154,6 @@ def report(count: Count) -> str:
         f"{f', {count.unlisted} of them functional, in a forward that cannot be traced' if count.unlisted else ''}",
         f"wrong      {len(count.broken) - crashes} networks",
         f"crashes    {crashes} networks",
-        *(f"known bug  {n} networks: {why}" for why, n in count.known.items()),
         f"seconds    {count.seconds:.0f}",
     ]
     for title, found in (

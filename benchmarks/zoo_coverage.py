@@ -302,8 +302,8 @@ def moved(model: nn.Module, inputs: Inputs) -> tuple[float, float, Plan]:
 # ------------------------------------------------------------------------------------------------ running them
 
 
-class TooLongError(Exception):
-    """A network took longer than it may."""
+class TooLongError(BaseException):
+    """A network took longer than it may; no ``except Exception`` on the way stops it."""
 
 
 @contextmanager
@@ -347,7 +347,7 @@ def planned(network: Network) -> Planned | None:
     try:
         with at_most(PLAN_SECONDS), quietly():
             return plan_of(network)
-    except Exception as cause:
+    except (Exception, TooLongError) as cause:
         return Planned(network.full_name, network.family, error=f"{type(cause).__name__}: {first_line(cause)}")
 
 
@@ -355,7 +355,7 @@ def checked(network: Network) -> Checked:
     try:
         with at_most(CHECK_SECONDS), quietly():
             return check(network)
-    except Exception as cause:
+    except (Exception, TooLongError) as cause:
         return Checked(network.full_name, error=f"{type(cause).__name__}: {first_line(cause)}")
 
 

@@ -164,6 +164,7 @@ def convert(
     enough = None if batches is None else _enough(batches, notes)
     moments, assumption = ({}, "") if method == "none" else _moments(model, plan, recipe, enough, example, method)
     reference = _reference(model, recipe, example, check and method != "none")
+    trial = _trial(model, plan, example) if check else None
     skeleton = skeleton_of(model)
     if inplace and skeleton is not None:  # a plan that does not fit must not leave half of itself behind
         rewrite(copy.deepcopy(skeleton), plan, recipe)
@@ -192,6 +193,8 @@ def convert(
             target = model
     remember(target, Origin(plan, recipe, skeleton))
     report = InitReport(method, tuple(rows), tuple(n for n in (*notes, assumption) if n), agreed)
+    if trial is not None:
+        _refuse_broken(target, trial)
     return Conversion(target, plan, report, _self_check(target, reference))
 
 
@@ -469,6 +472,27 @@ def _reference(model: nn.Module, recipe: Recipe, example: Inputs | None, check: 
         return None
     inputs = example if example is not None else make_up_inputs(model)
     return None if inputs is None else (eval_output(model, inputs), inputs)
+
+
+def _trial(model: nn.Module, plan: Plan, example: Inputs | None) -> Inputs | None:
+    """Return inputs on which the converted model must run, if part of the model could not be traced; else None.
+
+    What such a part asks a norm for, nothing else may tell (Note [Reads in the code]).
+    """
+    if not any(skip.what == "scope" for skip in plan.skips):
+        return None
+    return example if example is not None else make_up_inputs(model)
+
+
+def _refuse_broken(model: nn.Module, inputs: Inputs) -> None:
+    try:
+        eval_output(model, inputs)
+    except Exception as cause:
+        raise VerificationError(
+            f"the original runs and the converted model does not: {type(cause).__name__}: {cause}",
+            code="does-not-run",
+            hint="its forward asks a norm for what a new one does not have: leave that norm out (exclude=['NAME'])",
+        ) from cause
 
 
 def _self_check(model: nn.Module, reference: tuple[Any, Inputs] | None) -> Verification | None:

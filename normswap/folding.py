@@ -22,6 +22,7 @@ from normswap.capture.garbage import confirm_feeds
 from normswap.capture.guard import copy_of
 from normswap.capture.observed import run_on
 from normswap.capture.ops import is_layer, is_norm
+from normswap.capture.reads import reads_in_code
 from normswap.errors import FoldError, VerificationError
 from normswap.forwards import is_rewritten, trace_own_forward
 from normswap.inputs import Inputs, example_of, make_up_inputs
@@ -145,6 +146,7 @@ def _as_affine(module: nn.Module) -> _Affine | None:
 def _fold_affines(model: nn.Module, inputs: Inputs | None) -> list[FoldRow]:
     """Fold every affine that directly follows a layer, or another affine, into it; one pass over one capture."""
     flow = Dataflow(capture(model, inputs, modes=(False,)))
+    named = reads_in_code(flow.capture)
     affines: dict[str, _Affine] = {}
     feeding: dict[str, str] = {}
     open_pairs: list[tuple[str, str]] = []
@@ -155,8 +157,10 @@ def _fold_affines(model: nn.Module, inputs: Inputs | None) -> list[FoldRow]:
         affine = _as_affine(module)
         if affine is None or module._forward_hooks or module._forward_pre_hooks:
             continue
-        if any(flow.reads(t) for t in (*module._parameters.values(), *module._buffers.values()) if t is not None):
-            continue  # the model reads its tensors outside of its call: it must stay
+        if fqn in named or any(
+            flow.reads(t) for t in (*module._parameters.values(), *module._buffers.values()) if t is not None
+        ):
+            continue  # the model reads its tensors or numbers outside of its call: it must stay
         found = flow.layer_feeding(fqn, affine.scale.numel(), _rank(flow, fqn), _takes_affine)
         if found.layer is None or found.reason:
             continue

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
 from normswap.capture import Capture
@@ -14,6 +14,9 @@ from normswap.capture.batch_norms import after_norm, read_batch_norm
 from normswap.capture.dataflow import Dataflow
 from normswap.capture.garbage import confirm_feeds
 from normswap.capture.ops import class_of, is_layer, is_norm, is_other_norm
+from normswap.capture.reads import reads_in_code
+from normswap.errors import PlanError
+from normswap.forwards import trace_own_forward
 from normswap.nn import FilterLayout
 from normswap.records import FoundBy, NormKind, Proof, Site, Skip
 
@@ -45,11 +48,13 @@ def match(
     sites: list[Site] = []
     skips: list[Skip] = []
     conditional: dict[str, str] = {}
+    named = reads_in_code(capture)
+    _refuse_unwritable(capture, flow)
     holders = {key for key, (_, norm) in flow.functional.items() if norm.holder} | set(flow.refused)
     for fqn, module in capture.modules.items():
         if not is_norm(module) or fqn in holders:
             continue
-        site_or_skip = _module_site(capture, flow, fqn, module)
+        site_or_skip = _module_site(capture, flow, fqn, module, named)
         if isinstance(site_or_skip, Skip):
             skips.append(site_or_skip)
         else:
@@ -95,7 +100,23 @@ def match(
     return Matches(tuple(matched), tuple(skips))
 
 
-def _module_site(capture: Capture, flow: Dataflow, fqn: str, module: nn.Module) -> Site | Skip:
+def _refuse_unwritable(capture: Capture, flow: Dataflow) -> None:
+    """Refuse the functional norms of forwards that were traced as a part of the model and cannot be rewritten."""
+    for fqn in {owner for owner, _ in flow.functional.values()}:
+        owner = capture.modules[fqn]
+        if isinstance(owner, fx.GraphModule):
+            continue
+        try:
+            for training in (False, True):
+                trace_own_forward(owner, training)
+        except PlanError as cause:
+            for key in [key for key, (of, _) in flow.functional.items() if of == fqn]:
+                flow.refuse(key, f"{cause.message}: make it a BatchNorm module")
+
+
+def _module_site(
+    capture: Capture, flow: Dataflow, fqn: str, module: nn.Module, named: Mapping[str, str]
+) -> Site | Skip:
     """Return the site of a norm module, still without a layer, or why it is none."""
     kind = class_of(module).__name__
 
@@ -109,6 +130,8 @@ def _module_site(capture: Capture, flow: Dataflow, fqn: str, module: nn.Module) 
     tensors = (*module._parameters.values(), *module._buffers.values())
     if any(flow.reads(t) for t in tensors if t is not None):
         return skip("read-elsewhere", "the model reads its parameters or statistics outside of its call")
+    if why := named.get(fqn):
+        return skip("read-elsewhere", why)
     after = after_norm(module)
     if isinstance(after, str):
         return skip("unknown-forward", after)

@@ -50,22 +50,33 @@ def _compared(expected: Any, found: Any, inputs: Inputs, rtol: float) -> Verific
 
 
 def own_rounding(model: nn.Module, inputs: Inputs) -> float:
-    """Return how far ``model``'s output is from that of its float64 copy, relative to its size; 0 if there is none."""
-    if not any(p.dtype is torch.float32 for p in model.parameters()):
+    """Return how far rounding moves ``model``'s output, relative to its size; 0 where that cannot be told.
+
+    It is the distance between the model in float32 and in float64; of a float64 model as much less as its numbers are
+    finer.
+    """
+    dtypes = {p.dtype for p in model.parameters()}
+    if not dtypes & {torch.float32, torch.float64}:
         return 0.0
-    wide = pytree.tree_map_only(Tensor, lambda x: x.double() if x.dtype is torch.float32 else x, inputs)
+    wide = torch.float32 not in dtypes
+    other = torch.float32 if wide else torch.float64
+    cast = pytree.tree_map_only(
+        Tensor, lambda x: x.to(other) if x.dtype in (torch.float32, torch.float64) else x, inputs
+    )
     try:
         pairs = zip(
             pytree.tree_leaves(eval_output(model, inputs)),
-            pytree.tree_leaves(eval_output(copy_of(model).double(), wide)),
+            pytree.tree_leaves(eval_output(copy_of(model).to(other), cast)),
             strict=True,
         )
-    except Exception:  # a model that casts inside its forward has no float64 copy
+    except Exception:  # a model that casts inside its forward has no copy in the other precision
         return 0.0
     errors = [
-        float((a.double() - b).abs().amax() / b.abs().amax().clamp(min=1e-300))
+        float((a.double() - b.double()).abs().amax() / b.double().abs().amax().clamp(min=1e-300))
         for a, b in pairs
-        if isinstance(a, Tensor) and a.dtype is torch.float32 and a.numel()
+        if isinstance(a, Tensor) and a.dtype in (torch.float32, torch.float64) and a.numel()
     ]
     # An error as large as the output means that the output proves nothing: it must not excuse anything either.
-    return min(max(errors, default=0.0), 1e-2)
+    worst = max(errors, default=0.0)
+    finer = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    return min(worst, 1.0) * finer if wide else min(worst, 1e-2)

@@ -21,7 +21,7 @@ import zoo
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-__all__ = ["KNOWN_BUGS", "Network", "networks"]
+__all__ = ["Network", "networks"]
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 
@@ -73,19 +73,6 @@ class Network:
 
     def __repr__(self) -> str:
         return f"\n{self.source}\n# one sample: {self.shape}\n"
-
-
-def _reads_statistics_untraced(network: Network) -> bool:
-    reads = {"norm: holder", "statistics read"} & network.features
-    return bool(reads) and any(feature.startswith(("branch", "in place", "checkpoint")) for feature in network.features)
-
-
-KNOWN_BUGS: dict[str, Callable[[Network], bool]] = {
-    "an untraceable forward that reads the tensors of a norm's module fails once the norm is replaced": (
-        _reads_statistics_untraced
-    ),
-}
-"""What is known to go wrong, and the networks in which it may."""
 
 
 @dataclass(frozen=True)

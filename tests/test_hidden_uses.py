@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from zoo import leaves, randomize_
 
 import normswap as ns
+from normswap.errors import NothingToConvertError, VerificationError
 
 X = torch.randn(3, 4, 7, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -133,6 +134,256 @@ def test_a_functional_norm_beside_a_direct_read_is_not_rewritten() -> None:
             return self.finish(y) * self.weights[0].norm()
 
     model = randomize_(Functional().double(), 0)
-    with pytest.raises(ns.NormswapError, match=r"reads conv\.weight past the module's attributes"):
+    for given in (None, (X,)):
+        result = ns.convert(model, "none", example_inputs=given)
+        (skip,) = (skip for skip in result.plan.skips if skip.what == "norm")
+        assert (skip.name, skip.code) == ("bn", "functional-norm")
+        assert "reads conv.weight past the module's attributes" in skip.reason
+        assert [step.site.norm for step in result.plan.steps] == ["head.1"]
+        assert error(result.model, model, lambda m: m(X)) < 1e-12
+
+
+class UntracedFlag(Pair):
+    """No trace shows what the flag does, and no run by its default."""
+
+    def forward(self, x: Tensor, raw: bool = False) -> Tensor:
+        y = self.finish(self.bn(self.conv(x))) if branches(x) else x
+        return y * self.conv(x).mean() if raw else y
+
+
+@pytest.mark.parametrize("given", [None, (X,), {"x": X}], ids=["", "inputs", "keyword"])
+def test_a_layer_that_a_flag_of_an_untraceable_forward_uses_is_left_as_it_is(given: Any) -> None:
+    model = randomize_(UntracedFlag().double(), 0)
+    result = ns.convert(model, "none", example_inputs=given, check=False)
+    layers = {step.site.norm: step.site.layer for step in result.plan.steps}
+    assert layers == {"bn": None, "head.1": None if given is None else "head.0"}
+    for found in (result.model, ns.fold(model, example_inputs=given)):
+        for raw in (False, True):
+            assert error(found, model, lambda m, raw=raw: m(X, raw=raw)) < 1e-12
+
+
+def test_a_flag_that_is_given_is_not_turned() -> None:
+    """Who gives a flag says how the model is called."""
+    model = randomize_(UntracedFlag().double(), 0)
+    for given in ((X, False), {"x": X, "raw": False}):
+        layers = [step.site.layer for step in ns.plan(model, "none", example_inputs=given).steps]
+        assert layers == ["conv", "head.0"]
+
+
+def branches(x: Tensor) -> bool:
+    """A test that no trace passes and that is always true."""
+    return bool(x.sum() > -1e9)
+
+
+class ReadsAStatistic(Pair):
+    def forward(self, x: Tensor) -> Any:
+        y = super().forward(x)
+        return y + self.bn.running_mean.mean() if branches(x) else y
+
+
+class ReadsByAVariable(Pair):
+    def forward(self, x: Tensor) -> Any:
+        y, bn = super().forward(x), self.bn
+        return y * bn.weight.mean() if branches(x) else y
+
+
+class ReadsInAMethod(Pair):
+    def measure(self) -> Tensor:
+        return self.bn.running_var.mean()
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x) * self.measure() if branches(x) else x
+
+
+class ReadsInALambda(Pair):
+    def forward(self, x: Tensor) -> Any:
+        level = lambda: self.bn.bias.mean()  # noqa: E731
+        return super().forward(x) + level() if branches(x) else x
+
+
+class HasALevel(Pair):
+    """Its own forward reads nothing."""
+
+    @property
+    def level(self) -> Tensor:
+        return self.bn.running_var.mean()
+
+
+class ReadsInABaseClass(ReadsAStatistic):
+    def forward(self, x: Tensor) -> Any:
+        return 2 * super().forward(x)
+
+
+class Outer(nn.Module):
+    """It calls a method of a module of its own that is not the forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = HasALevel()
+
+    def forward(self, x: Tensor) -> Any:
+        return self.inner.finish(self.inner.bn(self.inner.conv(x))) * self.inner.level if branches(x) else x
+
+
+class AsksForTheChannels(Pair):
+    """The trace of this shows a number only."""
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x) * self.bn.num_features
+
+
+class AsksForTheType(Pair):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x).to(self.bn.weight.dtype)
+
+
+class ReadsWhereNoInputComes(Pair):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x) if branches(x) else self.bn.running_mean
+
+
+READING = (
+    *(ReadsAStatistic, ReadsByAVariable, ReadsInAMethod, ReadsInALambda, ReadsInABaseClass),
+    *(AsksForTheChannels, AsksForTheType, ReadsWhereNoInputComes),
+)
+
+
+@pytest.mark.parametrize("network", READING)
+@pytest.mark.parametrize("recipe", ["none", "gn"])
+@pytest.mark.parametrize("given", [None, (X,)], ids=["", "inputs"])
+def test_a_norm_that_a_forward_reads_stays_and_the_others_convert(network: type[Pair], recipe: str, given: Any) -> None:
+    model = randomize_(network().double(), 0)
+    result = ns.convert(model, recipe, example_inputs=given, check=False)
+    assert [step.site.norm for step in result.plan.steps] == ["head.1"]
+    (skip,) = (skip for skip in result.plan.skips if skip.what == "norm")
+    assert (skip.name, skip.code) == ("bn", "read-elsewhere")
+    assert "reads" in skip.reason
+    assert type(result.model.bn) is nn.BatchNorm2d
+    for found in (ns.fold(model, example_inputs=given), result.model if recipe == "none" else model):
+        assert error(found, model, lambda m: m(X)) < 1e-12
+
+
+@pytest.mark.parametrize("given", [None, (X,)], ids=["", "inputs"])
+def test_a_norm_that_a_method_reads_which_another_module_calls_stays(given: Any) -> None:
+    model = randomize_(Outer().double(), 0)
+    plan = ns.plan(model, "gn", example_inputs=given)
+    assert [skip.name for skip in plan.skips if skip.what == "norm"] == ["inner.bn"]
+
+
+def test_a_forward_that_reads_the_weight_of_a_layer_or_names_another_norm_keeps_no_norm_from_converting() -> None:
+    class ReadsALayer(Pair):
+        def forward(self, x: Tensor) -> Any:
+            y = super().forward(x)
+            return y * self.last.weight.mean() if branches(x) else self.head[1](y)
+
+    model = randomize_(ReadsALayer().double(), 0)
+    for given in (None, (X,)):
+        result = ns.convert(model, "none", example_inputs=given)
+        assert {step.site.norm for step in result.plan.steps} == {"bn", "head.1"}
+        assert error(result.model, model, lambda m: m(X)) < 1e-12
+
+
+class ReadsSomeNorm(Pair):
+    """Which norm, only a run shows."""
+
+    def forward(self, x: Tensor) -> Any:
+        y = super().forward(x)
+        return y + [self.bn, self.last][0].running_mean.mean() if branches(x) else y
+
+
+def test_a_read_of_no_name_keeps_every_norm_that_it_may_mean_unless_a_run_shows_which() -> None:
+    model = randomize_(ReadsSomeNorm().double(), 0)
+    with pytest.raises(NothingToConvertError, match=r"running_mean of a module, perhaps .* give example inputs"):
         ns.convert(model, "gn")
-    assert ns.convert(model, "none", exclude=["bn"]).plan.steps
+    (step,) = ns.plan(model, "gn", example_inputs=(X,)).steps
+    assert step.site.norm == "head.1"
+
+
+def test_a_read_of_no_name_keeps_no_norm_that_the_code_does_not_name() -> None:
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pair, self.scales = Pair(), nn.ModuleList([nn.Conv2d(4, 4, 1)])
+
+        def forward(self, x: Tensor) -> Any:
+            return self.pair(x) * self.scales[0].weight.mean() if branches(x) else x
+
+    assert {step.site.norm for step in ns.plan(Around(), "gn").steps} == {"pair.bn", "pair.head.1"}
+
+
+class ReadsInDisguise(Pair):
+    def forward(self, x: Tensor) -> Any:
+        y = super().forward(x)
+        return y + getattr(self.bn, "_".join(("running", "mean"))).mean() if branches(x) else y
+
+
+@pytest.mark.parametrize("recipe", ["none", "gn"])
+def test_a_converted_model_that_does_not_run_is_an_error_that_says_so(recipe: str) -> None:
+    model = randomize_(ReadsInDisguise().double(), 0)
+    with pytest.raises(VerificationError, match="'running_mean'") as raised:
+        ns.convert(model, recipe)
+    assert raised.value.code == "does-not-run"
+    assert "exclude" in raised.value.hint
+    assert ns.convert(model, recipe, exclude=["bn"]).model(X).shape == model(X).shape
+    with pytest.raises(AttributeError):
+        ns.convert(model, recipe, check=False).model(X)
+
+
+class WritesBetween(Pair):
+    def forward(self, x: Tensor) -> Any:
+        y = self.conv(x)
+        y[:, 0] = 0.5
+        return self.finish(self.bn(y))
+
+
+class WritesToAView(Pair):
+    def forward(self, x: Tensor) -> Any:
+        y = self.conv(x)
+        left = y[:, :2]
+        left[:] += 1
+        return self.finish(self.bn(y))
+
+
+class WritesAfterwards(Pair):
+    def forward(self, x: Tensor) -> Any:
+        y = self.conv(x)
+        z = self.finish(self.bn(y.contiguous()))
+        y[:] = 0
+        return z + y.mean()
+
+
+class WritesToTheNormsOutput(Pair):
+    def forward(self, x: Tensor) -> Any:
+        y = self.bn(self.conv(x))
+        y[:, :1] += x.mean()
+        return self.finish(y)
+
+
+@pytest.mark.parametrize(
+    ("network", "layer"),
+    [(WritesBetween, None), (WritesToAView, None), (WritesAfterwards, None), (WritesToTheNormsOutput, "conv")],
+)
+def test_writing_to_a_value_is_traced_and_a_use_of_it(network: type[Pair], layer: str | None) -> None:
+    model = randomize_(network().double(), 0)
+    result = ns.convert(model, "none", check=False)
+    assert {step.site.norm: step.site.layer for step in result.plan.steps} == {"bn": layer, "head.1": "head.0"}
+    assert not [skip for skip in result.plan.skips if skip.what == "scope"]
+    for found in (result.model, ns.fold(model)):
+        assert error(found, model, lambda m: m(X)) < 1e-12
+
+
+class WritingNorm(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        y[:, 0] = 0
+        return y
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_norm_that_writes_to_its_output_stays(device: str) -> None:
+    with torch.device(device):
+        model = nn.Sequential(nn.Conv2d(4, 6, 3), WritingNorm(6), nn.Conv2d(6, 5, 1), nn.BatchNorm2d(5)).eval()
+    plan = ns.plan(model, "gn")
+    assert [step.site.norm for step in plan.steps] == ["3"]
+    (skip,) = (skip for skip in plan.skips if skip.what == "norm")
+    assert (skip.name, skip.code) == ("1", "unknown-forward")

@@ -20,6 +20,7 @@ from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from normswap.errors import InputError, VerificationError
+from normswap.selfcheck import eval_output, keeps_output
 from normswap.verification import TOLERANCES, Verification, named_leaves, verify
 
 FLOATS = sorted(TOLERANCES, key=str)
@@ -347,3 +348,34 @@ def test_the_record_turns_to_valid_json() -> None:
 def test_importing_the_comparator_does_not_load_onnxruntime() -> None:
     code = "import sys, normswap.verification; sys.exit('onnxruntime' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+class Chaotic(nn.Module):
+    """Doubles every error twenty times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn(self.conv(x)).sigmoid()
+        for _ in range(20):
+            y = 4 * y * (1 - y)
+        return y
+
+
+def test_a_network_that_is_chaotic_in_double_precision_is_allowed_its_rounding_and_no_error() -> None:
+    torch.manual_seed(0)
+    model = Chaotic().eval().double()
+    inputs = (torch.randn(2, 3, 8, 8, dtype=torch.float64),)
+    expected = eval_output(model, inputs)
+    found: list[Verification] = []
+    for change in (4e-15, 4e-13):  # both far below what a wrong constant is off
+        moved = copy.deepcopy(model)
+        with torch.no_grad():
+            moved.conv.weight *= 1 + change
+        check = keeps_output(expected, moved, inputs)
+        assert check is not None
+        found.append(check)
+    assert [check.ok for check in found] == [True, False]
+    assert found[0].max_rel > 1e-9, "or the test tests nothing"

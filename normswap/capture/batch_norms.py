@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -152,6 +153,8 @@ def after_norm(module: nn.Module) -> tuple[nn.Module, ...] | str:
 
 def _tail(module: nn.Module, graph: fx.Graph) -> tuple[nn.Module, ...] | str:
     (output,) = (node for node in graph.nodes if node.op == "output")
+    if any(node.target is operator.setitem for node in graph.nodes):
+        return "writes to its output"
     node, after = output.args[0], []
     while isinstance(node, fx.Node):
         if is_functional_norm(node) or node.op == "placeholder":

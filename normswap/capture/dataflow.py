@@ -174,6 +174,12 @@ class Dataflow:
                 if node.op == "get_attr":
                     self._add_read(call.trace, node)
 
+    def refuse(self, key: str, reason: str) -> None:
+        """Refuse a functional norm that was found."""
+        del self.functional[key]
+        self.frozen.discard(key)
+        self._refuse(key, reason, [call for run in self.calls[key].values() for call in run])
+
     def _note_read(self, trace: Trace, node: fx.Node) -> None:
         """Note which tensor a node reads; the functional norm that takes it is no other reader."""
         if not all(is_functional_norm(user) for user in node.users):

@@ -28,7 +28,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from normswap.capture.guard import copy_of, set_mode, untouched
-from normswap.capture.observed import run_on
+from normswap.capture.observed import run_on, turned_flags
 
 __all__ = ["Pair", "confirm_feeds"]
 
@@ -44,7 +44,8 @@ def confirm_feeds(
     """Return those (layer, norm) pairs where the layer feeds the norm and nothing else, tried by runs on ``inputs``.
 
     Runs are in eval and, where the model runs in it, in train mode, on the inputs and on their negatives, which may
-    take another way through a model that branches on values (Note [Garbage]). If all pairs together pass, each does; if
+    take another way through a model that branches on values, and with each flag of its forward turned (Note [Garbage]).
+    If all pairs together pass, each does; if
     not, they are halved until the wrong ones stand alone.
 
     Returns:
@@ -55,8 +56,8 @@ def confirm_feeds(
     except Exception:  # a model that cannot be copied cannot be tried
         return {}
     good, called = list(pairs), {pair: set[bool]() for pair in pairs}
-    for training, sign in product((False, True), (1, -1)):
-        trial = _Trial(clone, inputs, training, sign)
+    for training, sign, flags in product((False, True), (1, -1), ({}, *turned_flags(model, inputs))):
+        trial = _Trial(clone, inputs, training, sign, flags)
         if not trial.runs:
             continue
         good, seen = _search(trial, good)
@@ -87,12 +88,18 @@ class _Trial:
         inputs: The model's inputs.
         training: The train flag.
         sign: What the inputs are multiplied with.
+        flags: Further arguments by keyword.
     """
 
     def __init__(
-        self, model: nn.Module, inputs: tuple[Any, ...] | Mapping[str, Any], training: bool, sign: int
+        self,
+        model: nn.Module,
+        inputs: tuple[Any, ...] | Mapping[str, Any],
+        training: bool,
+        sign: int,
+        flags: Mapping[str, bool],
     ) -> None:
-        self.model, self.training = model, training
+        self.model, self.training, self.flags = model, training, flags
 
         def signed(x: Tensor) -> Tensor:
             return x * sign if x.is_floating_point() else x.clone()
@@ -115,7 +122,7 @@ class _Trial:
             self._digests.found = []
             try:
                 with torch.compiler.set_stance("force_eager"), self._digests:
-                    output = run_on(self.model, inputs)
+                    output = run_on(self.model, inputs, self.flags)
             except Exception:
                 return None
             if any(one.astray() for one in garbage):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,25 +11,37 @@ from torch import Tensor, nn
 
 from normswap.errors import InputError, NormswapError
 
-__all__ = ["Batch", "call", "does_not_run", "first_input", "run_on", "run_on_data"]
+__all__ = ["Batch", "call", "does_not_run", "first_input", "run_on", "run_on_data", "turned_flags"]
 
 Batch = tuple[Any, ...] | Mapping[str, Any] | Callable[[nn.Module], Any]
 """What a model is run on: positional inputs, inputs by keyword, or a function that calls it."""
 
 
-def run_on(model: nn.Module, inputs: Batch) -> Any:
+def run_on(model: nn.Module, inputs: Batch, flags: Mapping[str, bool] | None = None) -> Any:
     """Call ``model`` on ``inputs``, without gradient."""
     with torch.no_grad():
-        return call(model, inputs)
+        return call(model, inputs, flags)
 
 
-def call(model: nn.Module, inputs: Batch) -> Any:
+def call(model: nn.Module, inputs: Batch, flags: Mapping[str, bool] | None = None) -> Any:
     """Call ``model`` on copies of ``inputs``: a forward may change what it is given in place."""
     if callable(inputs):
         return inputs(model)
     if isinstance(inputs, Mapping):
-        return model(**{name: _copies(value) for name, value in inputs.items()})
-    return model(*map(_copies, inputs))
+        return model(**{name: _copies(value) for name, value in inputs.items()}, **(flags or {}))
+    return model(*map(_copies, inputs), **(flags or {}))
+
+
+def turned_flags(model: nn.Module, inputs: tuple[Any, ...] | Mapping[str, Any]) -> tuple[dict[str, bool], ...]:
+    """Return each flag of ``model``'s forward that ``inputs`` leave at its default, turned, in a dict by itself."""
+    try:
+        signature = inspect.signature(type(model).forward)
+        given = signature.bind_partial(model, **inputs) if isinstance(inputs, Mapping) else None
+        given = given or signature.bind_partial(model, *inputs)
+    except (TypeError, ValueError):
+        return ()
+    flags = ((p.name, p.default) for p in signature.parameters.values() if isinstance(p.default, bool))
+    return tuple({name: not default} for name, default in flags if name not in given.arguments)
 
 
 def run_on_data(model: nn.Module, inputs: Batch) -> Any:

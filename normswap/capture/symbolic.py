@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -280,7 +281,7 @@ class ScopeTracer(fx.Tracer):
         """Return what the forward sees of ``node``."""
         if node.op == "placeholder" and self.rank is not None:
             return _RankedProxy(node, self)
-        return super().proxy(node)
+        return _Proxy(node, self)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Record whose forward made the node."""
@@ -384,7 +385,14 @@ def _kept_proxies(root: nn.Module) -> Iterator[fx.Proxy]:
                 yield from (leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, fx.Proxy))
 
 
-class _RankedProxy(fx.Proxy):
+class _Proxy(fx.Proxy):
+    """A value that may be written to: ``y[:, 0] = 0`` is a use of y like ``y.relu_()``."""
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+
+class _RankedProxy(_Proxy):
     """An input whose number of axes is known."""
 
     tracer: ScopeTracer
@@ -397,7 +405,7 @@ class _RankedProxy(fx.Proxy):
         return self.ndim
 
 
-class _TensorProxy(fx.Proxy):
+class _TensorProxy(_Proxy):
     """A parameter or buffer whose shape, dtype and device are known: asking for them is no dataflow."""
 
     def __init__(self, node: fx.Node, tracer: fx.Tracer, tensor: Tensor) -> None:
