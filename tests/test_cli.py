@@ -863,6 +863,21 @@ def test_calibration_matches_where_nothing_else_is_asked_for(calibrated: Path) -
     assert not all(torch.equal(value, absorbed[name]) for name, value in default.items())
 
 
+def test_a_file_that_is_written_takes_the_calibration_datas_sizes(calibrated: Path) -> None:
+    given = ("convert", "model.pt", "--to", "wn+mobn", "--onnx", "out.onnx")
+    result = succeed(*given, "--calibration", "data.npy")
+    assert "in   input: float32 [batch, 3, 12, 12]" in result.stdout
+    assert result.stderr == ""
+    result = succeed(*given, "--calibration", "data.npy", "--input-shape", "1x3x16x20")  # asked for, it goes first
+    assert "in   input: float32 [batch, 3, 16, 20]" in result.stdout
+    single = ("--calibration", "data.npy", "--batch-size", "1", "--fold", "-o", "out.pt2")
+    succeed("convert", "model.pt", "--to", "wn+mobn", *single)
+    assert load_model(calibrated / "out.pt2")(torch.zeros(5, 3, 12, 12)).shape == (5, 10)
+    result = succeed(*given)
+    assert "in   input: float32 [batch, 3, 64, 64]" in result.stdout
+    assert "the input shape 2x3x64x64 was made up" in result.stderr
+
+
 def test_the_spread_and_the_number_of_groups_are_chosen(calibrated: Path) -> None:
     plain = ("convert", "model.pt", "--to", "gn", "--calibration", "data.npy", "-o")
     succeed(*plain, "a.safetensors", "--spread", "0")

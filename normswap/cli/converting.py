@@ -200,11 +200,12 @@ def convert_model(
         network = source.open(model)
         inputs = example = files.example_inputs(network, shapes, input_file)
         program = target is not None and target.suffix == ".pt2"
-        if (
-            onnx is not None or program
-        ) and example is None:  # they show nothing of the user's sizes, so that the plan does not see them
-            example = files.required_inputs(network, (), None, use=", and the file takes no other height and width")
         batches = files.calibration_batches(network, calibration, batch_size)
+        if (onnx is not None or program) and example is None:
+            # Made-up ones show nothing of the user's sizes, and the plan does not see them.
+            example = files.samples_of(network, batches) or files.required_inputs(
+                network, (), None, use=", and the file takes no other height and width"
+            )
         selected: dict[str, Any] = {"include": include or (), "exclude": exclude or ()}
         if dry_run:
             with working("planning"):

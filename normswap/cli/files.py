@@ -22,6 +22,7 @@ __all__ = [
     "example_inputs",
     "read_text",
     "required_inputs",
+    "samples_of",
     "save_whole",
     "write_text",
 ]
@@ -209,6 +210,24 @@ def calibration_batches(model: nn.Module, path: Path | None, size: int) -> list[
             batches = [dict(zip(inputs, cut, strict=True)) if named else tuple(cut) for cut in cuts]
         _check_inputs(model, next(bind_batches(model, batches)), "--calibration")
         return batches
+
+
+def samples_of(model: nn.Module, batches: list[Any] | None) -> Any:
+    """Return two samples of the calibration data, None without any or where a program has inputs of its own."""
+    from torch import Tensor
+    from torch.utils import _pytree as pytree
+
+    from normswap.capture.exported import recorded_inputs
+    from normswap.inputs import bind_batches, some_samples
+
+    if batches is None or recorded_inputs(model) is not None:
+        return None
+    inputs = some_samples(next(bind_batches(model, batches)))
+    values: list[Any] = list(inputs.values() if isinstance(inputs, Mapping) else inputs or ())
+    if all(isinstance(value, Tensor) and value.shape[:1] == (1,) for value in values):
+        # Exported with a single sample, a program would take no other number.
+        return pytree.tree_map(lambda value: value.repeat_interleave(2, 0), inputs)
+    return inputs
 
 
 def read_text(path: Path) -> str:
