@@ -314,7 +314,7 @@ class OnnxFile:
             raise InputError(
                 f"{path} is no .onnx file" if path.exists() else f"there is no file {path}",
                 code="onnx-missing",
-                hint="give a module, a callable, or the path of an .onnx file",
+                hint="check the path; it ends with .onnx",
             )
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = min(2, torch.get_num_threads())
@@ -352,6 +352,20 @@ class OnnxFile:
             if not fits or ONNX_DTYPES.get(node.type) != x.dtype:
                 raise self.misfit(f"got {_dtype(x)} {list(x.shape)} for {node.name!r}")
         return {node.name: x.cpu().numpy() for node, x in zip(expected, tensors, strict=True)}
+
+    def example(self, batch: int = 2) -> tuple[Tensor, ...] | None:
+        """Return seeded noise of the sizes that the file states; None where it leaves more than the first axis open."""
+        generator = torch.Generator().manual_seed(0)
+        inputs = []
+        for node in self.session.get_inputs():
+            sizes = [
+                size if isinstance(size, int) else batch if not axis else 0 for axis, size in enumerate(node.shape)
+            ]
+            dtype = ONNX_DTYPES.get(node.type)
+            if dtype is None or not dtype.is_floating_point or 0 in sizes:
+                return None
+            inputs.append(torch.randn(sizes, generator=generator).to(dtype))
+        return tuple(inputs)
 
     def misfit(self, got: str) -> InputError:
         """Return the error that says what the file takes."""

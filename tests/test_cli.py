@@ -21,10 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import typer
 from click.testing import Result
+from onnx import TensorProto, helper
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -306,6 +308,34 @@ def test_verify_tells_two_different_models_apart(folder: Path) -> None:
     assert run("verify", "model.pt", "other.pt", "--rtol", "1").exit_code == 0
 
 
+def onnx_file(name: str, *sizes: int | str) -> None:
+    """Write an ONNX file whose input and output have these sizes."""
+    spec = [helper.make_tensor_value_info(n, TensorProto.FLOAT, sizes) for n in ("x", "y")]
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "same", spec[:1], spec[1:])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), name)
+
+
+def test_verify_takes_noise_of_the_sizes_that_an_onnx_file_states(folder: Path) -> None:
+    onnx_file("stated.onnx", "N", 3, 7)
+    onnx_file("open.onnx", "N", 3, "width")
+    for pair in (("stated.onnx", "stated.onnx"), ("open.onnx", "stated.onnx")):
+        result = succeed("verify", *pair, "--json")
+        assert [row["shape"] for row in json.loads(result.stdout)["rows"]] == [[2, 3, 7]]
+        assert result.stderr == ""
+    torch.save(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 81, 2)).eval(), "odd.pt")
+    succeed("export", "odd.pt", "-o", "odd.onnx", "--input-shape", "1x3x11x11")
+    assert "made up" not in succeed("verify", "odd.pt", "odd.onnx").stderr
+    torch.export.save(torch.export.export(make_model(), (torch.zeros(4, 3, 12, 12),)), "four.pt2")
+    succeed("export", "model.pt", "-o", "any.onnx", "--input-shape", "1x3x12x12")
+    succeed("verify", "four.pt2", "any.onnx")  # the program's own inputs are of four samples
+    result = run("verify", "open.onnx", "open.onnx")  # neither says how wide
+    assert (result.exit_code, result.stderr) == (
+        2,
+        "error[inputs-missing]: no inputs are given, and none could be made up that the model takes\n"
+        "  hint: give --input-shape 1x3x224x224, once for each input, or --input-file FILE\n",
+    )
+
+
 def test_verify_says_what_an_inexact_recipe_does(folder: Path) -> None:
     succeed("convert", "model.pt", "--to", "ln", "-o", "ln.safetensors")
     result = run("verify", "model.pt", "ln.safetensors")
@@ -497,8 +527,7 @@ def test_a_state_dict_needs_its_architecture_and_takes_its_arguments(folder: Pat
         (
             "verify a.onnx b.onnx",
             2,
-            "error[inputs-missing]: no inputs are given, and none could be made up that the model takes\n"
-            "  hint: give --input-shape 1x3x224x224, once for each input, or --input-file FILE\n",
+            "error[onnx-missing]: there is no file a.onnx\n  hint: check the path; it ends with .onnx\n",
         ),
         (
             "export model.pt -o out.onnx --input-shape 1x4x12x12",

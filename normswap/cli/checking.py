@@ -38,14 +38,18 @@ def verify_pair(
 ) -> None:
     """Compare the outputs of two models or ONNX files.
 
-    Both run on the same inputs: random ones of --input-shape, or those of --input-file. The exit code is 0 where they
-    agree, 1 where they differ.
+    Both run on the same inputs: random ones of --input-shape, those of --input-file or, without either, random ones of
+    the sizes that an ONNX file states. The exit code is 0 where they agree, 1 where they differ.
     """
     shapes = options.read_shapes(input_shape)
     source = dataclasses.replace(files.Source.of(trust, arch, arch_kwargs), arch_if_needed=True)
     sides: list[Any] = [path if path.suffix == ".onnx" else source.open(path).eval() for path in (a, b)]
     network = next((side for side in sides if not isinstance(side, Path)), None)
-    inputs = files.required_inputs(network, shapes, input_file)
+    inputs = files.example_inputs(network, shapes, input_file)
+    if inputs is None:
+        inputs = files.stated_inputs(network, [side for side in sides if isinstance(side, Path)])
+    if inputs is None:
+        inputs = files.required_inputs(network, (), None)
     with working("comparing"):
         check = dataclasses.replace(ns.verify(sides[0], sides[1], inputs, rtol=rtol), a=str(a), b=str(b))
     if as_json:

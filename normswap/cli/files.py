@@ -24,6 +24,8 @@ __all__ = [
     "required_inputs",
     "samples_of",
     "save_whole",
+    "stated_inputs",
+    "store",
     "write_text",
 ]
 
@@ -138,6 +140,17 @@ def required_inputs(model: nn.Module | None, shapes: Shapes, path: Path | None, 
     shape = "x".join(map(str, made_up[0].shape))
     note(f"the input shape {shape} was made up{use}: give --input-shape for the size that you use")
     return made_up
+
+
+def stated_inputs(model: nn.Module | None, paths: Sequence[Path]) -> Any:
+    """Return noise of the sizes that one of the .onnx files states, None where a program has inputs of its own."""
+    from normswap.capture.exported import recorded_inputs
+    from normswap.verification import OnnxFile
+
+    if model is not None and recorded_inputs(model) is not None:
+        return None
+    with working("making the inputs"):
+        return next((inputs for path in paths if (inputs := OnnxFile(path).example()) is not None), None)
 
 
 def _noise(model: nn.Module | None, shapes: Shapes) -> tuple[Any, ...]:
