@@ -59,6 +59,12 @@ class Conversion:
     init: InitReport
     check: Verification | None
 
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """The layers without a norm that were fitted because what they give is the model's output."""
+        norms = {step.site.norm for step in self.plan.steps}
+        return tuple(row.name for row in self.init.rows if row.fit is not None and row.name not in norms)
+
 
 def swap_norms(model: nn.Module, to: str | Recipe = "gn+ws", **options: Any) -> nn.Module:
     """Return ``model`` with its BatchNorms swapped for the recipe ``to``; what it has learnt is kept.

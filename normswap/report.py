@@ -92,7 +92,10 @@ def _render(conversion: Conversion) -> str:
         ],
         medians=[statistics.median(values) if values else None for values in ratios],
         choices=_choices(plan, conversion),
-        skips=sorted(plan.skips, key=lambda skip: ("norm", "layer", "scope").index(skip.what)),
+        skips=sorted(
+            (skip for skip in plan.skips if skip.name not in conversion.heads),
+            key=lambda skip: ("norm", "layer", "scope").index(skip.what),
+        ),
         plots=_plots([f for _, f in fits]) if fits else [],
     )
 

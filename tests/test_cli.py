@@ -892,6 +892,16 @@ def test_calibration_matches_where_nothing_else_is_asked_for(calibrated: Path) -
     assert not all(torch.equal(value, absorbed[name]) for name, value in default.items())
 
 
+def test_a_layer_that_gives_the_output_is_fitted_and_not_skipped(calibrated: Path) -> None:
+    given = ("convert", "model.pt", "-o", "out.safetensors")
+    lines = succeed(*given, "--calibration", "data.npy").stdout.splitlines()
+    assert "  fitted     1 layer (8), without a norm: what it gives is the model's output" in lines
+    assert not any(line.startswith("  skipped") for line in lines)
+    lines = succeed(*given).stdout.splitlines()
+    assert not any(line.startswith("  fitted") for line in lines)
+    assert "  skipped    1 layer (8): no BatchNorm follows it directly" in lines
+
+
 def test_a_file_that_is_written_takes_the_calibration_datas_sizes(calibrated: Path) -> None:
     given = ("convert", "model.pt", "--to", "wn+mobn", "--onnx", "out.onnx")
     result = succeed(*given, "--calibration", "data.npy")

@@ -139,6 +139,15 @@ def test_without_calibration_the_page_says_so_and_shows_the_choices(tmp_path: Pa
     assert "svg" not in {tag for tag, _ in page.tags}
 
 
+def test_a_layer_that_was_fitted_is_not_left_alone(conversion: ns.Conversion, tmp_path: Path) -> None:
+    assert conversion.heads == ("8",)
+    assert "8" in {skip.name for skip in conversion.plan.skips}
+    assert "Left alone" not in page_of(conversion, tmp_path).text
+    absorbed = ns.convert(make_model(), "gn")
+    assert absorbed.heads == ()
+    assert ["8", "layer", "Linear"] in [row[:3] for row in page_of(absorbed, tmp_path).rows]
+
+
 def test_a_perfect_fit_has_no_error_to_draw(conversion: ns.Conversion, tmp_path: Path) -> None:
     rows = tuple(
         dataclasses.replace(row, fit=row.fit and dataclasses.replace(row.fit, noise_before=0.0, noise_after=0.0))

@@ -129,7 +129,11 @@ def show_conversion(result: Conversion, artifact: ExportArtifact | None, outputs
     chosen = "".join(f" {name}={value}" for name, value in plan.options.items())
     say(f"{plan.model} → {plan.recipe}{chosen}")
     lines = [("converted", plan.summary().replace(" convert,", ","))]
-    lines += [("skipped", f"{_counted(names, what)}: {reason}") for (what, reason), names in _grouped(plan.skips)]
+    heads = result.heads
+    skips = [skip for skip in plan.skips if skip.name not in heads]
+    lines += [("skipped", f"{_counted(names, what)}: {reason}") for (what, reason), names in _grouped(skips)]
+    if heads:
+        lines.append(("fitted", f"{_counted(heads, 'layer')}, without a norm: what it gives is the model's output"))
     lines += [("noted", text) for text in _noted(plan, result.init)]
     if result.check is not None or _should_be_checked(result):
         lines.append(("checked", describe_check(result.check)))
