@@ -94,6 +94,10 @@ class ExportArtifact:
             *(f"  out  {spec}" for spec in self.outputs),
             "  ops  " + ", ".join(f"{op} {n}" for op, n in self.ops.items()),
         ]
+        if {"InstanceNormalization", "BatchNormalization"} <= self.ops.keys():
+            lines.append(
+                "       InstanceNormalization with BatchNormalization (mean 0, variance 1) is GroupNorm with γ, β"
+            )
         return "\n".join([*lines, *(["", str(self.verification)] if self.verification else [])])
 
 

@@ -476,6 +476,9 @@ def test_the_artifact_prints_what_was_written(tmp_path: Path) -> None:
         "  out  output: float32 [batch, 4, 4, 4]",
         "  ops  Reshape 2, Conv 1, InstanceNormalization 1, Shape 1, BatchNormalization 1, Relu 1",
     ]
-    assert lines[5].startswith("Sequential and m.onnx agree")
+    assert lines[4].split()[:3] == ["InstanceNormalization", "with", "BatchNormalization"]
+    assert lines[6].startswith("Sequential and m.onnx agree")
     assert artifact.verification is not None
     assert json.loads(artifact.verification.to_json())["ok"] is True
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval()
+    assert "GroupNorm" not in str(export_onnx(plain, tmp_path / "p.onnx", example_inputs=torch.randn(1, 3, 6, 6)))

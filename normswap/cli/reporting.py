@@ -141,7 +141,9 @@ def show_conversion(result: Conversion, artifact: ExportArtifact | None, outputs
         lines.append(("agreement", str(result.init.agreement)))
     lines += [("assumed", text) for text in result.init.assumptions]
     if artifact is not None and artifact.verification is not None:
-        lines.append(("verified", describe_check(artifact.verification)))
+        lines.append(
+            ("verified", f"the ONNX file against the converted model: {describe_check(artifact.verification)}")
+        )
     lines += written(outputs)
     facts(lines)
     if artifact is not None:
