@@ -158,6 +158,7 @@ def test_the_examples_in_the_help_texts_work_one_after_another(folder: Path, mon
     ]
     assert set(commands) == {"inspect", "convert", "fold", "export", "verify", "recipes", "demo"}
     np.save("images.npy", np.random.default_rng(0).standard_normal((40, 3, 12, 12)).astype("float32"))
+    (folder / "train.py").write_text(SCRIPT, encoding="utf-8")
     torch.save(build("torchvision:resnet18", {}).state_dict(), "weights.pt")
     for epilog in shown:
         for line in epilog.split("\n\n"):
@@ -206,7 +207,9 @@ def test_convert_stores_a_model_that_computes_what_the_api_gives(folder: Path) -
 def test_convert_without_an_output_writes_beside_the_model_and_says_so(folder: Path) -> None:
     result = succeed("convert", "model.pt")
     assert (folder / "model.gn+ws.safetensors").is_file()
-    assert result.stderr == "note: no -o was given: the output stands beside the model\n"
+    first, second = result.stderr.splitlines()
+    assert first == "note: no -o was given: the output stands beside the model"
+    assert second.startswith("note: gn+ws without --calibration: measure how much accuracy is left")
     assert "wrote      model.gn+ws.safetensors" in result.stdout
     assert "assumed    no data was given" in result.stdout
     assert "(--calibration)" in result.stdout
@@ -225,8 +228,9 @@ def test_convert_onnx_alone_writes_only_the_onnx_file(folder: Path) -> None:
     result = succeed("convert", "model.pt", "--to", "ln", "--onnx", "net.onnx", "--input-shape", "2x3x12x12")
     assert set(contents(folder)) - before == {"net.onnx"}
     assert "net.onnx (opset 18)" in result.stdout
-    assert "verified   " in result.stdout
-    assert result.stderr == ""
+    assert "verified   the ONNX file against the converted model: outputs differ by" in result.stdout
+    assert result.stderr.startswith("note: ln without --calibration: ")
+    assert len(result.stderr.splitlines()) == 1  # and no word of an output beside the model
 
 
 def test_convert_takes_a_recipes_options_by_either_spelling(folder: Path) -> None:
@@ -890,6 +894,17 @@ def test_calibration_matches_where_nothing_else_is_asked_for(calibrated: Path) -
     default, matched, absorbed = (ns.load(f"{how}.safetensors").state_dict() for how in ("out", "match", "absorb"))
     assert all(torch.equal(value, matched[name]) for name, value in default.items())
     assert not all(torch.equal(value, absorbed[name]) for name, value in default.items())
+
+
+def test_an_inexact_recipe_without_calibration_is_told_to_be_measured(calibrated: Path) -> None:
+    given = ("convert", "model.pt", "-o", "out.safetensors")
+    told = "note: gn+ws without --calibration: measure how much accuracy is left"
+    assert succeed(*given).stderr.startswith(told)
+    for silent in (["--to", "wn+mobn"], ["--calibration", "data.npy", "--init", "absorb"], ["--init", "none"]):
+        assert succeed(*given, *silent).stderr == "", silent
+    result = succeed(*given, "--json")
+    assert json.loads(result.stdout)["init"]["method"] == "absorb"
+    assert result.stderr == ""
 
 
 def test_a_layer_that_gives_the_output_is_fitted_and_not_skipped(calibrated: Path) -> None:

@@ -24,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # ErrorBoundary prints them
     rich_markup_mode="rich" if sys.stdout.isatty() else None,  # no boxes in a pipe
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Example:  normswap convert model.pt --to gn+ws --onnx model.onnx",
+    epilog="Example:  normswap convert model.pt --calibration images.npy --onnx model.onnx",
 )
 
 
@@ -47,7 +47,7 @@ _add(
     convert_model,
     "convert",
     "model.pt --to gn+ws -o model.gn+ws.safetensors",
-    "model.pt --calibration images.npy",
+    "model.pt --trust train.py --calibration images.npy",
     "model.pt --to wn+mobn --onnx model.onnx",
 )
 _add(fold_model, "fold", "model.gn+ws.safetensors -o deploy.pt")

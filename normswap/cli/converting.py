@@ -172,8 +172,8 @@ def convert_model(
     Writes MODEL.RECIPE.safetensors, or what -o names: to be trained on (normswap.load in Python) and then given to
     `normswap fold`. To deploy without training, --fold writes plain weights and --onnx an ONNX file.
 
-    Some recipes, as wn+mobn, keep the model's outputs exactly. gn+ws, gn and ln come close: the closer with
-    --calibration.
+    Some recipes, as wn+mobn, keep the model's outputs exactly. gn+ws, gn and ln lose some accuracy: little with
+    --calibration, some hundred inputs without labels; without it gn+ws may lose much.
     """
     shapes = options.read_shapes(input_shape)
     source = files.Source.of(trust, arch, arch_kwargs)
@@ -249,6 +249,11 @@ def convert_model(
     show_conversion(result, artifact, outputs)
     if output is None and target is not None:
         note("no -o was given: the output stands beside the model")
+    if batches is None and result.init.method == "absorb" and not ns.all_recipes()[result.plan.recipe].exact:
+        note(
+            f"{result.plan.recipe} without --calibration: measure how much accuracy is left before you use the model; "
+            "some hundred inputs without labels keep more of it"
+        )
 
 
 def _target(model: Path, recipe: str, output: Path | None, *, fold: bool, onnx: Path | None) -> Path | None:

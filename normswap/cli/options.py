@@ -59,8 +59,8 @@ Trust = Annotated[
     list[str] | None,
     typer.Option(
         metavar="NAME",
-        help="a package or script.py that MODEL's classes are from and whose code may run (not needed for torch, "
-        "torchvision and timm); repeatable",
+        help="where MODEL's classes are defined, a package or your train.py, which is imported to read it (not needed "
+        "for torch, torchvision and timm); repeatable",
         rich_help_panel=READING,
     ),
 ]
@@ -109,7 +109,10 @@ NumGroups = Annotated[
     ),
 ]
 GroupSize = Annotated[
-    int | None, typer.Option(metavar="N", help="channels per group, where that divides (16)", rich_help_panel=NORMS)
+    int | None,
+    typer.Option(
+        metavar="N", help="channels per group, or the nearest number that divides a norm's (16)", rich_help_panel=NORMS
+    ),
 ]
 Calibration = Annotated[
     Path | None,
@@ -127,7 +130,7 @@ Spread = Annotated[
     typer.Option(
         metavar="X",
         min=0,
-        help="how steady a match keeps a group's statistics (1); 0 leaves them alone",
+        help="how steady a match keeps a group's statistics (2); 0 leaves them alone",
         rich_help_panel=NORMS,
     ),
 ]
