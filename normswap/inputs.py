@@ -137,7 +137,9 @@ def _known(model: nn.Module, inputs: dict[str, Any], notes: list[str] | None) ->
         raise InputError(
             f"the data has entries {', '.join(map(repr, inputs))}; forward takes {', '.join(map(repr, names))}",
             code="inputs-names",
-            hint="name the entries after forward's arguments, or give the inputs alone",
+            hint=f"name the one with the inputs {names[0]!r}, or give it alone, as one tensor or array"
+            if _required(model) == 1
+            else "name the entries after forward's arguments, or give the inputs alone",
         )
     if len(known) < len(inputs) and notes is not None:
         notes.append(f"entries left out: {', '.join(name for name in inputs if name not in known)}")

@@ -261,6 +261,15 @@ def test_a_dry_run_writes_nothing_but_the_plan_it_is_asked_for(folder: Path) -> 
     assert (folder / "plan.json").read_text(encoding="utf-8") == result.stdout
 
 
+def test_a_dry_run_says_that_calibration_chooses_the_groups(folder: Path) -> None:
+    chosen = ("convert", "model.pt", "--dry-run", "--json", "--num-groups")
+    result = succeed(*chosen, "auto", "--save-plan", "auto.json")
+    assert json.loads(result.stdout)["options"] == {"num_groups": "auto"}
+    assert "the groups are chosen during the fit, by --calibration" in result.stderr
+    assert succeed(*chosen, "4").stderr == ""
+    assert succeed("convert", "model.pt", "--dry-run", "--plan", "auto.json").stderr == ""  # it keeps the plan's
+
+
 def test_a_saved_plan_is_carried_out(folder: Path) -> None:
     succeed(
         "convert", "model.pt", "--to", "gn", "--num-groups", "2", "--include", "4", "--dry-run", "--save-plan", "p.json"
@@ -285,6 +294,14 @@ def test_fold_and_export_make_a_file_that_verify_accepts(folder: Path) -> None:
     succeed("export", "m.pt", "-o", "m.onnx", "--input-shape", "1x3x12x12", "--dynamic-spatial")
     result = succeed("verify", "m.safetensors", "m.onnx", "--input-shape", "5x3x17x12")
     assert result.stdout.startswith("m.safetensors and m.onnx agree: ")
+
+
+def test_a_folded_program_needs_no_class(folder: Path) -> None:
+    for name in ("folded.pt", "folded.pt2"):
+        succeed("fold", "net.pt", "--trust", "save.py", "-o", name, "--input-shape", "2x3x8x8")
+    assert load_model(folder / "folded.pt2")(torch.zeros(2, 3, 8, 8)).shape == (2, 32, 6, 6)
+    with pytest.raises(InputError, match="Net"):
+        load_model(folder / "folded.pt")
 
 
 @pytest.mark.parametrize(
@@ -386,6 +403,8 @@ def test_recipes_lists_every_recipe_with_its_options(folder: Path) -> None:
     assert {r["name"]: r["exact"] for r in listed} == {name: cls.exact for name, cls in ns.all_recipes().items()}
     text = succeed("recipes").stdout
     assert all(r["equation"] in text and r["paper"] in text for r in listed)
+    told = re.split(r"[\s,.:]+", succeed("recipes", "--help").stdout.partition("An exact recipe")[0])
+    assert {r["name"] for r in listed} <= set(told)  # the help says what each takes from the data
 
 
 def test_demo_prints_the_report_and_fails_where_a_file_differs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -579,6 +598,19 @@ def test_a_detector_without_torchvisions_operators_is_explained(text: str) -> No
         files.example_inputs(Detects(), ((1, 3, 8, 8),), None)
     assert ("install the torchvision" in caught.value.hint) == (text != "other")
     assert ("forward takes (x" in caught.value.hint) == (text == "other")
+
+
+def test_data_with_names_that_the_model_has_not_is_refused_with_the_one_it_takes(folder: Path) -> None:
+    images = np.zeros((4, 3, 12, 12), dtype="float32")
+    np.savez("data.npz", images=images, labels=np.arange(4))
+    result = run("convert", "model.pt", "--calibration", "data.npz")
+    assert (result.exit_code, result.stderr) == (
+        2,
+        "error[inputs-names]: the data has entries 'images', 'labels'; forward takes 'input'\n"
+        "  hint: name the one with the inputs 'input', or give it alone, as one tensor or array\n",
+    )
+    np.savez("data.npz", input=images, labels=np.arange(4))  # what the hint asks for
+    assert files.calibration_batches(make_model(), Path("data.npz"), 4) is not None
 
 
 def test_both_kinds_of_inputs_at_once_are_refused(folder: Path) -> None:
@@ -969,7 +1001,9 @@ def test_inspect_ranks_the_sites_by_what_their_swap_costs(calibrated: Path) -> N
     assert {row["norm"]: row["layer"] for row in record} == {"1": "0", "4": "3"}
     assert [row["error"] for row in record] == sorted((row["error"] for row in record), reverse=True)
     assert sum(row["share"] for row in record) == pytest.approx(1)
-    assert f"{record[0]['error']:.4f}" in succeed(*command).stdout
+    shown = succeed(*command).stdout
+    assert f"{record[0]['error']:.4f}" in shown
+    assert shown.splitlines()[-1].endswith(f" --exclude {record[0]['norm']}")  # the dearest
     assert "is exact" in run("inspect", "model.pt", "--calibration", "data.npy", "--to", "wn").stderr
 
 

@@ -69,6 +69,9 @@ def verify_pair(
 def show_recipes(as_json: options.Json = False) -> None:
     """List what a BatchNorm can be swapped for.
 
+    gn+ws, gn+aws, gn and ln normalize each sample by itself: batches of any size train alike. wn+mobn and mobn take the
+    batch's mean and no variance. wn and none take nothing from the data. ws keeps the BatchNorm.
+
     An exact recipe keeps the model's outputs in evaluation. In the equations x is the norm's input, W the weight of
     the layer in front of it and v what is trained in its place, with n values in each filter. Options are given to
     convert as --num-groups 8 or --option axes=channel.

@@ -235,6 +235,11 @@ def convert_model(
                     ns.write_report(result, place(report))
     if dry_run:
         print_json(made.to_json()) if as_json else show_plan(made)
+        if replayed is None and made.options.get("num_groups") == "auto":
+            note(
+                "--num-groups auto: the groups are chosen during the fit, by --calibration; these are where it begins, "
+                "and what --plan keeps"
+            )
         if not made.steps:
             raise NothingToConvertError(
                 f"no norm of the {made.model} can be converted by '{made.recipe}'",

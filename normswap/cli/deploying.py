@@ -32,7 +32,7 @@ def fold_model(
             "-o",
             "--output",
             metavar="FILE",
-            help="a .pt or .pt2 file (default: MODEL.folded.pt)",
+            help="a .pt file, or a .pt2 program, which needs no class (default: MODEL.folded.pt)",
             rich_help_panel=options.OUTPUT,
         ),
     ] = None,
@@ -46,7 +46,8 @@ def fold_model(
     """Turn reparameterized weights into plain ones, for deployment.
 
     MODEL is what `normswap convert` wrote or, after training, normswap.save in Python. BatchNorms that are left are
-    merged into their layers. The output is of torch.nn's modules and loads where normswap is not installed.
+    merged into their layers. The output loads where normswap is not installed: a .pt file has MODEL's own class and
+    torch.nn's modules, a .pt2 program needs no class.
     """
     shapes = options.read_shapes(input_shape)
     program = model.suffix == ".pt2"

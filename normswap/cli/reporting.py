@@ -81,6 +81,8 @@ def show_costs(costs: Sequence[SiteCost], model: str, recipe: str) -> None:
         ("site", "error", "before the match", "layer", "share"),
         [(c.norm, f"{c.error:.4f}", f"{c.absorbed:.4f}", c.layer or "–", f"{100 * c.share:.1f} %") for c in costs],
     )
+    if costs:
+        say(f"\nto leave a site as it is, the dearest first: normswap convert MODEL --exclude {costs[0].norm}")
 
 
 def costs_as_record(costs: Sequence[SiteCost]) -> str:
