@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from normswap.capture import capture
+from normswap.capture import Capture, capture
+from normswap.capture.batch_norms import read_batch_norm
+from normswap.capture.channels import find_channels
 from normswap.capture.guard import copy_of
 from normswap.capture.observed import Batch
 from normswap.errors import InitializationError, InputError, NothingToConvertError, VerificationError
@@ -21,6 +23,7 @@ from normswap.initialization.absorb import absorb
 from normswap.initialization.agreement import agreement
 from normswap.initialization.match import match_to
 from normswap.initialization.moments import Moments, input_moments, measure_statistics, noise_like
+from normswap.initialization.scaling import choose_scales, scale_channels
 from normswap.initialization.steadying import SPREAD
 from normswap.initialization.tune import tune_to
 from normswap.inputs import Inputs, bind_batches, example_of, make_up_inputs, sample_count, some_samples
@@ -30,7 +33,7 @@ from normswap.planning import make_plan, step_at
 from normswap.recipes import Recipe, all_recipes, make_recipe
 from normswap.recipes.base import AUTO_GROUPS, GroupedRecipe
 from normswap.recipes.parts import Takes
-from normswap.records import InitReport, InitRow, Plan, SiteCost
+from normswap.records import InitReport, InitRow, NormKind, Plan, SiteCost, Step
 from normswap.rewriting import Placed, rewrite
 from normswap.selfcheck import eval_output, keeps_output
 from normswap.verification import Verification
@@ -39,6 +42,7 @@ __all__ = ["Conversion", "convert", "plan", "rank_sites", "swap_norms"]
 
 Progress = Callable[[str, int, int], None]
 ENOUGH_SAMPLES = 1000
+SAMPLES_TO_SCALE = 128
 METHODS = ("absorb", "match", "tune", "none")
 FITTED = ("match", "tune")
 
@@ -89,7 +93,7 @@ def plan(
     example = example_of(model, example_inputs)
     if example is None and calibration is not None and not isinstance(calibration, Iterator):  # which would be used up
         example = some_samples(next(bind_batches(model, calibration)))
-    return _plan(model, recipe, example, include, exclude, calibration is not None)
+    return _plan(capture(model, example), recipe, example, include, exclude, calibration is not None)
 
 
 def convert(
@@ -105,6 +109,7 @@ def convert(
     plan: Plan | None = None,
     inplace: bool = False,
     check: bool = True,
+    scale: bool = True,
     spread: float = SPREAD,
     tune_steps: int = 300,
     progress: Progress | None = None,
@@ -130,6 +135,9 @@ def convert(
         plan: A plan to replay instead of making one.
         inplace: Convert ``model`` itself, for models that fill the memory; a failed self-check leaves it so.
         check: Whether an exact recipe verifies that the output stayed, on ``example_inputs`` or on inputs made up.
+        scale: Whether channels between layers may be scaled, where the recipe standardizes weights and then takes less
+            away (:mod:`normswap.initialization.scaling`). The model is the same function, but features taken from
+            within it differ from the original's by a factor per channel; those that go into a linear layer do not.
         spread: How far apart ``"match"`` sets the offsets of a group's channels, in their standard deviations. 0 leaves
             a group's statistics to the sample alone; with more they are steadier, the swap closer, and less is
             normalized (:mod:`normswap.initialization.steadying`).
@@ -163,12 +171,16 @@ def convert(
             code="no-calibration",
             hint="give calibration=, some hundred unlabelled samples, or a number",
         )
+    captured = capture(model, example)
     if plan is None:
-        plan = _plan(model, recipe, example, include, exclude, calibration is not None)
+        plan = _plan(captured, recipe, example, include, exclude, calibration is not None)
     _refuse_empty(plan)
     statistics = _missing_statistics(model, plan, batches)
     enough = None if batches is None else _enough(batches, notes)
-    moments, assumption = ({}, "") if method == "none" else _moments(model, plan, recipe, enough, example, method)
+    original = model
+    if scale and method != "none":
+        original = _scaled(captured, plan, recipe, enough, example, statistics, notes)
+    moments, assumption = ({}, "") if method == "none" else _moments(original, plan, recipe, enough, example, method)
     reference = _reference(model, recipe, example, check and method != "none")
     trial = _trial(model, plan, example) if check else None
     skeleton = skeleton_of(model)
@@ -176,7 +188,12 @@ def convert(
         rewrite(copy.deepcopy(skeleton), plan, recipe)
     # Matching needs the original beside the copy, also where the model itself is to become the converted one.
     fits = method in FITTED
-    target = model if inplace and not fits else _copy(model)
+    if inplace and not fits:
+        target = model
+        if original is not model:
+            _take_values(model, original)
+    else:
+        target = original if original is not model and not fits else _copy(original)
     placed = [_with_statistics(p, statistics) for p in rewrite(target, plan, recipe)]
     agreed = None
     if method == "none":
@@ -186,11 +203,11 @@ def convert(
     if fits:
         assert batches is not None
         assert enough is not None
-        fitted = match_to(model, target, placed, enough, least_group=least_group, spread=spread, progress=progress)
+        fitted = match_to(original, target, placed, enough, least_group=least_group, spread=spread, progress=progress)
         sites = {row.name for row in rows}
         rows = [fitted.get(row.name, row) for row in rows] + [r for name, r in fitted.items() if name not in sites]
         if method == "tune":
-            notes.append(_tune(model, target, placed, fitted, batches, tune_steps, progress))
+            notes.append(_tune(original, target, placed, fitted, batches, tune_steps, progress))
         agreed = agreement(model, target, enough)
         plan = _with_groups(plan, recipe, placed)
         if inplace:
@@ -213,6 +230,7 @@ def rank_sites(
     forward_fn: Callable[[nn.Module, Any], Any] | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    scale: bool = True,
     spread: float = SPREAD,
     progress: Progress | None = None,
     **options: Any,
@@ -230,6 +248,7 @@ def rank_sites(
         forward_fn: As for :func:`convert`.
         include: Globs of the norms to rank; default all.
         exclude: Globs of norms to leave out.
+        scale: As for :func:`convert`.
         spread: As for :func:`convert`.
         progress: As for :func:`convert`.
         **options: Options of the recipe.
@@ -252,16 +271,18 @@ def rank_sites(
     _refuse_unfit(model)
     batches = list(bind_batches(model, calibration, [], forward_fn))
     example = example_of(model, example_inputs) or some_samples(batches[0])
-    plan = _plan(model, recipe, example, include, exclude, True)
+    captured = capture(model, example)
+    plan = _plan(captured, recipe, example, include, exclude, True)
     _refuse_empty(plan)
     statistics = _missing_statistics(model, plan, batches)
     batches = list(_enough(batches, []))
-    target = _copy(model)
+    original = _scaled(captured, plan, recipe, batches, example, statistics, []) if scale else model
+    target = _copy(original)
     placed = [_with_statistics(one, statistics) for one in rewrite(target, plan, recipe)]
     for one in placed:
         absorb(one, {})
     rows = match_to(
-        model,
+        original,
         target,
         placed,
         batches,
@@ -365,15 +386,16 @@ def _method(init: str | None, recipe: Recipe, has_data: bool) -> str:
 
 
 def _plan(
-    model: nn.Module,
+    captured: Capture,
     recipe: Recipe,
     example: Inputs | None,
     include: Sequence[str],
     exclude: Sequence[str],
     has_data: bool,
 ) -> Plan:
-    matches = match(capture(model, example), example, has_data=has_data)
-    return make_plan(type(model).__name__, matches, recipe, include=include, exclude=exclude, has_data=has_data)
+    matches = match(captured, example, has_data=has_data)
+    name = type(captured.model).__name__
+    return make_plan(name, matches, recipe, include=include, exclude=exclude, has_data=has_data)
 
 
 def _refuse_unfit(model: nn.Module) -> None:
@@ -443,19 +465,18 @@ def _moments(
     method: str,
 ) -> tuple[dict[str, Moments], str]:
     """Return the input moments of the layers that are going to be standardized, and what was assumed for them."""
-    layers = []
-    for step in plan.steps:
-        part = recipe.weight(step.site) if step.site.layer else None
-        matched = method in FITTED and recipe.norm(step.site, step.num_groups).takes is Takes.NORMALIZATION
-        if part is not None and part.centres and step.site.layer and not matched:  # a match measures its own
-            layers.append(step.site.layer)
+    layers = [
+        layer
+        for layer, step in _centred(plan, recipe)  # a match measures its own
+        if method not in FITTED or recipe.norm(step.site, step.num_groups).takes is not Takes.NORMALIZATION
+    ]
     if not layers or any(p.is_meta for p in model.parameters()):
         return {}, ""
     if batches is not None:
         return input_moments(model, layers, batches, shaped=False), ""
     inputs = example if example is not None else make_up_inputs(model)
     moments: dict[str, Moments] = {}
-    for noise in () if inputs is None else (noise_like(inputs), noise_like(inputs, batch=2), inputs):
+    for noise in () if inputs is None else _noises(inputs):
         try:
             moments = input_moments(model, layers, [noise], shaped=True)
             break
@@ -470,6 +491,82 @@ def _moments(
         "no data was given: the filters' means were removed by the moments of noise that has, at each BatchNorm, the "
         "recorded mean and variance; a few hundred unlabelled samples (calibration=) keep more of the model"
     )
+
+
+def _scaled(
+    captured: Capture,
+    plan: Plan,
+    recipe: Recipe,
+    batches: Sequence[Batch] | None,
+    example: Inputs | None,
+    statistics: Mapping[str, tuple[Tensor, Tensor]],
+    notes: list[str],
+) -> nn.Module:
+    """Return a copy of the model whose channels are scaled to suit standardized weights; itself where nothing does."""
+    model = captured.model
+    gains = dict(_gains_of_centred(model, plan, recipe, statistics))
+    if not gains or any(p.is_meta for p in model.parameters()):
+        return model
+    modules = [step.site for step in plan.steps if step.site.kind == NormKind.MODULE]
+    channels = find_channels(captured, [site.norm for site in modules], [site.layer for site in modules if site.layer])
+    inputs = example if example is not None else make_up_inputs(model)
+    if inputs is None:
+        return model
+    scales = None
+    if batches is not None:
+        scales = choose_scales(model, gains, channels, _first_samples(batches), shaped=False)
+    else:
+        for noise in _noises(inputs):
+            try:
+                scales = choose_scales(model, gains, channels, [noise], shaped=True)
+                break
+            except Exception:  # a model may take no other batch size than the example's
+                continue
+    if scales is None:
+        return model
+    scaled = _copy(model)
+    scale_channels(scaled, channels, scales)
+    result = keeps_output(eval_output(model, inputs), scaled, inputs)
+    if result is not None and not result.ok:
+        return model
+    notes.append("channels between layers were scaled, so that standardizing the weights takes less away")
+    return scaled
+
+
+def _gains_of_centred(
+    model: nn.Module, plan: Plan, recipe: Recipe, statistics: Mapping[str, tuple[Tensor, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the layers that are going to be standardized, each with γ and σ of the norm behind it."""
+    for layer, step in _centred(plan, recipe):
+        site = step.site
+        if site.kind == NormKind.MODULE:
+            state = read_batch_norm(model.get_submodule(site.norm))
+            var = statistics[site.norm][1] if site.norm in statistics else state.var
+            if var is not None:
+                yield layer, torch.stack([state.gamma.double(), (var.double() + state.eps).sqrt()])
+
+
+def _centred(plan: Plan, recipe: Recipe) -> Iterator[tuple[str, Step]]:
+    """Yield the layers that are going to be standardized, with their steps."""
+    for step in plan.steps:
+        part = recipe.weight(step.site) if step.site.layer else None
+        if part is not None and part.centres and step.site.layer:
+            yield step.site.layer, step
+
+
+def _first_samples(batches: Sequence[Batch]) -> Sequence[Batch]:
+    """Return the first batches that hold as many samples as the choice of scales needs."""
+    samples = 0
+    for i, batch in enumerate(batches):
+        samples += sample_count(batch)
+        if samples >= SAMPLES_TO_SCALE:
+            return batches[: i + 1]
+    return batches
+
+
+def _noises(inputs: Inputs) -> tuple[Inputs, ...]:
+    """Return noise like ``inputs`` and, in case that the model takes no other number of samples, less of it."""
+    return noise_like(inputs), noise_like(inputs, batch=2), inputs
 
 
 def _reference(model: nn.Module, recipe: Recipe, example: Inputs | None, check: bool) -> tuple[Any, Inputs] | None:

@@ -313,21 +313,11 @@ class Dataflow:
     def _unfit(self, fqn: str, channels: int, rank: int | None) -> str | None:
         """Return why ``fqn``, which feeds the norm, cannot take its statistics up; None if it can."""
         layer = self.capture.modules[fqn]
-        weight = layer._parameters.get("weight")
-        if weight is None or parametrize.is_parametrized(layer):
-            return f"the weight of {fqn} is already parametrized"
-        if any(is_lazy(p) for p in layer._parameters.values() if p is not None):
-            return f"{fqn} is not initialized yet: run the model once, then convert"
-        for name, parameter in layer._parameters.items():
-            if parameter is None:
-                continue
-            if owner := self._other_owner(parameter, f"{fqn}.{name}"):
-                return f"the {name} of {fqn} is tied to {owner}"
-            if self.reads(parameter):
-                return f"the model reads the {name} of {fqn} outside of its call"
+        if reason := self.why_shared(fqn):
+            return reason
         if isinstance(layer, ChannelAffine):
             return None
-        own = FilterLayout.of(layer).out_channels(weight)
+        own = FilterLayout.of(layer).out_channels(FilterLayout.weight(layer))
         if own != channels:
             return f"{fqn} has {own} output channels and the norm {channels}"
         if isinstance(layer, nn.Linear) and rank is None:
@@ -336,6 +326,22 @@ class Dataflow:
             return f"the norm's channels are not those of {fqn}: its input has {rank} axes"
         if not scales_with_its_parameters(layer):
             return f"the forward of {class_of(layer).__name__} is not linear in its weight, or could not be tried"
+        return None
+
+    def why_shared(self, fqn: str) -> str | None:
+        """Return why the parameters of ``fqn`` cannot be changed for its own calls' sake; None if they can."""
+        module = self.capture.modules[fqn]
+        if parametrize.is_parametrized(module) or (is_layer(module) and module._parameters.get("weight") is None):
+            return f"the weight of {fqn} is already parametrized"
+        if any(is_lazy(p) for p in module._parameters.values() if p is not None):
+            return f"{fqn} is not initialized yet: run the model once, then convert"
+        for name, tensor in module._parameters.items():
+            if tensor is None:
+                continue
+            if owner := self._other_owner(tensor, f"{fqn}.{name}"):
+                return f"the {name} of {fqn} is tied to {owner}"
+            if self.reads(tensor):
+                return f"the model reads the {name} of {fqn} outside of its call"
         return None
 
     def _other_owner(self, parameter: Tensor, name: str) -> str | None:

@@ -1,6 +1,8 @@
-"""A numeric proof: whether a layer's forward is linear in its weight and bias is tried on noise."""
+"""Numeric proofs: whether a layer's forward is linear in its weight, its bias and its inputs is tried on noise."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ from normswap.capture.guard import set_mode, untouched
 from normswap.capture.ops import LAYERS, class_of
 from normswap.nn import FilterLayout
 
-__all__ = ["scales_with_its_parameters"]
+__all__ = ["scales_with_its_inputs", "scales_with_its_parameters"]
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 
@@ -23,42 +25,77 @@ def scales_with_its_parameters(layer: nn.Module) -> bool:
     holds for a subclass with its own padding and not for one that standardizes its weight. Unknown, so False, for a
     subclass on the meta device.
     """
+    if _is_torchs_own(layer):
+        return True
+    weight, noise = layer.weight, _Noise()
+    if not isinstance(weight, Tensor) or weight.is_meta:
+        return False
+    layout = FilterLayout.of(layer)
+    channels = layout.out_channels(weight)
+    x = noise.input_of(layer)
+    scale, shift = noise.like(weight, channels).abs() + 0.5, noise.like(weight, channels)
+    bias = layer.bias if isinstance(layer.bias, Tensor) else torch.zeros_like(shift)
+    moved = {"weight": layout.scale(weight, scale), "bias": bias * scale + shift}
+    axis = -1 if isinstance(layer, nn.Linear) else 1
+    before, after = _outputs(layer, ({"weight": weight, "bias": bias}, x), (moved, x))
+    if before is None or after is None:
+        return False
+    return _agree(before.movedim(axis, -1) * scale + shift, after.movedim(axis, -1))
+
+
+def scales_with_its_inputs(layer: nn.Module) -> bool:
+    """Tell whether ``f(s·x; W/s) = f(x; W)``, s one factor per input channel: as above, but of the inputs."""
+    if _is_torchs_own(layer):
+        return True
+    weight, noise = layer.weight, _Noise()
+    if not isinstance(weight, Tensor) or weight.is_meta:
+        return False
+    x = noise.input_of(layer)
+    axis = -1 if isinstance(layer, nn.Linear) else 1
+    scale = noise.like(weight, x.shape[axis]).abs() + 0.5
+    moved = {"weight": FilterLayout.of(layer).scale_inputs(weight, 1 / scale)}
+    scaled = (x.movedim(axis, -1) * scale).movedim(-1, axis)
+    before, after = _outputs(layer, ({"weight": weight}, x), (moved, scaled))
+    return before is not None and after is not None and _agree(before, after)
+
+
+def _is_torchs_own(layer: nn.Module) -> bool:
     base = next(cls for cls in LAYERS if isinstance(layer, cls))
     own = class_of(layer)
     same = own.forward is base.forward and "forward" not in layer.__dict__
     if issubclass(base, _ConvNd) and same:
         same = getattr(own, "_conv_forward", None) is getattr(base, "_conv_forward", None)
-    if same:
-        return True
-    weight = layer.weight
-    if not isinstance(weight, Tensor) or weight.is_meta:
-        return False
-    generator = torch.Generator().manual_seed(0)
-    layout = FilterLayout.of(layer)
-    channels = layout.out_channels(weight)
+    return same
 
-    def noise(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(weight)
 
-    if isinstance(layer, nn.Linear):
-        x = noise(2, layer.in_features)
-    else:
+class _Noise:
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(0)
+
+    def like(self, weight: Tensor, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator).to(weight)
+
+    def input_of(self, layer: nn.Module) -> Tensor:
+        weight = FilterLayout.weight(layer)
+        if isinstance(layer, nn.Linear):
+            return self.like(weight, 2, layer.in_features)
         assert isinstance(layer, _ConvNd)
         spans = [(k - 1) * d + 4 for k, d in zip(layer.kernel_size, layer.dilation, strict=True)]
-        x = noise(2, layer.in_channels, *spans)
-    scale, shift = noise(channels).abs() + 0.5, noise(channels)
-    bias = layer.bias if isinstance(layer.bias, Tensor) else torch.zeros_like(shift)
-    axis = -1 if isinstance(layer, nn.Linear) else 1
+        return self.like(weight, 2, layer.in_channels, *spans)
+
+
+def _outputs(layer: nn.Module, *trials: tuple[dict[str, Tensor], Tensor]) -> Sequence[Tensor | None]:
+    """Return what ``layer`` gives with other parameters and inputs; None where it does not run on them."""
     with untouched(layer, values=True), torch.no_grad():
         set_mode(layer, False)
         layer._forward_hooks.clear()
         layer._forward_pre_hooks.clear()
         try:
-            before = functional_call(layer, {"weight": weight, "bias": bias}, (x,)).movedim(axis, -1)
-            moved = {"weight": layout.scale(weight, scale), "bias": bias * scale + shift}
-            after = functional_call(layer, moved, (x,)).movedim(axis, -1)
+            return [functional_call(layer, parameters, (x,)) for parameters, x in trials]
         except Exception:  # a forward that does not run on noise proves nothing
-            return False
-    expected = before * scale + shift
-    tolerance = _TOLERANCE.get(weight.dtype, 5e-2)
-    return bool((after - expected).abs().amax() <= tolerance * expected.abs().amax())
+            return [None] * len(trials)
+
+
+def _agree(expected: Tensor, found: Tensor) -> bool:
+    tolerance = _TOLERANCE.get(expected.dtype, 5e-2)
+    return bool((found - expected).abs().amax() <= tolerance * expected.abs().amax())

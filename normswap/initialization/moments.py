@@ -12,7 +12,7 @@ by what the layer's own BatchNorm has recorded of its output.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,17 @@ from normswap.capture.observed import Batch, first_input, run_on, run_on_data
 from normswap.capture.ops import class_of, is_norm
 from normswap.nn import FilterLayout
 
-__all__ = ["Moments", "centre", "input_moments", "measure_statistics", "moments_of_covariance", "noise_like", "patches"]
+__all__ = [
+    "Moments",
+    "centre",
+    "input_moments",
+    "measure_statistics",
+    "moments_of_covariance",
+    "noise_like",
+    "patches",
+    "watch_inputs",
+    "with_filters",
+]
 
 _MAX_SAMPLES = 4096
 _DATA_RIDGE, _NOISE_RIDGE, _MEAN_RIDGE = 1e-3, 3e-2, 1e-2
@@ -93,12 +103,18 @@ def patches(layer: nn.Module, x: Tensor) -> Tensor:
             x, layer.kernel_size, layer.dilation, layer.padding, layer.stride
         )  # (N, in·kernel, positions)
         return columns.movedim(1, -1).reshape(-1, layout.groups, layout.fan_in(weight))
-    probe = kind.__new__(kind)  # of the plain class, where the layer's own weight is parametrized
-    probe.__dict__.update(layer.__dict__, _modules={}, _forward_hooks=OrderedDict(), _forward_pre_hooks=OrderedDict())
-    probe.__dict__.update(_parameters={"weight": nn.Parameter(layout.unit_filters(weight)), "bias": None})
-    rows: Tensor = probe(x)
+    rows: Tensor = with_filters(layer, layout.unit_filters(weight))(x)
     rows = rows.movedim(1, -1) if not isinstance(layer, nn.Linear) else rows
     return rows.reshape(-1, layout.groups, layout.fan_in(weight))
+
+
+def with_filters(layer: nn.Module, weight: Tensor) -> nn.Module:
+    """Return a layer of the plain class, where ``layer`` is parametrized, with another weight and without a bias."""
+    kind = class_of(layer)
+    probe = kind.__new__(kind)
+    probe.__dict__.update(layer.__dict__, _modules={}, _forward_hooks=OrderedDict(), _forward_pre_hooks=OrderedDict())
+    probe.__dict__.update(_parameters={"weight": nn.Parameter(weight, requires_grad=False), "bias": None})
+    return probe
 
 
 def moments_of(samples: Tensor, assumed: bool = False) -> Moments:
@@ -154,15 +170,32 @@ def input_moments(
     """
     kept: dict[str, list[Tensor]] = {name: [] for name in layers}
     generator = torch.Generator().manual_seed(0)
+
+    def collect(name: str, layer: nn.Module, x: Tensor) -> None:
+        kept[name].append(_sample(layer, x, sum(map(len, kept[name])), generator))
+
+    watch_inputs(model, layers, batches, collect, shaped=shaped)
+    return {name: moments_of(torch.cat(rows), shaped) for name, rows in kept.items() if sum(map(len, rows)) > 1}
+
+
+def watch_inputs(
+    model: nn.Module,
+    layers: Sequence[str],
+    batches: Iterable[Batch],
+    see: Callable[[str, nn.Module, Tensor], None],
+    *,
+    shaped: bool,
+) -> None:
+    """Run ``model`` in evaluation and call ``see(name, layer, input)`` at each call of ``layers``; read-only."""
     with untouched(model, values=True), torch.no_grad():
         set_mode(model, False)
         handles = []
         for name in layers:
 
-            def collect(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
-                kept[name].append(_sample(layer, first_input(args, kwargs), sum(map(len, kept[name])), generator))
+            def show(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
+                see(name, layer, first_input(args, kwargs))
 
-            handles.append(model.get_submodule(name).register_forward_pre_hook(collect, with_kwargs=True))
+            handles.append(model.get_submodule(name).register_forward_pre_hook(show, with_kwargs=True))
         if shaped:
             handles += [
                 m.register_forward_pre_hook(_shape_frozen)
@@ -179,7 +212,6 @@ def input_moments(
         finally:
             for handle in handles:
                 handle.remove()
-    return {name: moments_of(torch.cat(rows), shaped) for name, rows in kept.items() if sum(map(len, rows)) > 1}
 
 
 def _sample(layer: nn.Module, x: Tensor, have: int, generator: torch.Generator) -> Tensor:

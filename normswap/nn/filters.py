@@ -53,6 +53,10 @@ class FilterLayout:
         """Return the number of filters."""
         return int(weight.shape[1] * self.groups if self.transposed else weight.shape[0])
 
+    def in_channels(self, weight: Tensor) -> int:
+        """Return the number of input channels."""
+        return int(weight.shape[0] if self.transposed else weight.shape[1] * self.groups)
+
     def fan_in(self, weight: Tensor) -> int:
         """Return the number of values in each filter."""
         return weight.numel() // max(self.out_channels(weight), 1)
@@ -84,6 +88,27 @@ class FilterLayout:
             shape[self.axis] = -1
             return weight * factor.view(shape)
         return self.unflatten(self.flatten(weight) * factor[:, None], weight)
+
+    def scale_inputs(self, weight: Tensor, factor: Tensor) -> Tensor:
+        """Return ``weight`` with all that input channel ``c`` is multiplied with multiplied by ``factor[c]``."""
+        trailing = (1,) * (weight.ndim - 2)
+        if self.transposed:
+            return weight * factor.view(-1, 1, *trailing)
+        of_filter = factor.view(self.groups, 1, -1).expand(-1, weight.shape[0] // self.groups, -1).flatten(0, 1)
+        return weight * of_filter.reshape(*weight.shape[:2], *trailing)
+
+    def input_sums(self, weight: Tensor) -> Tensor:
+        """Return a weight whose filters sum an input channel up over the kernel, one for each channel of a group.
+
+        Filter ``g·in/groups + i`` is one on channel i of group g and zero elsewhere. Shape: as ``weight``, with as many
+        output channels as input channels.
+        """
+        kernel = weight.shape[2:]
+        n = self.in_channels(weight) // self.groups
+        eye = torch.eye(n, dtype=weight.dtype, device=weight.device).repeat(self.groups, 1)
+        eye = eye.view(-1, n, *(1,) * len(kernel)).expand(-1, -1, *kernel)
+        # Where transposed, (in, out/groups): the same, as in each group the matrix is its own transpose.
+        return eye.contiguous()
 
     def unit_filters(self, weight: Tensor) -> Tensor:
         """Return a weight of ``groups·fan_in`` filters that copies the layer's input patches to its output.

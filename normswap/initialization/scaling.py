@@ -1,0 +1,185 @@
+"""Scale a network's channels, which leaves it the same function, such that standardizing its weights takes little away.
+
+A standardized filter sums to zero, so a layer no longer sees what all values of a patch have in common; behind ReLUs,
+where all values are positive, that is much. But a channel of scale ``s_c = 1/v_c`` is met by weights that are v_c times
+as large, and the sum which must be zero is, in terms of the original's w, ``Σ_c v_c Σ_k w_ck``. Of the layer's output
+that costs, if what is taken away is the same for all k,
+
+    Σ_o a_o² (v·w̄_o)² / (vᵀS⁻¹v),
+
+w̄ the filters' means over the kernel, a = γ/σ, S the covariance of the channels' sums over a patch. It is least where v
+is large for channels that tell little, or that others tell, too: their weights then make the sums zero. The scales are
+chosen such that the layers' costs, as shares of their outputs' variances, have the least sum, by a search along one
+channel after the other. v lies between 1 and 10: more gains nothing.
+
+A channel is scaled wherever it is met (:mod:`normswap.capture.channels`). That scales can be moved from layer to layer
+was used before to quantize weights: M. Nagel et al., *Data-Free Quantization Through Weight Equalization and Bias
+Correction*, 2019.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from normswap.capture.channels import FIXED, Channels
+from normswap.capture.observed import Batch
+from normswap.initialization.moments import watch_inputs, with_filters
+from normswap.nn import FilterLayout
+
+__all__ = ["choose_scales", "scale_channels"]
+
+_GRID = 10.0 ** torch.linspace(0, 1, 9, dtype=torch.float64)
+_SWEEPS = 8
+_GAIN = 1e-3  # the share of the cost that a step must save
+_RIDGE = 1e-3  # of the mean variance
+_MOST_ROWS = 2**14  # positions of one batch
+
+
+def choose_scales(
+    model: nn.Module,
+    gains: Mapping[str, Tensor],
+    channels: Channels,
+    batches: Iterable[Batch],
+    *,
+    shaped: bool,
+) -> Tensor | None:
+    """Return the scale of each number of ``channels``; None where none is worth it.
+
+    Args:
+        model: The original; it is only read.
+        gains: γ and σ of the norm behind each layer that will be standardized, by the layer's fqn. ``(2, C)``
+        channels: The channels.
+        batches: Inputs of the model.
+        shaped: Whether they are noise, to be shaped by each BatchNorm.
+    """
+    layers = [name for name in gains if name in channels.inputs and bool((channels.inputs[name] != FIXED).any())]
+    sums: dict[str, list[Tensor]] = {}
+
+    def see(name: str, layer: nn.Module, x: Tensor) -> None:
+        rows = _patch_sums(layer, x)
+        found = [torch.tensor(float(rows.shape[1]), dtype=rows.dtype), rows.sum(1), rows.mT @ rows]
+        sums[name] = [a + b for a, b in zip(sums[name], found, strict=True)] if name in sums else found
+
+    watch_inputs(model, layers, batches, see, shaped=shaped)
+    costs: list[_Cost] = []
+    for name, (n, first, second) in sums.items():
+        mean = first / n
+        covariance = second / n - mean[:, :, None] * mean[:, None]
+        costs += _costs(model.get_submodule(name), gains[name], covariance.cpu(), channels.inputs[name])
+    v = _search(costs, channels.count)
+    return None if bool((v == 1).all()) else 1 / v
+
+
+def scale_channels(model: nn.Module, channels: Channels, scales: Tensor) -> None:
+    """Give each channel of ``model`` its scale, in place: ``scales`` holds one for each of ``channels``' numbers."""
+    with torch.no_grad():
+        for name, numbers in channels.outputs.items():
+            _scale_outputs(model.get_submodule(name), scales[numbers])
+        for name, numbers in channels.inputs.items():
+            layer, factor = model.get_submodule(name), scales[numbers]
+            if bool((factor != 1).any()):
+                weight = FilterLayout.weight(layer)
+                weight.copy_(FilterLayout.of(layer).scale_inputs(weight.double(), 1 / factor.to(weight.device)))
+
+
+def _scale_outputs(module: nn.Module, factor: Tensor) -> None:
+    if bool((factor == 1).all()):
+        return
+    weight, bias = module.weight, module.bias
+    assert isinstance(weight, Tensor)
+    factor = factor.to(weight.device)
+    layout = FilterLayout() if weight.ndim == 1 else FilterLayout.of(module)
+    weight.copy_(layout.scale(weight.double(), factor))
+    if isinstance(bias, Tensor):
+        bias.copy_(bias.double() * factor)
+
+
+def _patch_sums(layer: nn.Module, x: Tensor) -> Tensor:
+    """Return each input channel's sum over the patches at some positions. ``(groups, positions, in/groups)``"""
+    layout = FilterLayout.of(layer)
+    rows: Tensor = with_filters(layer, layout.input_sums(FilterLayout.weight(layer)))(x)
+    rows = rows.movedim(1, -1) if not isinstance(layer, nn.Linear) else rows
+    rows = rows.flatten(0, -2)
+    some: Tensor = rows[:: max(1, len(rows) // _MOST_ROWS)].double().unflatten(-1, (layout.groups, -1))
+    return some.transpose(0, 1)
+
+
+@dataclass
+class _Cost:
+    """What a group of one layer's filters loses: ``vᵀ lost v / vᵀ kept v``, v being those of ``numbers``."""
+
+    numbers: Tensor
+    lost: Tensor
+    kept: Tensor
+
+    def __post_init__(self) -> None:
+        self.v = torch.ones(len(self.numbers), dtype=self.lost.dtype)
+        self.lost_v, self.kept_v = self.lost @ self.v, self.kept @ self.v
+
+    def after(self, place: int, values: Tensor) -> Tensor:
+        """Return the cost with each of ``values`` in one place of v."""
+        step = values - self.v[place]
+        lost = self.v @ self.lost_v + 2 * step * self.lost_v[place] + step.square() * self.lost[place, place]
+        kept = self.v @ self.kept_v + 2 * step * self.kept_v[place] + step.square() * self.kept[place, place]
+        return lost.clamp(min=0) / kept.clamp(min=1e-30)
+
+    def put(self, place: int, value: float) -> None:
+        """Set one place of v."""
+        step = value - float(self.v[place])
+        self.v[place] = value
+        self.lost_v += step * self.lost[place]
+        self.kept_v += step * self.kept[place]
+
+
+def _costs(layer: nn.Module, gains: Tensor, covariance: Tensor, numbers: Tensor) -> list[_Cost]:
+    layout = FilterLayout.of(layer)
+    weight = FilterLayout.weight(layer).detach().double().cpu()
+    means = _kernel_means(layout, weight).unflatten(0, (layout.groups, -1))  # (groups, out/groups, in/groups)
+    gamma, sigma = gains.double().cpu()
+    size = gamma.square().sum().clamp(min=1e-30)
+    means = means * (gamma / sigma).view(layout.groups, -1, 1)
+    n = covariance.shape[-1]
+    ridge = _RIDGE * covariance.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)
+    kept = torch.linalg.inv(covariance + ridge[:, None, None] * torch.eye(n, dtype=covariance.dtype))
+    lost = means.mT @ means / size
+    found = []
+    for group, own in enumerate(numbers.view(layout.groups, -1)):
+        unique, place = own.unique(return_inverse=True)
+        if len(unique) > 1:  # a single channel's scale changes nothing
+            spread = torch.zeros(n, len(unique), dtype=lost.dtype).scatter_(1, place[:, None], 1.0)
+            found.append(_Cost(unique, spread.T @ lost[group] @ spread, spread.T @ kept[group] @ spread))
+    return found
+
+
+def _kernel_means(layout: FilterLayout, weight: Tensor) -> Tensor:
+    """Return each filter's mean over the kernel, per input channel of its group. ``(out, in/groups)``"""
+    means = weight.flatten(2).mean(2) if weight.ndim > 2 else weight
+    return layout.flatten(means)
+
+
+def _search(costs: Sequence[_Cost], count: int) -> Tensor:
+    """Return the v, of 1 to 10, of the least sum of costs that a search along each channel finds. ``(count,)``"""
+    met: dict[int, list[tuple[_Cost, int]]] = defaultdict(list)
+    for cost in costs:
+        for place, number in enumerate(cost.numbers.tolist()):
+            if number != FIXED:
+                met[number].append((cost, place))
+    v = torch.ones(count, dtype=torch.float64)
+    for _ in range(_SWEEPS):
+        moved = False
+        for number, places in met.items():
+            values = torch.cat([v[number : number + 1], _GRID])
+            found = torch.stack([cost.after(place, values) for cost, place in places]).sum(0)
+            best = int(found.argmin())
+            if float(found[best]) < (1 - _GAIN) * float(found[0]):
+                moved, v[number] = True, values[best]
+                for cost, place in places:
+                    cost.put(place, float(values[best]))
+        if not moved:
+            break
+    return v
