@@ -964,12 +964,18 @@ def test_a_file_that_is_written_takes_the_calibration_datas_sizes(calibrated: Pa
     assert "the input shape 2x3x64x64 was made up" in result.stderr
 
 
-def test_the_spread_and_the_number_of_groups_are_chosen(calibrated: Path) -> None:
+def test_the_spread_the_scales_and_the_number_of_groups_are_chosen(calibrated: Path) -> None:
     plain = ("convert", "model.pt", "--to", "gn", "--calibration", "data.npy", "-o")
     succeed(*plain, "a.safetensors", "--spread", "0")
     succeed(*plain, "b.safetensors", "--spread", "1")
     one, other = (ns.load(f"{name}.safetensors").state_dict() for name in "ab")
     assert not all(torch.equal(value, other[name]) for name, value in one.items())
+    plain = ("convert", "model.pt", "--to", "gn+ws", "--calibration", "data.npy", "-o")
+    succeed(*plain, "a.safetensors")
+    succeed(*plain, "b.safetensors", "--no-scale")
+    one, other = (ns.load(f"{name}.safetensors").state_dict() for name in "ab")
+    assert not all(torch.equal(value, other[name]) for name, value in one.items())
+    plain = ("convert", "model.pt", "--to", "gn", "--calibration", "data.npy", "-o")
     record = json.loads(succeed(*plain, "c.safetensors", "--num-groups", "auto", "--json").stdout)
     assert record["plan"]["options"]["num_groups"] == "auto"
     assert all(step["num_groups"] for step in record["plan"]["steps"])

@@ -138,6 +138,15 @@ def convert_model(
         ),
     ] = None,
     spread: options.Spread = None,
+    scale: Annotated[
+        bool,
+        typer.Option(
+            "--scale/--no-scale",
+            help="let channels between layers be scaled, where weights are standardized: the same function, and the "
+            "swap is closer; features taken from within the model differ by a factor per channel",
+            rich_help_panel=options.NORMS,
+        ),
+    ] = True,
     tune_steps: Annotated[
         int | None,
         typer.Option(metavar="N", min=1, help="gradient steps of --init tune (300)", rich_help_panel=options.NORMS),
@@ -223,6 +232,7 @@ def convert_model(
                     init=init,
                     plan=replayed,
                     inplace=True,  # it was read from a file and is nobody else's
+                    scale=scale,
                     progress=progress,
                     **fitting,
                     **selected,

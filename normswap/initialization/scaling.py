@@ -31,7 +31,7 @@ from normswap.capture.observed import Batch
 from normswap.initialization.moments import watch_inputs, with_filters
 from normswap.nn import FilterLayout
 
-__all__ = ["choose_scales", "scale_channels"]
+__all__ = ["Cost", "choose_scales", "costs_of", "least", "scale_channels"]
 
 _GRID = 10.0 ** torch.linspace(0, 1, 9, dtype=torch.float64)
 _SWEEPS = 8
@@ -66,12 +66,12 @@ def choose_scales(
         sums[name] = [a + b for a, b in zip(sums[name], found, strict=True)] if name in sums else found
 
     watch_inputs(model, layers, batches, see, shaped=shaped)
-    costs: list[_Cost] = []
+    costs: list[Cost] = []
     for name, (n, first, second) in sums.items():
         mean = first / n
         covariance = second / n - mean[:, :, None] * mean[:, None]
-        costs += _costs(model.get_submodule(name), gains[name], covariance.cpu(), channels.inputs[name])
-    v = _search(costs, channels.count)
+        costs += costs_of(model.get_submodule(name), gains[name], covariance.cpu(), channels.inputs[name])
+    v = least(costs, channels.count)
     return None if bool((v == 1).all()) else 1 / v
 
 
@@ -110,8 +110,14 @@ def _patch_sums(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 @dataclass
-class _Cost:
-    """What a group of one layer's filters loses: ``vᵀ lost v / vᵀ kept v``, v being those of ``numbers``."""
+class Cost:
+    """What one group of a layer's filters loses, as a share of its output's variance: ``vᵀ lost v / vᵀ kept v``.
+
+    Args:
+        numbers: The numbers of the channels that v belongs to. ``(n,)``
+        lost: ``Σ_o a_o² w̄_o w̄_oᵀ / Σ_o γ_o²``. ``(n, n)``
+        kept: S⁻¹. ``(n, n)``
+    """
 
     numbers: Tensor
     lost: Tensor
@@ -136,7 +142,15 @@ class _Cost:
         self.kept_v += step * self.kept[place]
 
 
-def _costs(layer: nn.Module, gains: Tensor, covariance: Tensor, numbers: Tensor) -> list[_Cost]:
+def costs_of(layer: nn.Module, gains: Tensor, covariance: Tensor, numbers: Tensor) -> list[Cost]:
+    """Return the cost of each of a layer's groups.
+
+    Args:
+        layer: The layer.
+        gains: γ and σ of the norm behind it. ``(2, C)``
+        covariance: S: the covariance, for each group, of its channels' sums over a patch. ``(groups, n, n)``
+        numbers: The numbers of the layer's input channels. ``(in_channels,)``
+    """
     layout = FilterLayout.of(layer)
     weight = FilterLayout.weight(layer).detach().double().cpu()
     means = _kernel_means(layout, weight).unflatten(0, (layout.groups, -1))  # (groups, out/groups, in/groups)
@@ -152,7 +166,7 @@ def _costs(layer: nn.Module, gains: Tensor, covariance: Tensor, numbers: Tensor)
         unique, place = own.unique(return_inverse=True)
         if len(unique) > 1:  # a single channel's scale changes nothing
             spread = torch.zeros(n, len(unique), dtype=lost.dtype).scatter_(1, place[:, None], 1.0)
-            found.append(_Cost(unique, spread.T @ lost[group] @ spread, spread.T @ kept[group] @ spread))
+            found.append(Cost(unique, spread.T @ lost[group] @ spread, spread.T @ kept[group] @ spread))
     return found
 
 
@@ -162,9 +176,9 @@ def _kernel_means(layout: FilterLayout, weight: Tensor) -> Tensor:
     return layout.flatten(means)
 
 
-def _search(costs: Sequence[_Cost], count: int) -> Tensor:
+def least(costs: Sequence[Cost], count: int) -> Tensor:
     """Return the v, of 1 to 10, of the least sum of costs that a search along each channel finds. ``(count,)``"""
-    met: dict[int, list[tuple[_Cost, int]]] = defaultdict(list)
+    met: dict[int, list[tuple[Cost, int]]] = defaultdict(list)
     for cost in costs:
         for place, number in enumerate(cost.numbers.tolist()):
             if number != FIXED:

@@ -1,0 +1,184 @@
+"""Channels are scaled such that standardizing takes least away: the cost against NumPy, the search, what it brings."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import normswap as ns
+from normswap import conversion
+from normswap.capture import capture
+from normswap.capture.channels import FIXED, find_channels
+from normswap.demo.data import load_digits, load_network
+from normswap.initialization.scaling import choose_scales, costs_of, least
+
+LAYERS = {
+    "conv": lambda: nn.Conv2d(4, 6, 3),
+    "grouped": lambda: nn.Conv2d(6, 4, 3, groups=2),
+    "1-D": lambda: nn.Conv1d(5, 3, 2),
+    "transposed": lambda: nn.ConvTranspose2d(4, 6, 3, groups=2),
+    "linear": lambda: nn.Linear(5, 7),
+}
+
+
+def covariance(groups: int, n: int) -> Tensor:
+    rows = torch.randn(groups, 50, n, generator=torch.Generator().manual_seed(2)).double().abs()
+    rows = rows - rows.mean(1, keepdim=True)
+    return rows.mT @ rows / 50
+
+
+def filters(layer: nn.Module) -> np.ndarray:
+    """Each output channel's filter as (in/groups, kernel), read off torch's documentation of the weights."""
+    weight = layer.weight.detach().double().numpy()
+    groups = getattr(layer, "groups", 1)
+    if isinstance(layer, nn.ConvTranspose2d):  # (in, out/groups, *kernel)
+        n_in, n_out = weight.shape[0] // groups, weight.shape[1]
+        weight = np.stack(
+            [weight[g * n_in : (g + 1) * n_in, o] for g in range(groups) for o in range(n_out)]
+        )  # output channel g·out/groups + o
+    return weight.reshape(len(weight), weight.shape[1], -1)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_the_cost_is_the_least_variance_that_a_zero_sum_takes_away(kind: str) -> None:
+    torch.manual_seed(0)
+    layer = LAYERS[kind]()
+    w = filters(layer)
+    groups = getattr(layer, "groups", 1)
+    out, n, kernel = w.shape
+    rng = np.random.default_rng(3)
+    gamma, sigma = rng.normal(size=out), rng.uniform(0.5, 2, size=out)
+    s = covariance(groups, n)
+    numbers = torch.arange(1, groups * n + 1)
+    costs = costs_of(layer, torch.from_numpy(np.stack([gamma, sigma])), s, numbers)
+    assert [cost.numbers.tolist() for cost in costs] == numbers.view(groups, n).tolist()
+    for g, cost in enumerate(costs):
+        v = rng.uniform(1, 10, size=n)
+        for place, value in enumerate(v):
+            cost.put(place, value)
+        matrix, total = s[g].numpy() + 1e-3 * s[g].diagonal().mean().item() * np.eye(n), 0.0
+        for o in range(g * out // groups, (g + 1) * out // groups):
+            # min dᵀSd subject to Σ_ck v_c (w_ck − d_c) = 0, by its conditions as one linear system.
+            conditions = np.block([[2 * matrix, kernel * v[:, None]], [kernel * v[None], np.zeros((1, 1))]])
+            d = np.linalg.solve(conditions, np.r_[np.zeros(n), (v[:, None] * w[o]).sum()])[:n]
+            total += (gamma[o] / sigma[o]) ** 2 * d @ matrix @ d
+        expected = total / (gamma**2).sum()
+        assert float(cost.after(0, torch.tensor([v[0]]))) == pytest.approx(expected, rel=1e-9)
+        moved = float(cost.after(n - 1, torch.tensor([v[n - 1] + 1.0])))
+        cost.put(n - 1, v[n - 1] + 1.0)
+        assert float(cost.after(0, torch.tensor([v[0]]))) == pytest.approx(moved, rel=1e-9)
+
+
+def test_no_single_step_betters_what_was_found_and_fixed_channels_stay() -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(8, 5, 3), nn.Conv2d(8, 6, 1)]
+    numbers = [torch.tensor([FIXED, 1, 2, 3, 4, 5, 6, 7]), torch.tensor([7, 8, 9, 10, 1, 2, 3, FIXED])]
+
+    def fresh() -> list:
+        return [
+            cost
+            for layer, own in zip(layers, numbers, strict=True)
+            for cost in costs_of(layer, torch.ones(2, layer.out_channels), covariance(1, 8), own)
+        ]
+
+    def total(v: Tensor) -> float:
+        found = 0.0
+        for cost in fresh():
+            own = v[cost.numbers]
+            found += float(own @ cost.lost @ own / (own @ cost.kept @ own))
+        return found
+
+    v = least(fresh(), 11)
+    assert float(v[FIXED]) == 1
+    assert bool(((v >= 1) & (v <= 10)).all())
+    assert total(v) < 0.3 * total(torch.ones(11).double())
+    for number in range(1, 11):
+        for value in (1.0, 2.0, 5.0, 10.0):
+            other = v.clone()
+            other[number] = value
+            assert total(other) > 0.995 * total(v)
+
+
+def digits(count: int = 300) -> tuple[Tensor, Tensor]:
+    images, labels = load_digits()
+    return images[:count], labels[:count]
+
+
+def error(model: nn.Module, original: nn.Module, images: Tensor) -> float:
+    with torch.no_grad():
+        expected, found = original(images), model(images)
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("init", ["absorb", "match"])
+def test_scaled_channels_bring_gn_ws_nearer(init: str) -> None:
+    model = load_network()
+    images, _ = digits()
+    calibration, rest = images[:150], images[150:]
+    plain, scaled = (
+        error(ns.swap_norms(model, "gn+ws", calibration=calibration, init=init, scale=scale), model, rest)
+        for scale in (False, True)
+    )
+    assert scaled < 0.9 * plain
+
+
+def test_the_original_stays_and_the_report_says_that_channels_were_scaled() -> None:
+    model = load_network()
+    before = copy.deepcopy(model.state_dict())
+    result = ns.convert(model, "gn+ws", calibration=digits(64)[0])
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    said = [note for note in result.init.assumptions if "channels" in note]
+    assert len(said) == 1
+    assert not [
+        n
+        for n in ns.convert(model, "gn+ws", calibration=digits(64)[0], scale=False).init.assumptions
+        if "channels" in n
+    ]
+
+
+@pytest.mark.parametrize("init", ["absorb", "match"])
+def test_in_place_and_in_a_copy_are_one_thing(init: str) -> None:
+    model = load_network()
+    images = digits(64)[0]
+    copied = ns.swap_norms(model, "gn+ws", calibration=images, init=init)
+    ns.swap_norms(model, "gn+ws", calibration=images, init=init, inplace=True)
+    pairs = zip(copied.state_dict().items(), model.state_dict().items(), strict=True)
+    assert all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
+
+
+@pytest.mark.parametrize("to", ["gn", "ln", "gn+aws", "wn+mobn"])
+def test_recipes_that_do_not_centre_weights_scale_nothing(to: str) -> None:
+    model = load_network()
+    images = digits(64)[0]
+    one, other = (
+        ns.swap_norms(model, to, calibration=images, init="absorb", scale=scale).state_dict() for scale in (True, False)
+    )
+    assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+def test_scales_that_would_move_the_output_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_network()
+    images = digits(64)[0]
+    plain = ns.swap_norms(model, "gn+ws", calibration=images, init="absorb", scale=False).state_dict()
+
+    def break_one(scaled: nn.Module, channels: object, scales: Tensor) -> None:
+        with torch.no_grad():
+            next(scaled.parameters()).mul_(1.1)
+
+    monkeypatch.setattr(conversion, "scale_channels", break_one)
+    result = ns.convert(model, "gn+ws", calibration=images, init="absorb")
+    assert not [note for note in result.init.assumptions if "channels" in note]
+    assert all(torch.equal(plain[name], value) for name, value in result.model.state_dict().items())
+
+
+def test_a_network_without_a_free_channel_is_left_as_it_is() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.SiLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+    ).eval()
+    channels = find_channels(capture(model), ["1", "4"], ["0", "3"])
+    gains = {name: torch.ones(2, 4) for name in ("0", "3")}
+    assert choose_scales(model, gains, channels, [(torch.randn(8, 3, 8, 8),)], shaped=False) is None
