@@ -14,16 +14,14 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from normswap.capture import Capture, capture
-from normswap.capture.batch_norms import read_batch_norm
-from normswap.capture.channels import find_channels
 from normswap.capture.guard import copy_of
 from normswap.capture.observed import Batch
 from normswap.errors import InitializationError, InputError, NothingToConvertError, VerificationError
 from normswap.initialization.absorb import absorb
 from normswap.initialization.agreement import agreement
+from normswap.initialization.centring import SCALED, moments_for, scaled_for
 from normswap.initialization.match import match_to
-from normswap.initialization.moments import Moments, input_moments, measure_statistics, noise_like
-from normswap.initialization.scaling import choose_scales, scale_channels
+from normswap.initialization.moments import Moments, measure_statistics
 from normswap.initialization.steadying import SPREAD
 from normswap.initialization.tune import tune_to
 from normswap.inputs import Inputs, bind_batches, example_of, make_up_inputs, sample_count, some_samples
@@ -32,8 +30,7 @@ from normswap.origin import Origin, remember, skeleton_of
 from normswap.planning import make_plan, step_at
 from normswap.recipes import Recipe, all_recipes, make_recipe
 from normswap.recipes.base import AUTO_GROUPS, GroupedRecipe
-from normswap.recipes.parts import Takes
-from normswap.records import InitReport, InitRow, NormKind, Plan, SiteCost, Step
+from normswap.records import InitReport, InitRow, Plan, SiteCost
 from normswap.rewriting import Placed, rewrite
 from normswap.selfcheck import eval_output, keeps_output
 from normswap.verification import Verification
@@ -42,7 +39,6 @@ __all__ = ["Conversion", "convert", "plan", "rank_sites", "swap_norms"]
 
 Progress = Callable[[str, int, int], None]
 ENOUGH_SAMPLES = 1000
-SAMPLES_TO_SCALE = 128
 METHODS = ("absorb", "match", "tune", "none")
 FITTED = ("match", "tune")
 
@@ -172,22 +168,24 @@ def convert(
             hint="give calibration=, some hundred unlabelled samples, or a number",
         )
     captured = capture(model, example)
+    skeleton = skeleton_of(model)
     if plan is None:
         plan = _plan(captured, recipe, example, include, exclude, calibration is not None)
+    elif skeleton is not None:  # a plan that does not fit must not leave half of itself behind
+        rewrite(copy.deepcopy(skeleton), plan, recipe)
     _refuse_empty(plan)
     statistics = _missing_statistics(model, plan, batches)
     enough = None if batches is None else _enough(batches, notes)
-    original = model
-    if scale and method != "none":
-        original = _scaled(captured, plan, recipe, enough, example, statistics, notes)
-    moments, assumption = ({}, "") if method == "none" else _moments(original, plan, recipe, enough, example, method)
+    fits = method in FITTED
+    original, assumption = model, ""
+    moments: dict[str, Moments] = {}
+    if method != "none":
+        original = scaled_for(plan, recipe, captured, enough, example, statistics) if scale else model
+        notes += [SCALED] if original is not model else []
+        moments, assumption = moments_for(plan, recipe, original, enough, example, fitted=fits)
     reference = _reference(model, recipe, example, check and method != "none")
     trial = _trial(model, plan, example) if check else None
-    skeleton = skeleton_of(model)
-    if inplace and skeleton is not None:  # a plan that does not fit must not leave half of itself behind
-        rewrite(copy.deepcopy(skeleton), plan, recipe)
     # Matching needs the original beside the copy, also where the model itself is to become the converted one.
-    fits = method in FITTED
     if inplace and not fits:
         target = model
         if original is not model:
@@ -276,7 +274,7 @@ def rank_sites(
     _refuse_empty(plan)
     statistics = _missing_statistics(model, plan, batches)
     batches = list(_enough(batches, []))
-    original = _scaled(captured, plan, recipe, batches, example, statistics, []) if scale else model
+    original = scaled_for(plan, recipe, captured, batches, example, statistics) if scale else model
     target = _copy(original)
     placed = [_with_statistics(one, statistics) for one in rewrite(target, plan, recipe)]
     for one in placed:
@@ -454,119 +452,6 @@ def _with_statistics(placed: Placed, statistics: Mapping[str, tuple[Tensor, Tens
             )
         return placed
     return dataclasses.replace(placed, state=dataclasses.replace(placed.state, mean=measured[0], var=measured[1]))
-
-
-def _moments(
-    model: nn.Module,
-    plan: Plan,
-    recipe: Recipe,
-    batches: Sequence[Batch] | None,
-    example: Inputs | None,
-    method: str,
-) -> tuple[dict[str, Moments], str]:
-    """Return the input moments of the layers that are going to be standardized, and what was assumed for them."""
-    layers = [
-        layer
-        for layer, step in _centred(plan, recipe)  # a match measures its own
-        if method not in FITTED or recipe.norm(step.site, step.num_groups).takes is not Takes.NORMALIZATION
-    ]
-    if not layers or any(p.is_meta for p in model.parameters()):
-        return {}, ""
-    if batches is not None:
-        return input_moments(model, layers, batches, shaped=False), ""
-    inputs = example if example is not None else make_up_inputs(model)
-    moments: dict[str, Moments] = {}
-    for noise in () if inputs is None else _noises(inputs):
-        try:
-            moments = input_moments(model, layers, [noise], shaped=True)
-            break
-        except Exception:  # a model may take no other batch size than the example's
-            continue
-    if len(moments) < len(layers):
-        return moments, (
-            "no data was given and no inputs could be made up that reach every layer: give example_inputs or, better, "
-            "calibration data; elsewhere the filters' means were removed evenly, which loses most of the model"
-        )
-    return moments, (
-        "no data was given: the filters' means were removed by the moments of noise that has, at each BatchNorm, the "
-        "recorded mean and variance; a few hundred unlabelled samples (calibration=) keep more of the model"
-    )
-
-
-def _scaled(
-    captured: Capture,
-    plan: Plan,
-    recipe: Recipe,
-    batches: Sequence[Batch] | None,
-    example: Inputs | None,
-    statistics: Mapping[str, tuple[Tensor, Tensor]],
-    notes: list[str],
-) -> nn.Module:
-    """Return a copy of the model whose channels are scaled to suit standardized weights; itself where nothing does."""
-    model = captured.model
-    gains = dict(_gains_of_centred(model, plan, recipe, statistics))
-    if not gains or any(p.is_meta for p in model.parameters()):
-        return model
-    modules = [step.site for step in plan.steps if step.site.kind == NormKind.MODULE]
-    channels = find_channels(captured, [site.norm for site in modules], [site.layer for site in modules if site.layer])
-    inputs = example if example is not None else make_up_inputs(model)
-    if inputs is None:
-        return model
-    scales = None
-    if batches is not None:
-        scales = choose_scales(model, gains, channels, _first_samples(batches), shaped=False)
-    else:
-        for noise in _noises(inputs):
-            try:
-                scales = choose_scales(model, gains, channels, [noise], shaped=True)
-                break
-            except Exception:  # a model may take no other batch size than the example's
-                continue
-    if scales is None:
-        return model
-    scaled = _copy(model)
-    scale_channels(scaled, channels, scales)
-    result = keeps_output(eval_output(model, inputs), scaled, inputs)
-    if result is not None and not result.ok:
-        return model
-    notes.append("channels between layers were scaled, so that standardizing the weights takes less away")
-    return scaled
-
-
-def _gains_of_centred(
-    model: nn.Module, plan: Plan, recipe: Recipe, statistics: Mapping[str, tuple[Tensor, Tensor]]
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield the layers that are going to be standardized, each with γ and σ of the norm behind it."""
-    for layer, step in _centred(plan, recipe):
-        site = step.site
-        if site.kind == NormKind.MODULE:
-            state = read_batch_norm(model.get_submodule(site.norm))
-            var = statistics[site.norm][1] if site.norm in statistics else state.var
-            if var is not None:
-                yield layer, torch.stack([state.gamma.double(), (var.double() + state.eps).sqrt()])
-
-
-def _centred(plan: Plan, recipe: Recipe) -> Iterator[tuple[str, Step]]:
-    """Yield the layers that are going to be standardized, with their steps."""
-    for step in plan.steps:
-        part = recipe.weight(step.site) if step.site.layer else None
-        if part is not None and part.centres and step.site.layer:
-            yield step.site.layer, step
-
-
-def _first_samples(batches: Sequence[Batch]) -> Sequence[Batch]:
-    """Return the first batches that hold as many samples as the choice of scales needs."""
-    samples = 0
-    for i, batch in enumerate(batches):
-        samples += sample_count(batch)
-        if samples >= SAMPLES_TO_SCALE:
-            return batches[: i + 1]
-    return batches
-
-
-def _noises(inputs: Inputs) -> tuple[Inputs, ...]:
-    """Return noise like ``inputs`` and, in case that the model takes no other number of samples, less of it."""
-    return noise_like(inputs), noise_like(inputs, batch=2), inputs
 
 
 def _reference(model: nn.Module, recipe: Recipe, example: Inputs | None, check: bool) -> tuple[Any, Inputs] | None:

@@ -94,7 +94,6 @@ def test_scaled_channels_leave_a_published_architecture_the_same_function(packag
     x = (torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1)).double(),)
     channels = channels_of(model, x)
     assert free(channels) > 0
-    assert channels.proven
     other = scaled(model, channels)
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
     assert distance(outputs(other, x), outputs(model, x)) < 1e-9
@@ -162,7 +161,5 @@ def test_a_channel_that_was_overlooked_would_be_seen() -> None:
     x = (torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(1)).double(),)
     channels = channels_of(model, x)
     assert distance(outputs(scaled(model, channels), x), outputs(model, x)) < 1e-9
-    lacking = Channels(
-        channels.count, {k: v for k, v in channels.inputs.items() if k != "back"}, channels.outputs, True
-    )
+    lacking = Channels(channels.count, {k: v for k, v in channels.inputs.items() if k != "back"}, channels.outputs)
     assert distance(outputs(scaled(model, lacking), x), outputs(model, x)) > 1e-2

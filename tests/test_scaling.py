@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import normswap as ns
-from normswap import conversion
 from normswap.capture import capture
 from normswap.capture.channels import FIXED, find_channels
 from normswap.demo.data import load_digits, load_network
+from normswap.initialization import centring
 from normswap.initialization.scaling import choose_scales, costs_of, least
 
 LAYERS = {
@@ -169,7 +169,7 @@ def test_scales_that_would_move_the_output_are_not_used(monkeypatch: pytest.Monk
         with torch.no_grad():
             next(scaled.parameters()).mul_(1.1)
 
-    monkeypatch.setattr(conversion, "scale_channels", break_one)
+    monkeypatch.setattr(centring, "scale_channels", break_one)
     result = ns.convert(model, "gn+ws", calibration=images, init="absorb")
     assert not [note for note in result.init.assumptions if "channels" in note]
     assert all(torch.equal(plain[name], value) for name, value in result.model.state_dict().items())

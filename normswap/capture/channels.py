@@ -40,13 +40,11 @@ class Channels:
         count: How many numbers there are; :data:`FIXED` is the first.
         inputs: Those that a layer takes, by its fqn. ``(in_channels,)``
         outputs: Those that a layer or norm gives, by its fqn. ``(channels,)``
-        proven: Whether graphs show all this; a record of a run has a say otherwise, and a check must agree.
     """
 
     count: int
     inputs: Mapping[str, Tensor]
     outputs: Mapping[str, Tensor]
-    proven: bool
 
 
 def find_channels(capture: Capture, norms: Sequence[str], layers: Sequence[str]) -> Channels:
@@ -94,7 +92,7 @@ class _Numbering:
         labels = self._connected()
         inputs = {name: labels[numbers] for name, numbers in self.inputs.items()}
         outputs = {name: labels[numbers] for name, numbers in self.outputs.items()}
-        return Channels(self.count, inputs, outputs, not self.recorded)
+        return Channels(self.count, inputs, outputs)
 
     # ---------------------------------------------------------------------------------------- numbers
 
