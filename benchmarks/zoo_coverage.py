@@ -175,7 +175,8 @@ def general(reason: str, model: nn.Module) -> str:
     words = []
     for word in reason.split(" "):
         bare = word.strip(",:()")
-        words.append(word.replace(bare, f"a {type(modules[bare]).__name__}") if bare in modules and bare else word)
+        named = bare and bare in modules and words[-1:] != ["the"]  # "the model" is the whole of it
+        words.append(word.replace(bare, f"a {type(modules[bare]).__name__}") if named else word)
     return " ".join(words)
 
 

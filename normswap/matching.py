@@ -79,12 +79,14 @@ def match(
                 refused.setdefault(found.layer, found.reason or "")
             continue
         layer = capture.modules[found.layer]
+        layout, weight = FilterLayout.of(layer), FilterLayout.weight(layer)
         matched.append(
             replace(
                 site,
                 layer=found.layer,
                 layer_type=class_of(layer).__name__,
-                fan_in=FilterLayout.of(layer).fan_in(FilterLayout.weight(layer)),
+                fan_in=layout.fan_in(weight),
+                depthwise=layout.groups == layout.in_channels(weight) > 1,
                 proof=Proof.PROVEN,
             )
         )
@@ -201,7 +203,15 @@ def _close_gaps(
                     if example_inputs is not None
                     else "give example inputs to have it checked"
                 )
-                site = replace(site, layer=None, layer_type=None, fan_in=0, proof=Proof.NONE, reason=f"{gap}: {tail}")
+                site = replace(
+                    site,
+                    layer=None,
+                    layer_type=None,
+                    fan_in=0,
+                    depthwise=False,
+                    proof=Proof.NONE,
+                    reason=f"{gap}: {tail}",
+                )
         closed.append(site)
     return closed
 

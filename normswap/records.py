@@ -73,6 +73,7 @@ class Site:
         layer: The fqn of the layer that takes the norm's statistics up; None where none may.
         layer_type: The layer's class.
         fan_in: Values in each of the layer's filters, 0 without a layer.
+        depthwise: Whether each of the layer's filters sees one input channel of several.
         rank: The number of axes of the norm's input where it is known.
         spatial: The number of positions per sample and channel (1 for a vector) where it is known.
         frozen: Whether the norm uses its stored statistics in training, too.
@@ -94,6 +95,7 @@ class Site:
     layer: str | None = None
     layer_type: str | None = None
     fan_in: int = 0
+    depthwise: bool = False
     rank: int | None = None
     spatial: int | None = None
     frozen: bool = False

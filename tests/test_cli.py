@@ -211,7 +211,7 @@ def test_convert_without_an_output_writes_beside_the_model_and_says_so(folder: P
     assert first == "note: no -o was given: the output stands beside the model"
     assert second.startswith("note: gn+ws without --calibration: measure how much accuracy is left")
     assert "wrote      model.gn+ws.safetensors" in result.stdout
-    assert "assumed    no data was given" in result.stdout
+    assert "noted      no data was given" in result.stdout
     assert "(--calibration)" in result.stdout
 
 
@@ -281,7 +281,7 @@ def test_a_saved_plan_is_carried_out(folder: Path) -> None:
 def test_calibration_is_read_in_batches_without_its_labels(folder: Path) -> None:
     np.savez("data.npz", np.random.default_rng(0).normal(size=(10, 3, 12, 12)).astype("float32"), np.arange(10))
     result = succeed("convert", "model.pt", "--calibration", "data.npz", "--batch-size", "4", "-o", "out.safetensors")
-    assert "assumed    of each batch's 2 entries the first was used" in result.stdout
+    assert "noted      of each batch's 2 entries the first was used" in result.stdout
     batches = files.calibration_batches(make_model(), Path("data.npz"), 4)
     assert batches is not None
     assert [len(x) for x, _ in batches] == [4, 4, 2]

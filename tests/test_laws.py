@@ -110,6 +110,10 @@ REFUSALS: dict[tuple[str, str], dict[str, str]] = {
     ("user_graph_traced_in_training", "*"): {":3.running_mean": "functional-norm"},
     # Weight standardization alone needs a layer of its own for each norm, with more than one value per filter.
     ("depthwise_1x1", "ws"): {"1": "recipe-refuses"},
+    # And none of a depthwise convolution, whose filters would be blind to what only they see.
+    ("depthwise_separable", "ws"): {"1": "recipe-refuses"},
+    ("depthwise_multiplier", "ws"): {"1": "recipe-refuses"},
+    ("transposed_conv2d_depthwise", "ws"): {"1": "recipe-refuses"},
     ("preactivation", "ws"): {"bn1": "recipe-refuses"},
     ("one_output_two_norms", "ws"): {"bn1": "recipe-refuses", "bn2": "recipe-refuses"},
     ("two_calls_two_norms", "ws"): {"bn1": "recipe-refuses", "bn2": "recipe-refuses"},

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import normswap as ns
 from normswap.recipes import all_recipes, make_recipe
@@ -100,6 +102,41 @@ def test_weight_standardization_without_gain_keeps_each_channels_part() -> None:
     )
     # With one channel per group the norm divides each channel by its own deviation: the scale is gone either way.
     assert torch.allclose(with_gain(x), without(x), atol=1e-3)  # eps is seen by other scales
+
+
+DEPTHWISE = {
+    "depthwise": (lambda: nn.Conv2d(6, 6, 3, groups=6), True),
+    "two filters a channel": (lambda: nn.Conv2d(6, 12, 3, groups=6), True),
+    "transposed": (lambda: nn.ConvTranspose2d(6, 6, 3, groups=6), True),
+    "grouped": (lambda: nn.Conv2d(6, 6, 3, groups=3), False),
+    "of one input channel": (lambda: nn.Conv2d(1, 6, 3), False),
+}
+
+
+@pytest.mark.parametrize("kind", DEPTHWISE)
+def test_depthwise_filters_are_standardized_on_demand_only(kind: str) -> None:
+    build, depthwise = DEPTHWISE[kind]
+    layer = build()
+    model = nn.Sequential(layer, nn.BatchNorm2d(layer.out_channels)).eval()
+    (step,) = ns.plan(model, "gn+ws").steps
+    assert step.site.depthwise is depthwise
+    assert step.weight == (None if depthwise else "ws")
+    assert any("depthwise" in note for note in step.notes) is depthwise
+    (step,) = ns.plan(model, "gn+ws", depthwise=True).steps
+    assert step.weight == "ws"
+    assert not step.notes
+    assert ns.plan(model, "gn+aws").steps[0].weight == "aws"  # which keeps the filters' means
+    assert len(ns.plan(model, "ws").steps) == (0 if depthwise else 1)
+    assert len(ns.plan(model, "ws", depthwise=True).steps) == 1
+
+
+def test_a_plan_from_before_depthwise_sites_were_told_replays_as_it_was_made() -> None:
+    model = nn.Sequential(nn.Conv2d(6, 6, 3, groups=6), nn.BatchNorm2d(6)).eval()
+    record = json.loads(ns.plan(model, "gn+ws", depthwise=True).to_json())
+    record["options"] = {}
+    del record["steps"][0]["site"]["depthwise"]
+    replayed = ns.convert(model, plan=ns.Plan.from_json(json.dumps(record)))
+    assert parametrize.is_parametrized(replayed.model[0], "weight")
 
 
 def test_a_recipe_is_added_by_one_class() -> None:

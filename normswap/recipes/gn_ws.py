@@ -16,16 +16,19 @@ class GroupNormalizationWeightStandardization(GroupedRecipe):
     """Group normalization in the BatchNorm's place and weight standardization of the layer in front of it.
 
     ``W = gain (v − mean v)/sqrt(n (var v + eps))`` per filter of n values, then group normalization. A filter of one
-    value (fan-in 1) has no deviation: there the recipe is ``gn``.
+    value (fan-in 1) has no deviation: there, and for depthwise filters, the recipe is ``gn``.
 
     Args:
         gain: Whether each filter has a learnable gain, which keeps a pretrained filter's scale; without it the weight
             is standardized as published.
+        depthwise: Whether the filters of depthwise convolutions are standardized, too. Without its mean such a filter
+            is blind to its only channel's local mean, which no other filter sees: what the network has learnt is lost.
 
     Source: S. Qiao et al., *Weight Standardization*, 2019, eq. 4-5; Y. Wu, K. He, *Group Normalization*, 2018.
     """
 
     gain: bool = True
+    depthwise: bool = False
 
     name = "gn+ws"
     equation = "W = gain (v − mean v)/sqrt(n (var v + eps)), then gn"
@@ -33,7 +36,10 @@ class GroupNormalizationWeightStandardization(GroupedRecipe):
     exact = False
 
     def weight(self, site: Site) -> WeightPart | None:
-        return WeightStd(gain=self.gain) if site.fan_in > 1 else None
+        plain = site.fan_in == 1 or (site.depthwise and not self.depthwise)
+        return None if plain else WeightStd(gain=self.gain)
 
     def notes(self, site: Site) -> tuple[str, ...]:
-        return ("fan-in 1: the weight is not standardized",) if site.fan_in == 1 else ()
+        if site.fan_in == 1:
+            return ("fan-in 1: the weight is not standardized",)
+        return ("depthwise: the weight is not standardized",) if site.depthwise and not self.depthwise else ()

@@ -19,11 +19,13 @@ class WeightStandardizationOnly(Recipe):
 
     Args:
         gain: Whether each filter has a learnable gain, else the weight is standardized as published.
+        depthwise: Whether the filters of depthwise convolutions are standardized, too; see ``gn+ws``.
 
     Source: S. Qiao et al., *Weight Standardization*, 2019, eq. 4-5.
     """
 
     gain: bool = True
+    depthwise: bool = False
 
     name = "ws"
     equation = "W = gain (v − mean v)/sqrt(n (var v + eps)), the BatchNorm stays"
@@ -35,6 +37,8 @@ class WeightStandardizationOnly(Recipe):
             return f"no layer whose weight could be standardized: {site.reason}"
         if site.fan_in == 1:
             return "a filter of one value has no deviation to divide by"
+        if site.depthwise and not self.depthwise:
+            return "without its mean a depthwise filter is blind to what only it sees (depthwise=True does it)"
         return None
 
     def weight(self, site: Site) -> WeightPart:
