@@ -43,9 +43,9 @@ METHODS = ("absorb", "match", "tune", "none")
 FITTED = ("match", "tune")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Conversion:
-    """What a conversion gave.
+    """What a conversion gave; prints as its plan and how the new parts got their values.
 
     Args:
         model: The converted model.
@@ -58,6 +58,13 @@ class Conversion:
     plan: Plan
     init: InitReport
     check: Verification | None
+
+    def __repr__(self) -> str:
+        return f"<Conversion of {self.plan.model} to {self.plan.recipe}: {self.plan.summary()}>"
+
+    def __str__(self) -> str:
+        check = [] if self.check is None else [str(self.check)]
+        return "\n\n".join([str(self.plan), str(self.init), *check])
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -178,9 +185,11 @@ def convert(
     enough = None if batches is None else _enough(batches, notes)
     fits = method in FITTED
     original, assumption = model, ""
+    scales: dict[str, Tensor] = {}
     moments: dict[str, Moments] = {}
     if method != "none":
-        original = scaled_for(plan, recipe, captured, enough, example, statistics) if scale else model
+        if scale:
+            original, scales = scaled_for(plan, recipe, captured, enough, example, statistics)
         notes += [SCALED] if original is not model else []
         moments, assumption = moments_for(plan, recipe, original, enough, example, fitted=fits)
     reference = _reference(model, recipe, example, check and method != "none")
@@ -201,7 +210,8 @@ def convert(
     if fits:
         assert batches is not None
         assert enough is not None
-        fitted = match_to(original, target, placed, enough, least_group=least_group, spread=spread, progress=progress)
+        choices: dict[str, Any] = {"scales": scales, "least_group": least_group, "spread": spread}
+        fitted = match_to(original, target, placed, enough, **choices, progress=progress)
         sites = {row.name for row in rows}
         rows = [fitted.get(row.name, row) for row in rows] + [r for name, r in fitted.items() if name not in sites]
         if method == "tune":
@@ -274,7 +284,10 @@ def rank_sites(
     _refuse_empty(plan)
     statistics = _missing_statistics(model, plan, batches)
     batches = list(_enough(batches, []))
-    original = scaled_for(plan, recipe, captured, batches, example, statistics) if scale else model
+    scales: dict[str, Tensor] = {}
+    original = model
+    if scale:
+        original, scales = scaled_for(plan, recipe, captured, batches, example, statistics)
     target = _copy(original)
     placed = [_with_statistics(one, statistics) for one in rewrite(target, plan, recipe)]
     for one in placed:
@@ -284,6 +297,7 @@ def rank_sites(
         target,
         placed,
         batches,
+        scales=scales,
         least_group=_least_group(recipe),
         spread=spread,
         isolated=True,

@@ -697,3 +697,27 @@ def test_every_model_of_the_zoo_is_matched_to_finite_outputs(name: str) -> None:
     assert all(bool(leaf.isfinite().all()) for leaf in leaves(entry.run(result.model)) if leaf.is_floating_point())
     for row in result.init.rows:
         assert row.fit is None or row.fit.noise_after <= row.fit.noise_before
+
+
+def test_before_the_fit_a_site_is_absorbed_in_the_metric_of_its_data() -> None:
+    """What a match falls back on is what ``init="absorb"`` gives on the same data, the layer's bias included."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU()).eval()
+    x = torch.rand(200, 3, 10, 10) + torch.rand(200, 3, 1, 1)
+    with torch.no_grad():
+        y = model[0](x)
+        model[1].running_mean.copy_(y.mean((0, 2, 3)))
+        model[1].running_var.copy_(y.var((0, 2, 3)))
+        wanted = model(x)
+        absorbed = ns.swap_norms(model, "gn+ws", calibration=x, init="absorb")(x)
+    (row,) = ns.convert(model, "gn+ws", calibration=x, init="match").init.rows
+    assert row.fit is not None
+    noise = float((absorbed - wanted).square().mean((0, 2, 3)).sum() / wanted.var((0, 2, 3)).sum())
+    assert row.fit.noise_before == pytest.approx(noise, rel=0.15)  # of all samples, there of those held out
+
+
+def test_a_conversion_prints_what_it_did_and_is_one_line_where_it_is_shown() -> None:
+    result = convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval(), "wn+mobn", torch.randn(8, 3, 6, 6))
+    assert repr(result) == "<Conversion of Sequential to wn+mobn: 1 of 1 BatchNorms convert, 1 together with their layer>"
+    assert "becomes" in str(result)
+    assert "initialization: absorb" in str(result)

@@ -140,6 +140,24 @@ def test_the_original_stays_and_the_report_says_that_channels_were_scaled() -> N
     ]
 
 
+def test_a_site_is_reported_in_the_models_own_units() -> None:
+    model = load_network()
+    images = digits(100)[0]
+    seen: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.register_forward_hook(lambda _, __, y, name=name: seen.update({name: y.detach()}))
+    model(images[4::5])  # those that are held out
+    for _, module in model.named_modules():
+        module._forward_hooks.clear()
+    rows = ns.convert(model, "gn+ws", calibration=images).init.rows
+    fits = {row.name: row.fit for row in rows if row.fit and row.name in seen and not row.notes}
+    assert len(fits) > 3
+    for name, fit in fits.items():
+        assert fit.mean == pytest.approx(float(seen[name].mean()), abs=1e-5)
+        assert fit.std == pytest.approx(float(seen[name].std(correction=0)), rel=1e-5)
+
+
 @pytest.mark.parametrize("init", ["absorb", "match"])
 def test_in_place_and_in_a_copy_are_one_thing(init: str) -> None:
     model = load_network()

@@ -50,6 +50,7 @@ SPELLED = {
     "give calibration data": "give calibration data (--calibration FILE)",
     "num_groups='auto'": "--num-groups auto",
     "init='absorb'": "--init absorb",
+    "scale=False": "--no-scale",
     "or group_size for": "or --group-size for",
     "give example_inputs": "give --input-shape",
     "give example inputs": "give --input-shape",

@@ -39,6 +39,8 @@ def inspect_model(
     to: options.To = None,
     calibration: options.Calibration = None,
     batch_size: options.BatchSize = 32,
+    spread: options.Spread = None,
+    scale: options.Scale = True,
     input_shape: options.InputShape = None,
     input_file: options.InputFile = None,
     trust: options.Trust = None,
@@ -57,7 +59,10 @@ def inspect_model(
     batches = files.calibration_batches(network, calibration, batch_size)
     if batches is not None:
         with progressing("ranking the sites", quiet=as_json) as progress:
-            costs = ns.rank_sites(network, to or DEFAULT, calibration=batches, example_inputs=inputs, progress=progress)
+            fitting: dict[str, Any] = {"scale": scale, **({} if spread is None else {"spread": spread})}
+            costs = ns.rank_sites(
+                network, to or DEFAULT, calibration=batches, example_inputs=inputs, progress=progress, **fitting
+            )
         print_json(costs_as_record(costs)) if as_json else show_costs(costs, type(network).__name__, to or DEFAULT)
         return
     if to is not None:
@@ -138,15 +143,7 @@ def convert_model(
         ),
     ] = None,
     spread: options.Spread = None,
-    scale: Annotated[
-        bool,
-        typer.Option(
-            "--scale/--no-scale",
-            help="let channels between layers be scaled, where weights are standardized: the same function, and the "
-            "swap is closer; features taken from within the model differ by a factor per channel",
-            rich_help_panel=options.NORMS,
-        ),
-    ] = True,
+    scale: options.Scale = True,
     tune_steps: Annotated[
         int | None,
         typer.Option(metavar="N", min=1, help="gradient steps of --init tune (300)", rich_help_panel=options.NORMS),

@@ -29,6 +29,7 @@ __all__ = [
     "NumGroups",
     "Opset",
     "RecipeOption",
+    "Scale",
     "Shapes",
     "Spread",
     "To",
@@ -131,6 +132,15 @@ Spread = Annotated[
         metavar="X",
         min=0,
         help="how steady a match keeps a group's statistics (2); 0 leaves them alone",
+        rich_help_panel=NORMS,
+    ),
+]
+Scale = Annotated[
+    bool,
+    typer.Option(
+        "--scale/--no-scale",
+        help="let channels between layers be scaled, where weights are standardized: the same function, and the swap "
+        "is closer; features taken from within the model differ by a factor per channel",
         rich_help_panel=NORMS,
     ),
 ]

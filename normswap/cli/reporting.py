@@ -82,7 +82,7 @@ def show_costs(costs: Sequence[SiteCost], model: str, recipe: str) -> None:
         [(c.norm, f"{c.error:.4f}", f"{c.absorbed:.4f}", c.layer or "–", f"{100 * c.share:.1f} %") for c in costs],
     )
     if costs:
-        say(f"\nto leave a site as it is, the dearest first: normswap convert MODEL --exclude {costs[0].norm}")
+        say(f"\nto leave a site as it is, the dearest first: normswap convert … --exclude {costs[0].norm}")
 
 
 def costs_as_record(costs: Sequence[SiteCost]) -> str:

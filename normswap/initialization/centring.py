@@ -26,7 +26,10 @@ from normswap.selfcheck import eval_output, keeps_output
 
 __all__ = ["SCALED", "moments_for", "scaled_for"]
 
-SCALED = "channels between layers were scaled, so that standardizing the weights takes less away"
+SCALED = (
+    "channels between layers were scaled, so that standardizing the weights takes less away: features taken from "
+    "within the model differ from the original's by a factor per channel (scale=False leaves them)"
+)
 _SAMPLES_TO_SCALE = 128
 
 
@@ -37,10 +40,11 @@ def scaled_for(
     batches: Sequence[Batch] | None,
     example: Inputs | None,
     statistics: Mapping[str, tuple[Tensor, Tensor]],
-) -> nn.Module:
+) -> tuple[nn.Module, dict[str, Tensor]]:
     """Return a copy of the captured model, the same function, whose channels' scales suit standardized weights.
 
-    The model itself where nothing is gained, where it cannot be copied, or where its output would not stay.
+    And the scales of the channels that each norm gives, by fqn. The model itself, and no scales, where nothing is
+    gained, where it cannot be copied, or where its output would not stay.
 
     Args:
         plan: What is going to be done.
@@ -53,22 +57,24 @@ def scaled_for(
     model = captured.model
     gains = dict(_gains(model, plan, recipe, statistics))
     if not gains or any(p.is_meta for p in model.parameters()):
-        return model
+        return model, {}
     inputs = example if example is not None else make_up_inputs(model)
     if inputs is None:
-        return model
+        return model, {}
     modules = [step.site for step in plan.steps if step.site.kind == NormKind.MODULE]
     channels = find_channels(captured, [site.norm for site in modules], [site.layer for site in modules if site.layer])
     scales = _scales(model, gains, channels, batches, inputs)
     if scales is None:
-        return model
+        return model, {}
     try:
         scaled = copy_of(model)
     except Exception:  # whatever a user's class does on being copied: it converts in place nevertheless
-        return model
+        return model, {}
     scale_channels(scaled, channels, scales)
     result = keeps_output(eval_output(model, inputs), scaled, inputs)
-    return model if result is not None and not result.ok else scaled
+    if result is not None and not result.ok:
+        return model, {}
+    return scaled, {site.norm: scales[channels.outputs[site.norm]] for site in modules if site.norm in channels.outputs}
 
 
 def moments_for(

@@ -53,7 +53,8 @@ class Goal:
     """What the original does at a site, per channel ``(C,)``: ``y = gain·t + shift``, ``t = (x − mean)·scale``.
 
     ``anchor`` are the filters that give t on the original's own input, ``(C, fan_in)``; ``part`` is how the layer's
-    weight is parametrized.
+    weight is parametrized. ``unit`` turns y into what the user's own model gives: 1 over the scale that a channel was
+    given (:mod:`normswap.initialization.scaling`); errors are told in its terms.
     """
 
     gain: Tensor
@@ -62,10 +63,11 @@ class Goal:
     scale: Tensor
     anchor: Tensor
     part: WeightPart | None
+    unit: Tensor
 
     @classmethod
-    def at(cls, placed: Placed, original: nn.Module) -> Goal:
-        """Return the goal of what was placed in the stead of a norm of ``original``."""
+    def at(cls, placed: Placed, original: nn.Module, scale: Tensor | None) -> Goal:
+        """Return the goal of what was placed in the stead of a norm of ``original``, whose channels have this scale."""
         state = placed.state
         assert state.mean is not None
         anchor = state.inverse_std[:, None]
@@ -73,7 +75,8 @@ class Goal:
             layer = original.get_submodule(placed.step.site.layer)
             anchor = FilterLayout.of(layer).flatten(FilterLayout.weight(layer).detach().double()) * anchor
         gain, shift, mean = state.gamma.float(), state.beta.float(), state.mean.float()
-        return cls(gain, shift, mean, state.inverse_std.float(), anchor, placed.weight_part)
+        unit = torch.ones_like(gain) if scale is None else (1 / scale).to(gain)
+        return cls(gain, shift, mean, state.inverse_std.float(), anchor, placed.weight_part, unit)
 
     @classmethod
     def of_layer(cls, layer: nn.Module) -> Goal:
@@ -81,7 +84,7 @@ class Goal:
         weight = FilterLayout.weight(layer).detach()
         anchor = FilterLayout.of(layer).flatten(weight.double())
         ones, zeros = (f(len(anchor), device=weight.device) for f in (torch.ones, torch.zeros))
-        return cls(ones, zeros, zeros, ones, anchor, None)
+        return cls(ones, zeros, zeros, ones, anchor, None, ones)
 
     @property
     def inverse_gain(self) -> Tensor:
@@ -417,12 +420,14 @@ class Fitting:
             gain, shift = self._affine(rows[~rows.held], candidate.prior.float())
             _set_affine(self.norm, gain, shift)
             outputs = gain * outputs + shift
-        mean, std = _mean_and_std(outputs)
+        unit = self.goal.unit
+        mean, std = _mean_and_std(outputs * unit)
+        error, size = ((v * unit.square()).double().sum() for v in (judging.error(outputs), judging.size))
         return _Result(
-            noise=float(judging.error(outputs).double().sum() / judging.size.double().sum().clamp(min=1e-30)),
+            noise=float(error / size.clamp(min=1e-30)),
             mean=mean,
             std=std,
-            target=_mean_and_std(judging.y),
+            target=_mean_and_std(judging.y * unit),
             values=tuple(p.detach().clone() for p in self.parameters),
             num_groups=getattr(self.norm, "num_groups", None),
             ridge=candidate.ridge if candidate else None,

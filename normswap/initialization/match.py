@@ -7,7 +7,8 @@ input, which carries the errors of all sites before. How a site is fitted stands
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from normswap.initialization.fitting import Fitting, Goal
 from normswap.initialization.heads import find_heads
 from normswap.initialization.lockstep import Place, Visit, run_side_by_side
 from normswap.initialization.steadying import SPREAD
+from normswap.nn import FilterLayout
 from normswap.recipes.parts import Takes
 from normswap.records import InitRow, NormKind
 from normswap.rewriting import Placed
@@ -30,6 +32,7 @@ def match_to(
     placed: Sequence[Placed],
     batches: Sequence[Batch],
     *,
+    scales: Mapping[str, Tensor] | None = None,
     least_group: int | None = None,
     spread: float = SPREAD,
     isolated: bool = False,
@@ -42,6 +45,7 @@ def match_to(
         converted: The rewritten copy; the values of its new parts are changed in place.
         placed: What was put into it.
         batches: Unlabelled inputs.
+        scales: Of the channels that norms of ``original`` give, by fqn, where it is the user's model scaled.
         least_group: Give each group normalization the number of groups that has the least error, of those with at least
             so many channels in a group; None leaves them as they are.
         spread: See :mod:`normswap.initialization.steadying`.
@@ -51,8 +55,8 @@ def match_to(
     Returns:
         A row for each site that was reached, by its norm's name, and for each fitted head.
     """
-    sites = {one.step.site.norm: one for one in placed}
-    goals = {name: Goal.at(one, original) for name, one in sites.items()}
+    sites = {one.step.site.norm: _with_originals(one, original) for one in placed}
+    goals = {name: Goal.at(one, original, (scales or {}).get(name)) for name, one in sites.items()}
     places = _places(original, placed)
     heads = find_heads(original, converted, {id(place.source) for place in places}, batches[0])
     goals |= {place.name: Goal.of_layer(place.source) for place in heads}
@@ -73,6 +77,15 @@ def match_to(
         if (row := rows.get(place.name)) and row.fit and row.fit.num_groups is not None and place.norm is not None:
             place.norm.__dict__["num_groups"] = row.fit.num_groups
     return rows
+
+
+def _with_originals(placed: Placed, original: nn.Module) -> Placed:
+    """Return ``placed`` with the original's weight and bias: the copy's own were overwritten when it absorbed."""
+    if placed.step.site.layer is None:
+        return placed
+    layer = original.get_submodule(placed.step.site.layer)
+    bias = layer.bias.detach() if isinstance(layer.bias, Tensor) else None
+    return dataclasses.replace(placed, weight=FilterLayout.weight(layer).detach(), bias=bias)
 
 
 def _places(original: nn.Module, placed: Sequence[Placed]) -> list[Place]:
