@@ -718,6 +718,7 @@ def test_before_the_fit_a_site_is_absorbed_in_the_metric_of_its_data() -> None:
 
 def test_a_conversion_prints_what_it_did_and_is_one_line_where_it_is_shown() -> None:
     result = convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval(), "wn+mobn", torch.randn(8, 3, 6, 6))
-    assert repr(result) == "<Conversion of Sequential to wn+mobn: 1 of 1 BatchNorms convert, 1 together with their layer>"
+    summary = "1 of 1 BatchNorms convert, 1 together with their layer"
+    assert repr(result) == f"<Conversion of Sequential to wn+mobn: {summary}>"
     assert "becomes" in str(result)
     assert "initialization: absorb" in str(result)
