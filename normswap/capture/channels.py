@@ -71,8 +71,8 @@ class _Numbering:
         """Follow all graphs and return what they tie together."""
         self.flow = Dataflow(self.capture)
         self.recorded = any(trace.recorded for trace in self.capture.traces)
+        values: dict[fx.Node, Any] = {}  # of all graphs: what a module keeps of one trace may come up in another
         for trace in self.capture.traces:
-            values: dict[fx.Node, Any] = {}
             for node in trace.graph.nodes:
                 values[node] = self._follow(trace, node, values)
         labels = self._connected()
@@ -116,7 +116,8 @@ class _Numbering:
         """Return what is known of ``node``'s value: a :class:`Value`, several, or None."""
         if node.op in ("placeholder", "get_attr") or node.target in VALUE_FREE or reads_attribute(node):
             return None
-        known: Any = {n: _UNKNOWN if values[n] is None else values[n] for n in node.all_input_nodes}
+        given = {n: values.get(n) for n in node.all_input_nodes}
+        known: Any = {n: _UNKNOWN if value is None else value for n, value in given.items()}
         args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
         if node.op == "call_module":
             fqn = self.capture.aliases[trace.fqn(str(node.target))]
@@ -126,7 +127,7 @@ class _Numbering:
         else:
             found = None
         if found is None:  # whatever happens there, it happens to the values as they are
-            self.fix([values[n] for n in node.all_input_nodes])
+            self.fix(list(given.values()))
         return found
 
     def _module(self, fqn: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
