@@ -413,15 +413,15 @@ def weight_by(layer: Any) -> Array:
 
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "gn": ("gn", {"num_groups": 2}),
-    "gn+ws": ("gn+ws", {"num_groups": 2}),
-    "gn+ws, published": ("gn+ws", {"num_groups": 2, "gain": False}),
+    "gn+ws": ("gn+ws", {"num_groups": 2, "depthwise": True}),
+    "gn+ws, published": ("gn+ws", {"num_groups": 2, "depthwise": True, "gain": False}),
     "gn+aws": ("gn+aws", {"num_groups": 2}),
     "ln": ("ln", {}),
     "ln over channels": ("ln", {"axes": "channel"}),
     "mobn": ("mobn", {}),
     "wn": ("wn", {}),
     "wn+mobn": ("wn+mobn", {}),
-    "ws": ("ws", {}),
+    "ws": ("ws", {"depthwise": True}),
 }
 EXACT = {"mobn", "wn", "wn+mobn"}
 

@@ -68,7 +68,7 @@ def test_removing_the_filters_means_evenly_loses_a_trained_network(monkeypatch: 
     """What the data-free moments are for: without them gn+ws keeps next to nothing."""
     images, labels = cifar10_test(1000)
     model, _ = load("cifar10_resnet20")
-    monkeypatch.setattr("normswap.conversion.input_moments", lambda *_, **__: {})
+    monkeypatch.setattr("normswap.initialization.centring.input_moments", lambda *_, **__: {})
     assert accuracy(ns.swap_norms(model, "gn+ws"), images, labels) < 40
 
 
