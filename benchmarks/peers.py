@@ -11,7 +11,8 @@ where it takes them, example inputs; γ has both signs, the statistics are rando
 Counted per norm, for those that a tool replaced: γ, kept up to one positive factor per group; β; eps, kept in the new
 norm or in the statistics that the layer has taken up; the activation inside the norm's class (timm's BatchNormAct2d).
 Counted per model: a *crash* is an exception, of the tool or of the model that it returns; an output is *wrong* if it
-moved by more than 1e-3 of its size in float32 (1e-6 in float64 where a random network is chaotic in float32).
+moved by more than 1e-3 of its size in float32 (1e-6 in float64 where a random network is chaotic in float32);
+*refused* is a model that normswap gives back with a reason, of its self-check for one.
 """
 
 from __future__ import annotations
@@ -145,6 +146,7 @@ class Fold:
         folded: How many are gone, in the models whose output is right.
         right: In how many models the output is right.
         wrong: The models whose output is wrong, and by how much.
+        refused: The models that it refuses, and why.
         crashes: The exceptions, by model.
     """
 
@@ -152,6 +154,7 @@ class Fold:
     folded: int = 0
     right: int = 0
     wrong: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
     crashes: list[str] = field(default_factory=list)
 
 
@@ -248,6 +251,8 @@ def count_fold(case: Case, fold: Callable[[nn.Module, Inputs], nn.Module]) -> Fo
                 found.folded = case.norms - norm_calls(folded, inputs)
                 return found
         found.wrong.append(f"{case.name}: {moved:.0e}")
+    except ns.NormswapError as refusal:
+        found.refused.append(f"{case.name}: {first_line(refusal)}")
     except Exception as cause:
         found.crashes.append(f"{case.name}: {type(cause).__name__}: {first_line(cause)}")
     return found
@@ -340,12 +345,12 @@ def swap_table(of: str, totals: dict[str, Swap]) -> str:
 
 def fold_table(of: str, totals: dict[str, Fold], models: int) -> str:
     lines = [
-        f"| fold, {of} | outputs right | outputs wrong | crashes | norms gone |",
-        "| --- | --: | --: | --: | --: |",
+        f"| fold, {of} | outputs right | outputs wrong | refused | crashes | norms gone |",
+        "| --- | --: | --: | --: | --: | --: |",
     ]
     for tool, t in totals.items():
-        counts = f"{t.right} of {models} | {len(t.wrong)} | {len(t.crashes)} | {t.folded:,} of {t.norms:,}"
-        lines.append(f"| {tool} | {counts} |")
+        lost = f"{len(t.wrong)} | {len(t.refused)} | {len(t.crashes)}"
+        lines.append(f"| {tool} | {t.right} of {models} | {lost} | {t.folded:,} of {t.norms:,} |")
     return "\n".join(lines)
 
 
@@ -353,6 +358,7 @@ def details(totals: dict[str, Any]) -> str:
     lines = []
     for tool, t in totals.items():
         lines += [f"  {tool}, wrong: {text}" for text in getattr(t, "wrong", [])]
+        lines += [f"  {tool}, refused: {text}" for text in getattr(t, "refused", [])]
         lines += [f"  {tool}, crash: {text}" for text in t.crashes]
     return "\n".join(lines)
 
