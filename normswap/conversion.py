@@ -422,6 +422,12 @@ def _refuse_unfit(model: nn.Module) -> None:
                 code="weights-not-finite",
                 hint="convert a checkpoint from before the training diverged",
             )
+        if name.rpartition(".")[2] == "running_var" and bool((value < 0).any()):
+            raise InputError(
+                f"'{name}' holds negative values, which no variance has",
+                code="negative-variance",
+                hint="convert a checkpoint whose BatchNorm statistics are sound",
+            )
 
 
 def _copy(model: nn.Module) -> nn.Module:

@@ -15,6 +15,7 @@ from hypothesis import assume, given
 from random_networks import Network, networks
 from test_random_networks import DETERMINISTIC
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from zoo import ZOO, Entry, randomize_
 from zoo_packages import import_timm, import_torchvision
 
@@ -163,3 +164,177 @@ def test_a_channel_that_was_overlooked_would_be_seen() -> None:
     assert distance(outputs(scaled(model, channels), x), outputs(model, x)) < 1e-9
     lacking = Channels(channels.count, {k: v for k, v in channels.inputs.items() if k != "back"}, channels.outputs)
     assert distance(outputs(scaled(model, lacking), x), outputs(model, x)) > 1e-2
+
+
+class Net(nn.Module):
+    """A convolution, a norm and a ReLU, of whose output ``tail`` does something."""
+
+    def __init__(self, tail: Callable[..., Any], **modules: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.norm, self.tail = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), tail
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.tail(self, F.relu(self.norm(self.conv(x))))
+
+
+def mlp(inputs: int) -> dict[str, nn.Module]:
+    return {"l": nn.Linear(inputs, 6), "n": nn.BatchNorm1d(6), "o": nn.Linear(6, 4)}
+
+
+def through(net: Any, features: Tensor) -> Tensor:
+    return net.o(F.relu(net.n(net.l(features))))
+
+
+def pools(a: Tensor, *sizes: int) -> Tensor:
+    return torch.cat([F.adaptive_avg_pool2d(a, size).flatten(1) for size in sizes], 1)
+
+
+def written_gate(net: Any, a: Tensor) -> Tensor:
+    gate = torch.sigmoid(net.g(a))
+    gate.mul_(a)
+    return net.p(a) + gate
+
+
+def aliased_gate(net: Any, a: Tensor) -> Tensor:
+    gate = torch.sigmoid(net.g(a))
+    alias = gate[:]
+    gate *= a
+    return net.p(gate) + alias
+
+
+def written_out(net: Any, a: Tensor) -> Tensor:
+    total = torch.zeros_like(a)
+    torch.add(a, net.p(a), out=total)
+    return net.q(total) + total
+
+
+class Masked(nn.BatchNorm2d):
+    """A norm with a second argument."""
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        return super().forward(x) if scale is None else super().forward(x) * scale
+
+
+class Added(nn.Conv2d):
+    """A layer with a second argument."""
+
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        return super().forward(x + other)
+
+
+class Bent(nn.Conv2d):
+    """A layer that takes a sigmoid of what it gives."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(super().forward(x))
+
+
+class Clamped(nn.Conv2d):
+    """A layer that cuts large values off, in training only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.clamp(max=0.1) if self.training else x)
+
+
+def bent_relu() -> nn.Module:
+    relu = nn.ReLU()
+    relu.forward = torch.sigmoid  # type: ignore[method-assign,assignment]
+    return relu
+
+
+def point(a: int = 8, b: int = 8) -> nn.Conv2d:
+    return nn.Conv2d(a, b, 1)
+
+
+TAILS: dict[str, Callable[[], Net]] = {
+    "a transposed convolution that is told its size": lambda: Net(
+        lambda s, a: s.p(torch.cat([s.up(a, output_size=[16, 16]), a.repeat(1, 1, 2, 2)], 1)),
+        up=nn.ConvTranspose2d(8, 8, 3, 2, 1),
+        p=point(16, 4),
+    ),
+    "a norm with a second argument": lambda: Net(lambda s, a: s.p(s.m(s.q(a), a)), m=Masked(8), q=point(), p=point()),
+    "a layer with a second argument": lambda: Net(lambda s, a: s.k(a, s.p(a)), k=Added(8, 4, 1), p=point()),
+    "a layer that bends what it gives": lambda: Net(lambda s, a: s.p(s.k(a)), k=Bent(8, 8, 1), p=point()),
+    "a layer that is another in training": lambda: Net(lambda s, a: s.p(s.k(a)), k=Clamped(8, 8, 1), p=point()),
+    "a module whose forward was replaced": lambda: Net(lambda s, a: s.p(s.r(a)), r=bent_relu(), p=point()),
+    "a linear layer along the width": lambda: Net(
+        lambda s, a: s.p(F.relu(s.w(a))[:, 1:]), w=nn.Linear(8, 8), p=point(7)
+    ),
+    "pools of several sizes, joined": lambda: Net(lambda s, a: through(s, pools(a, 1, 2, 4)), **mlp(8 * 21)),
+    "flattened channels, sliced": lambda: Net(lambda s, a: through(s, pools(a, 2)[:, 8:24]), **mlp(16)),
+    "flattened channels, split": lambda: Net(lambda s, a: pools(a, 2).split([8, 24], 1)[1]),
+    "pooling that takes channels for space": lambda: Net(
+        lambda s, a: through(s, F.avg_pool1d(a.mean((2, 3)), 3, 1, 1)), **mlp(8)
+    ),
+    "padding that takes channels for space": lambda: Net(
+        lambda s, a: s.p(nn.ReplicationPad2d(1)(a.flatten(2))[:, 2:]), p=nn.Conv1d(8, 4, 1)
+    ),
+    "a gate that is written to": lambda: Net(written_gate, g=point(), p=point()),
+    "a gate that is written to, and an alias of it": lambda: Net(aliased_gate, g=point(), p=point()),
+    "a result that is written elsewhere": lambda: Net(written_out, p=point(), q=point()),
+    "a division that rounds": lambda: Net(lambda s, a: s.p(torch.div(a, 0.5, rounding_mode="floor")), p=point()),
+    "sizes that are computed": lambda: Net(
+        lambda s, a: s.p(torch.split(a, [4, a.size(1) - 4], dim=1)[1].mean([2, a.dim() - 1], True)), p=point(4)
+    ),
+}
+
+
+@pytest.mark.parametrize("given_inputs", [False, True], ids=["without inputs", "with inputs"])
+@pytest.mark.parametrize("kind", TAILS)
+def test_what_would_be_wrong_is_not_scaled(kind: str, given_inputs: bool) -> None:
+    torch.manual_seed(0)
+    model = randomize_(TAILS[kind](), 0).double().eval()
+    x = (torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(5)).double(),)
+    try:
+        channels = channels_of(model, x if given_inputs else None)
+    except NormswapError as refused:
+        pytest.skip(f"refused: {refused}")
+    for seed in (0, 1):
+        for train in (False, True):
+            moved = distance(outputs(scaled(model, channels, seed), x, train), outputs(model, x, train))
+            assert moved < 1e-9
+
+
+class Optional(Residual):
+    """An option that is no flag, of which a trace knows the default only."""
+
+    def forward(self, x: Tensor, level: int = 0) -> Tensor:
+        y = super().forward(x)
+        return y + self.act(self.norm(self.stem(x))).mean() if level == 3 else y
+
+
+class Branch(Residual):
+    """A branch that example inputs may not take."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y + self.act(self.norm(self.stem(x))).mean() if x.sum() > 1e9 else y
+
+
+class Unused(Residual):
+    """A layer that no call was seen of: something else may happen that was not seen, either."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Conv2d(8, 2, 1)
+
+
+@pytest.mark.parametrize("kind", [Optional, Branch, Unused])
+@pytest.mark.parametrize("given_inputs", [False, True], ids=["without inputs", "with inputs"])
+def test_where_some_way_through_the_model_is_not_known_nothing_is_free(
+    kind: Callable[[], Residual], given_inputs: bool
+) -> None:
+    assert free(channels_of(kind(), (torch.randn(2, 3, 12, 12),) if given_inputs else None)) == 0
+
+
+def test_tensors_that_are_not_the_modules_own_or_are_shared_are_not_scaled() -> None:
+    pruned = Residual()
+    prune.random_unstructured(pruned.inner, "weight", 0.5)
+    assert set(numbers(channels_of(pruned), "inner")) == {FIXED}
+    shared = Residual()
+    memory = torch.ones(12)
+    shared.inner.weight.data, shared.outer.weight.data = memory[:8], memory[4:]  # they overlap in part
+    channels = channels_of(shared)
+    assert set(numbers(channels, "inner")) == set(numbers(channels, "outer")) == {FIXED}

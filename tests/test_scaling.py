@@ -14,6 +14,7 @@ from normswap.capture import capture
 from normswap.capture.channels import FIXED, find_channels
 from normswap.demo.data import load_digits, load_network
 from normswap.initialization import centring
+from normswap.initialization.moments import moments_of_covariance
 from normswap.initialization.scaling import choose_scales, costs_of, least
 
 LAYERS = {
@@ -200,3 +201,13 @@ def test_a_network_without_a_free_channel_is_left_as_it_is() -> None:
     channels = find_channels(capture(model), ["1", "4"], ["0", "3"])
     gains = {name: torch.ones(2, 4) for name in ("0", "3")}
     assert choose_scales(model, gains, channels, [(torch.randn(8, 3, 8, 8),)], shaped=False) is None
+
+
+def test_statistics_that_cannot_be_are_refused_and_overflows_are_told() -> None:
+    model = load_network()
+    with torch.no_grad():
+        model.bn1.running_var[0] = -1
+    with pytest.raises(ns.NormswapError, match=r"'bn1.running_var' holds negative values"):
+        ns.swap_norms(model, "gn+ws")
+    with pytest.raises(ns.NormswapError, match="not finite"):
+        moments_of_covariance(torch.zeros(1, 4), torch.full((1, 4, 4), torch.inf), 100)

@@ -1,4 +1,4 @@
-"""Numeric proofs: whether a layer's forward is linear in its weight, its bias and its inputs is tried on noise."""
+"""A numeric proof: whether a layer's forward is linear in its weight and bias is tried on noise."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from normswap.capture.guard import set_mode, untouched
 from normswap.capture.ops import LAYERS, class_of
 from normswap.nn import FilterLayout
 
-__all__ = ["scales_with_its_inputs", "scales_with_its_parameters"]
+__all__ = ["is_torchs_own", "scales_with_its_parameters"]
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 
@@ -25,7 +25,7 @@ def scales_with_its_parameters(layer: nn.Module) -> bool:
     holds for a subclass with its own padding and not for one that standardizes its weight. Unknown, so False, for a
     subclass on the meta device.
     """
-    if _is_torchs_own(layer):
+    if is_torchs_own(layer):
         return True
     weight, noise = layer.weight, _Noise()
     if not isinstance(weight, Tensor) or weight.is_meta:
@@ -43,23 +43,8 @@ def scales_with_its_parameters(layer: nn.Module) -> bool:
     return _agree(before.movedim(axis, -1) * scale + shift, after.movedim(axis, -1))
 
 
-def scales_with_its_inputs(layer: nn.Module) -> bool:
-    """Tell whether ``f(s·x; W/s) = f(x; W)``, s one factor per input channel: as above, but of the inputs."""
-    if _is_torchs_own(layer):
-        return True
-    weight, noise = layer.weight, _Noise()
-    if not isinstance(weight, Tensor) or weight.is_meta:
-        return False
-    x = noise.input_of(layer)
-    axis = -1 if isinstance(layer, nn.Linear) else 1
-    scale = noise.like(weight, x.shape[axis]).abs() + 0.5
-    moved = {"weight": FilterLayout.of(layer).scale_inputs(weight, 1 / scale)}
-    scaled = (x.movedim(axis, -1) * scale).movedim(-1, axis)
-    before, after = _outputs(layer, ({"weight": weight}, x), (moved, scaled))
-    return before is not None and after is not None and _agree(before, after)
-
-
-def _is_torchs_own(layer: nn.Module) -> bool:
+def is_torchs_own(layer: nn.Module) -> bool:
+    """Tell whether ``layer``'s forward is that of torch's class."""
     base = next(cls for cls in LAYERS if isinstance(layer, cls))
     own = class_of(layer)
     same = own.forward is base.forward and "forward" not in layer.__dict__

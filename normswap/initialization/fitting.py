@@ -221,6 +221,8 @@ class Fitting:
             _MOST_VALUES,
         )
         fit, held = self._moments(rows)
+        if not bool(fit.inputs.isfinite().all()):
+            return InitRow(name, "absorbed", ("its values are not finite: not fitted",))
         if placed is not None and placed.step.site.layer and self.goal.part is not None and self.goal.part.centres:
             # Absorbed anew, now that it is known what reaches the layer.
             known = moments_of_covariance(fit.input_mean, fit.inputs, fit.count)

@@ -25,6 +25,7 @@ from normswap.capture.batch_norms import read_batch_norm
 from normswap.capture.guard import set_mode, untouched
 from normswap.capture.observed import Batch, first_input, run_on, run_on_data
 from normswap.capture.ops import class_of, is_norm
+from normswap.errors import InitializationError
 from normswap.nn import FilterLayout
 
 __all__ = [
@@ -126,7 +127,7 @@ def moments_of(samples: Tensor, assumed: bool = False) -> Moments:
     n, fan_in = x.shape[1:]
     mean = x.mean(1)
     x = x - mean[:, None]
-    if n >= fan_in:
+    if n >= fan_in or not bool(x.isfinite().all()):
         return moments_of_covariance(mean, x.mT @ x / n, n, assumed)
     # Woodbury: the same solution out of the samples' smaller Gram matrix
     ridge = _ridge(x.square().mean((1, 2)), fan_in / n, assumed)
@@ -136,7 +137,17 @@ def moments_of(samples: Tensor, assumed: bool = False) -> Moments:
 
 
 def moments_of_covariance(mean: Tensor, covariance: Tensor, samples: int, assumed: bool = False) -> Moments:
-    """Return the moments of so many patches whose mean, ``(groups, fan_in)``, and covariance are known."""
+    """Return the moments of so many patches whose mean, ``(groups, fan_in)``, and covariance are known.
+
+    Raises:
+        InitializationError: They are not finite.
+    """
+    if not bool(covariance.isfinite().all()):
+        raise InitializationError(
+            "the values that reach a layer are not finite",
+            code="not-finite",
+            hint="check the inputs, and what the model gives for them",
+        )
     fan_in = covariance.shape[-1]
     ridge = _ridge(covariance.diagonal(dim1=1, dim2=2).mean(1), fan_in / samples, assumed)
     eye = torch.eye(fan_in, dtype=covariance.dtype, device=covariance.device)

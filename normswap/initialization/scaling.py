@@ -70,6 +70,8 @@ def choose_scales(
     for name, (n, first, second) in sums.items():
         mean = first / n
         covariance = second / n - mean[:, :, None] * mean[:, None]
+        if not bool(covariance.isfinite().all()):
+            return None
         costs += costs_of(model.get_submodule(name), gains[name], covariance.cpu(), channels.inputs[name])
     v = least(costs, channels.count)
     return None if bool((v == 1).all()) else 1 / v
