@@ -68,10 +68,10 @@ def test_the_cost_is_the_least_variance_that_a_zero_sum_takes_away(kind: str) ->
             d = np.linalg.solve(conditions, np.r_[np.zeros(n), (v[:, None] * w[o]).sum()])[:n]
             total += (gamma[o] / sigma[o]) ** 2 * d @ matrix @ d
         expected = total / (gamma**2).sum()
-        assert float(cost.after(0, torch.tensor([v[0]]))) == pytest.approx(expected, rel=1e-9)
-        moved = float(cost.after(n - 1, torch.tensor([v[n - 1] + 1.0])))
+        assert float(cost.after(0, v[:1])[0]) == pytest.approx(expected, rel=1e-9)
+        moved = float(cost.after(n - 1, v[n - 1 :] + 1.0)[0])
         cost.put(n - 1, v[n - 1] + 1.0)
-        assert float(cost.after(0, torch.tensor([v[0]]))) == pytest.approx(moved, rel=1e-9)
+        assert float(cost.after(0, v[:1])[0]) == pytest.approx(moved, rel=1e-9)
 
 
 def test_no_single_step_betters_what_was_found_and_fixed_channels_stay() -> None:

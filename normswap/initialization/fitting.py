@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from normswap.initialization.absorb import absorb
 from normswap.initialization.holdout import LEAST_SAMPLES, held_out
-from normswap.initialization.lockstep import Place, Visit
+from normswap.initialization.lockstep import Place, Visit, at_positions
 from normswap.initialization.moments import moments_of_covariance, patches
 from normswap.initialization.regression import Covariances, SecondMoments, Solution, seen, solve, within_sight
 from normswap.initialization.steadying import steady
@@ -216,7 +216,7 @@ class Fitting:
         if not all(self._agrees(visit) for visit in self.visits):
             return InitRow(name, "absorbed", ("the networks' shapes differ here: not fitted",))
         rows = self._sample(
-            lambda chunk: (self._patches(chunk.x), _by_position(self.goal.targets(chunk.visit)[0])),
+            lambda chunk, index, t: (self._patches(chunk.x)[index], t),
             self._layout.groups * self._layout.fan_in(self._weight),
             _MOST_VALUES,
         )
@@ -288,11 +288,11 @@ class Fitting:
             return _by_position(x)[..., None]
         return patches(self.source, x)
 
-    def _sample(self, values: Callable[[_Chunk], tuple[Tensor, ...]], width: int, most: int) -> _Rows:
+    def _sample(self, values: Callable[[_Chunk, Tensor, Tensor], tuple[Tensor, ...]], width: int, most: int) -> _Rows:
         """Return a random choice of all positions, the same each time, with the ``values`` there.
 
         Args:
-            values: Takes a chunk and returns values of each of its positions, as rows.
+            values: Takes a chunk, which of its positions are wanted, and t there; returns values of each, as rows.
             width: How many values a row has.
             most: How many values are wanted at the most.
         """
@@ -302,14 +302,17 @@ class Fitting:
         generator = torch.Generator().manual_seed(0)
         found = []
         for chunk in self._chunks():
-            y, cut = _by_position(self.goal.targets(chunk.visit)[1]), chunk.visit.cut
-            held = chunk.held.repeat_interleave(len(y) // len(chunk.x))
-            floats = tuple(value.to(y.dtype) for value in values(chunk))
-            rows = _Rows(floats, y, None if cut is None else _by_position(cut.to(y.dtype)), held)
+            positions = chunk.visit.reference[0, 0].numel()
+            index = torch.arange(len(chunk.x) * positions)
             if share < 1:
-                some = torch.randperm(len(y), generator=generator)[: max(1, round(share * len(y)))]
-                rows = rows[some.sort().values.to(y.device)]
-            found.append(rows)
+                some = torch.randperm(len(index), generator=generator)[: max(1, round(share * len(index)))]
+                index = some.sort().values
+            index = index.to(chunk.x.device)
+            here = chunk.visit.at(index)
+            t, y = self.goal.targets(here)
+            floats = tuple(value.to(y.dtype) for value in values(chunk, index, t))
+            cut = here.cut
+            found.append(_Rows(floats, y, None if cut is None else cut.to(y.dtype), chunk.held[index // positions]))
         return _Rows.joined(found)
 
     def _judging(self, rows: _Rows) -> Tensor:
@@ -385,7 +388,11 @@ class Fitting:
     def _units(self) -> tuple[Tensor, Tensor]:
         """Return the mean and the mean square, per channel, of all that the norm takes one mean over. ``(n, C)``"""
         if isinstance(self.norm, ChannelLayerNorm):  # each position by itself
-            rows = self._sample(lambda chunk: (_by_position(self.source(chunk.x)),), len(self.goal.gain), _MOST_OUTPUTS)
+            rows = self._sample(
+                lambda chunk, index, _: (at_positions(self.source(chunk.x), index),),
+                len(self.goal.gain),
+                _MOST_OUTPUTS,
+            )
             z = rows.values[0][~rows.held]
             return z, z.square()
         means, squares = [], []
@@ -414,7 +421,9 @@ class Fitting:
             if self.norm is not None:
                 _set_affine(self.norm, torch.ones_like(self.goal.gain), torch.zeros_like(self.goal.gain))
         rows = self._sample(
-            lambda chunk: (_by_position(self.place.output(chunk.x)),), len(self.goal.gain), _MOST_OUTPUTS
+            lambda chunk, index, _: (at_positions(self.place.output(chunk.x), index),),
+            len(self.goal.gain),
+            _MOST_OUTPUTS,
         )
         judging = rows[self._judging(rows)]
         (outputs,) = judging.values

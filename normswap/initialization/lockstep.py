@@ -33,7 +33,17 @@ from normswap.capture.guard import set_mode, untouched
 from normswap.capture.observed import Batch, first_input, run_on, run_on_data
 from normswap.errors import InitializationError
 
-__all__ = ["ADDITIONS", "THREAD", "Place", "Uses", "Visit", "find_uses", "run_side_by_side", "tensors_of"]
+__all__ = [
+    "ADDITIONS",
+    "THREAD",
+    "Place",
+    "Uses",
+    "Visit",
+    "at_positions",
+    "find_uses",
+    "run_side_by_side",
+    "tensors_of",
+]
 
 THREAD = "normswap-lockstep"
 """The name of the threads that passes run in."""
@@ -96,12 +106,28 @@ class Visit:
             return None
         return torch.zeros_like(self.reference) if self.beside is None else -self.beside[1]
 
+    def at(self, index: Tensor) -> Visit:
+        """Return the same at some positions, counted through all samples, as if each were a sample of its own."""
+        beside = None
+        if self.beside is not None:
+            beside = at_positions(self.beside[0], index), at_positions(self.beside[1], index)
+        return Visit(self.x, at_positions(self.reference, index), beside, self.rectified)
+
     def split(self, size: int) -> Iterator[Visit]:
         """Return the same for at most ``size`` samples at a time."""
         for first in range(0, len(self.x), size):
             part = slice(first, first + size)
             beside = None if self.beside is None else (self.beside[0][part], self.beside[1][part])
             yield Visit(self.x[part], self.reference[part], beside, self.rectified)
+
+
+def at_positions(value: Tensor, index: Tensor) -> Tensor:
+    """Return the channels of ``(N, C, …)`` at some positions, counted through all samples. ``(len(index), C)``"""
+    if value.ndim == 2:
+        return value[index]
+    value = value.flatten(2)
+    positions = value.shape[2]
+    return value[index // positions, :, index % positions]
 
 
 def run_side_by_side(

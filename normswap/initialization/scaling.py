@@ -23,6 +23,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -33,7 +35,8 @@ from normswap.nn import FilterLayout
 
 __all__ = ["Cost", "choose_scales", "costs_of", "least", "scale_channels"]
 
-_GRID = 10.0 ** torch.linspace(0, 1, 9, dtype=torch.float64)
+Values = npt.NDArray[np.float64]
+_GRID: Values = 10.0 ** np.linspace(0, 1, 9)
 _SWEEPS = 8
 _GAIN = 1e-3  # the share of the cost that a step must save
 _RIDGE = 1e-3  # of the mean variance
@@ -125,23 +128,27 @@ class Cost:
     lost: Tensor
     kept: Tensor
 
-    def __post_init__(self) -> None:
-        self.v = torch.ones(len(self.numbers), dtype=self.lost.dtype)
-        self.lost_v, self.kept_v = self.lost @ self.v, self.kept @ self.v
+    def __post_init__(self) -> None:  # single numbers are looked at, one after the other: NumPy's are the faster ones
+        self._forms = self.lost.numpy(), self.kept.numpy()
+        self._v = np.ones(len(self.numbers))
+        self._products = [form @ self._v for form in self._forms]
 
-    def after(self, place: int, values: Tensor) -> Tensor:
+    def after(self, place: int, values: Values) -> Values:
         """Return the cost with each of ``values`` in one place of v."""
-        step = values - self.v[place]
-        lost = self.v @ self.lost_v + 2 * step * self.lost_v[place] + step.square() * self.lost[place, place]
-        kept = self.v @ self.kept_v + 2 * step * self.kept_v[place] + step.square() * self.kept[place, place]
-        return lost.clamp(min=0) / kept.clamp(min=1e-30)
+        step = values - self._v[place]
+        lost, kept = (
+            self._v @ product + 2 * step * product[place] + step * step * form[place, place]
+            for form, product in zip(self._forms, self._products, strict=True)
+        )
+        found: Values = np.maximum(lost, 0) / np.maximum(kept, 1e-30)
+        return found
 
     def put(self, place: int, value: float) -> None:
         """Set one place of v."""
-        step = value - float(self.v[place])
-        self.v[place] = value
-        self.lost_v += step * self.lost[place]
-        self.kept_v += step * self.kept[place]
+        step = value - self._v[place]
+        self._v[place] = value
+        for form, product in zip(self._forms, self._products, strict=True):
+            product += step * form[place]
 
 
 def costs_of(layer: nn.Module, gains: Tensor, covariance: Tensor, numbers: Tensor) -> list[Cost]:
@@ -185,17 +192,18 @@ def least(costs: Sequence[Cost], count: int) -> Tensor:
         for place, number in enumerate(cost.numbers.tolist()):
             if number != FIXED:
                 met[number].append((cost, place))
-    v = torch.ones(count, dtype=torch.float64)
+    v = np.ones(count)
     for _ in range(_SWEEPS):
         moved = False
         for number, places in met.items():
-            values = torch.cat([v[number : number + 1], _GRID])
-            found = torch.stack([cost.after(place, values) for cost, place in places]).sum(0)
+            values = np.concatenate([v[number : number + 1], _GRID])
+            found = sum(cost.after(place, values) for cost, place in places)
+            assert isinstance(found, np.ndarray)
             best = int(found.argmin())
-            if float(found[best]) < (1 - _GAIN) * float(found[0]):
+            if found[best] < (1 - _GAIN) * found[0]:
                 moved, v[number] = True, values[best]
                 for cost, place in places:
-                    cost.put(place, float(values[best]))
+                    cost.put(place, values[best])
         if not moved:
             break
-    return v
+    return torch.from_numpy(v)
