@@ -109,12 +109,14 @@ def patches(layer: nn.Module, x: Tensor) -> Tensor:
     return rows.reshape(-1, layout.groups, layout.fan_in(weight))
 
 
-def with_filters(layer: nn.Module, weight: Tensor) -> nn.Module:
+def with_filters(layer: nn.Module, weight: Tensor, groups: int | None = None) -> nn.Module:
     """Return a layer of the plain class, where ``layer`` is parametrized, with another weight and without a bias."""
     kind = class_of(layer)
     probe = kind.__new__(kind)
     probe.__dict__.update(layer.__dict__, _modules={}, _forward_hooks=OrderedDict(), _forward_pre_hooks=OrderedDict())
     probe.__dict__.update(_parameters={"weight": nn.Parameter(weight, requires_grad=False), "bias": None})
+    if groups is not None:
+        probe.__dict__["groups"] = groups
     return probe
 
 

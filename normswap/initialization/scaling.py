@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from normswap.capture.channels import FIXED, Channels
 from normswap.capture.observed import Batch
+from normswap.initialization.lockstep import at_positions
 from normswap.initialization.moments import watch_inputs, with_filters
 from normswap.nn import FilterLayout
 
@@ -107,11 +108,15 @@ def _scale_outputs(module: nn.Module, factor: Tensor) -> None:
 def _patch_sums(layer: nn.Module, x: Tensor) -> Tensor:
     """Return each input channel's sum over the patches at some positions. ``(groups, positions, in/groups)``"""
     layout = FilterLayout.of(layer)
-    rows: Tensor = with_filters(layer, layout.input_sums(FilterLayout.weight(layer)))(x)
-    rows = rows.movedim(1, -1) if not isinstance(layer, nn.Linear) else rows
-    rows = rows.flatten(0, -2)
-    some: Tensor = rows[:: max(1, len(rows) // _MOST_ROWS)].double().unflatten(-1, (layout.groups, -1))
-    return some.transpose(0, 1)
+    if isinstance(layer, nn.Linear):
+        sums = x.flatten(0, -2)
+    else:  # a convolution of each channel by itself, with ones
+        weight = FilterLayout.weight(layer)
+        channels = layout.in_channels(weight)
+        sums = with_filters(layer, weight.new_ones(channels, 1, *weight.shape[2:]), groups=channels)(x)
+    positions = sums.numel() // sums.shape[1]
+    some = torch.arange(0, positions, max(1, positions // _MOST_ROWS), device=sums.device)
+    return at_positions(sums, some).double().unflatten(-1, (layout.groups, -1)).transpose(0, 1)
 
 
 @dataclass

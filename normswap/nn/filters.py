@@ -97,19 +97,6 @@ class FilterLayout:
         of_filter = factor.view(self.groups, 1, -1).expand(-1, weight.shape[0] // self.groups, -1).flatten(0, 1)
         return weight * of_filter.reshape(*weight.shape[:2], *trailing)
 
-    def input_sums(self, weight: Tensor) -> Tensor:
-        """Return a weight whose filters sum an input channel up over the kernel, one for each channel of a group.
-
-        Filter ``g·in/groups + i`` is one on channel i of group g and zero elsewhere. Shape: as ``weight``, with as many
-        output channels as input channels.
-        """
-        kernel = weight.shape[2:]
-        n = self.in_channels(weight) // self.groups
-        eye = torch.eye(n, dtype=weight.dtype, device=weight.device).repeat(self.groups, 1)
-        eye = eye.view(-1, n, *(1,) * len(kernel)).expand(-1, -1, *kernel)
-        # Where transposed, (in, out/groups): the same, as in each group the matrix is its own transpose.
-        return eye.contiguous()
-
     def unit_filters(self, weight: Tensor) -> Tensor:
         """Return a weight of ``groups·fan_in`` filters that copies the layer's input patches to its output.
 
