@@ -116,7 +116,8 @@ def _patch_sums(layer: nn.Module, x: Tensor) -> Tensor:
         sums = with_filters(layer, weight.new_ones(channels, 1, *weight.shape[2:]), groups=channels)(x)
     positions = sums.numel() // sums.shape[1]
     some = torch.arange(0, positions, max(1, positions // _MOST_ROWS), device=sums.device)
-    return at_positions(sums, some).double().unflatten(-1, (layout.groups, -1)).transpose(0, 1)
+    rows: Tensor = at_positions(sums, some).double().unflatten(-1, (layout.groups, -1))
+    return rows.transpose(0, 1)
 
 
 @dataclass
