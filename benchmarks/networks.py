@@ -38,6 +38,8 @@ class Network:
         make: Makes it, with random weights, on the default device.
         inputs: Its inputs, from the size of the batch and the side of a square image.
         sides: The sides to try, the smallest first.
+        inside: Submodules whose outputs are compared, too: those of a detector that finds nothing are empty, and of one
+            that finds something they jump with the last digit of a score.
     """
 
     package: str
@@ -46,6 +48,7 @@ class Network:
     make: Callable[[], nn.Module]
     inputs: Callable[[int, int], Inputs]
     sides: tuple[int, ...] = (64, 96, 128, 224, 256)
+    inside: tuple[str, ...] = ()
 
     @property
     def full_name(self) -> str:
@@ -106,11 +109,12 @@ def torchvision_networks() -> Iterator[Network]:
         if home.startswith(LEFT_OUT["torchvision"][0]):
             continue
         options: dict[str, Any] = {"weights": None}
-        inputs, sides = image, (64, 128, 224)
+        inputs, sides, inside = image, (64, 128, 224), ()
         if home.startswith(("detection", "segmentation")):
             options["weights_backbone"] = None
         if home.startswith("detection"):
             inputs, sides = images, (128, 320)
+            inside = ("backbone", "rpn.head") if "rcnn" in name else ("backbone", "head")
         if home.startswith("video"):
             inputs, sides = _clip, (64, 112, 224)
         if home.startswith("optical_flow"):
@@ -118,7 +122,8 @@ def torchvision_networks() -> Iterator[Network]:
         if home in ("googlenet", "inception"):
             options["init_weights"] = False
             sides = (64, 128, 299)
-        yield Network("torchvision", name, home, partial(models.get_model, name, **options), inputs, sides)
+        make = partial(models.get_model, name, **options)
+        yield Network("torchvision", name, home, make, inputs, sides, inside)
 
 
 def _clip(batch: int, side: int) -> Inputs:

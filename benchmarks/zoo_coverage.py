@@ -207,9 +207,18 @@ def randomize(model: nn.Module, inputs: Inputs) -> None:
 
 
 @torch.no_grad()
-def call(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    output = model(**inputs) if isinstance(inputs, dict) else model(*inputs)
-    return [t for t in pytree.tree_leaves(_plain(output)) if isinstance(t, Tensor) and t.is_floating_point()]
+def call(model: nn.Module, inputs: Inputs, inside: Sequence[str] = ()) -> list[Tensor]:
+    """Return all numbers that the model gives, and those that the submodules ``inside`` give, in the order of calls."""
+    outputs: list[Any] = []
+    handles = [
+        model.get_submodule(name).register_forward_hook(lambda *args: outputs.append(args[2])) for name in inside
+    ]
+    try:
+        outputs.append(model(**inputs) if isinstance(inputs, dict) else model(*inputs))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [t for t in pytree.tree_leaves(_plain(outputs)) if isinstance(t, Tensor) and t.is_floating_point()]
 
 
 def _plain(value: Any) -> Any:
@@ -220,8 +229,8 @@ def _plain(value: Any) -> Any:
 
 
 def distance(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The largest difference, relative to the largest value of its tensor; infinite for NaN or other shapes."""
-    if [t.shape for t in found] != [t.shape for t in expected] or not expected:
+    """The largest difference, relative to its tensor's largest value; infinite for NaN, other shapes or no value."""
+    if [t.shape for t in found] != [t.shape for t in expected] or not any(t.numel() for t in expected):
         return float("inf")
     worst = 0.0
     for a, b in zip(found, expected, strict=True):
@@ -254,13 +263,13 @@ def check(network: Network) -> Checked:
         raise ValueError("the network's own output is not finite")
     dtype = torch.float32
     try:
-        exact, fold, plan = moved(model, inputs)
+        exact, fold, plan = moved(model, inputs, network.inside)
     except VerificationError:  # the package's own check, on a network that is chaotic in float32
         exact = fold = float("inf")
     if not max(exact, fold) <= ALLOWED[dtype]:
         try:
             model, inputs, dtype = model.double(), doubled(inputs), torch.float64
-            exact, fold, plan = moved(model, inputs)
+            exact, fold, plan = moved(model, inputs, network.inside)
         except RuntimeError as cause:  # a forward that casts
             raise ValueError(f"moved by {max(exact, fold):.1e}, and there is no float64: {first_line(cause)}") from None
     error = ""
@@ -291,13 +300,13 @@ def doubled(inputs: Inputs) -> Any:
     return pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs)
 
 
-def moved(model: nn.Module, inputs: Inputs) -> tuple[float, float, Plan]:
+def moved(model: nn.Module, inputs: Inputs, inside: Sequence[str] = ()) -> tuple[float, float, Plan]:
     """Return how far ``wn+mobn`` and the folded model are from the original, and the plan."""
-    expected = call(model, inputs)
+    expected = call(model, inputs, inside)
     result = ns.convert(model, "wn+mobn", example_inputs=inputs, check=False)
-    exact = distance(call(result.model.eval(), inputs), expected)
+    exact = distance(call(result.model.eval(), inputs, inside), expected)
     folded = ns.fold(result.model, example_inputs=inputs)
-    return exact, distance(call(folded, inputs), expected), result.plan
+    return exact, distance(call(folded, inputs, inside), expected), result.plan
 
 
 # ------------------------------------------------------------------------------------------------ running them

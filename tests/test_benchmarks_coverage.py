@@ -110,6 +110,25 @@ def test_a_wrong_weight_and_a_wrong_pair_fail_the_check(
     assert "wrong output" in coverage.checked(network).error
 
 
+class FindsNothing(nn.Module):
+    """A detector whose output holds no value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = tiny()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.backbone(x).flatten()[:0]
+
+
+def test_a_network_that_gives_no_value_is_compared_inside_or_not_at_all(coverage: Any, network: Any) -> None:
+    empty = dataclasses.replace(network, make=FindsNothing)
+    assert "wrong output" in coverage.checked(empty).error
+    found = coverage.checked(dataclasses.replace(empty, inside=("backbone",)))
+    assert found.ok, found
+    assert 0 < found.exact < 1e-5
+
+
 def test_rows_are_kept_and_taken_up_again(coverage: Any, network: Any, tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     row = coverage.Results(file).get("plan", "tests/tiny", lambda: coverage.plan_of(network))
