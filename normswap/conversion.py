@@ -21,7 +21,7 @@ from normswap.initialization.absorb import absorb
 from normswap.initialization.agreement import agreement
 from normswap.initialization.centring import SCALED, moments_for, scaled_for
 from normswap.initialization.match import match_to
-from normswap.initialization.moments import Moments, measure_statistics
+from normswap.initialization.moments import Moments, Statistics, measure_statistics
 from normswap.initialization.steadying import SPREAD
 from normswap.initialization.tune import tune_to
 from normswap.inputs import Inputs, bind_batches, example_of, make_up_inputs, sample_count, some_samples
@@ -30,7 +30,7 @@ from normswap.origin import Origin, remember, skeleton_of
 from normswap.planning import make_plan, step_at
 from normswap.recipes import Recipe, all_recipes, make_recipe
 from normswap.recipes.base import AUTO_GROUPS, GroupedRecipe
-from normswap.records import InitReport, InitRow, Plan, SiteCost
+from normswap.records import InitReport, InitRow, NormKind, Plan, SiteCost
 from normswap.rewriting import Placed, rewrite
 from normswap.selfcheck import eval_output, keeps_output
 from normswap.verification import Verification
@@ -187,11 +187,14 @@ def convert(
     original, assumption = model, ""
     scales: dict[str, Tensor] = {}
     moments: dict[str, Moments] = {}
+    data: dict[str, Statistics] = {}
     if method != "none":
         if scale:
             original, scales = scaled_for(plan, recipe, captured, enough, example, statistics)
         notes += [SCALED] if original is not model else []
         moments, assumption = moments_for(plan, recipe, original, enough, example, fitted=fits)
+        if enough is not None and not recipe.exact and not fits:  # a fit measures its own
+            data = measure_statistics(original, _modules(plan), enough)
     reference = _reference(model, recipe, example, check and method != "none")
     trial = _trial(model, plan, example) if check else None
     # Matching needs the original beside the copy, also where the model itself is to become the converted one.
@@ -206,7 +209,7 @@ def convert(
     if method == "none":
         rows = [InitRow(p.step.site.norm, "fresh") for p in placed]
     else:
-        rows = [absorb(p, moments) for p in placed]
+        rows = [absorb(p, moments, data.get(p.step.site.norm)) for p in placed]
     if fits:
         assert batches is not None
         assert enough is not None
@@ -446,9 +449,7 @@ def _first_reason(plan: Plan) -> str:
     return f"'{norms[0].name}': {norms[0].reason}" if norms else "the model has no BatchNorm"
 
 
-def _missing_statistics(
-    model: nn.Module, plan: Plan, batches: Sequence[Batch] | None
-) -> dict[str, tuple[Tensor, Tensor]]:
+def _missing_statistics(model: nn.Module, plan: Plan, batches: Sequence[Batch] | None) -> dict[str, Statistics]:
     missing = [s.site.norm for s in plan.steps if not s.site.has_statistics]
     if not missing:
         return {}
@@ -461,7 +462,12 @@ def _missing_statistics(
     return measure_statistics(model, missing, batches)
 
 
-def _with_statistics(placed: Placed, statistics: Mapping[str, tuple[Tensor, Tensor]]) -> Placed:
+def _modules(plan: Plan) -> list[str]:
+    """Return the norms that are submodules."""
+    return [step.site.norm for step in plan.steps if step.site.kind == NormKind.MODULE]
+
+
+def _with_statistics(placed: Placed, statistics: Mapping[str, Statistics]) -> Placed:
     measured = statistics.get(placed.step.site.norm)
     if measured is None:
         if placed.state.mean is None:
@@ -471,7 +477,7 @@ def _with_statistics(placed: Placed, statistics: Mapping[str, tuple[Tensor, Tens
                 hint="exclude it, or give data that reaches it",
             )
         return placed
-    return dataclasses.replace(placed, state=dataclasses.replace(placed.state, mean=measured[0], var=measured[1]))
+    return dataclasses.replace(placed, state=dataclasses.replace(placed.state, mean=measured.mean, var=measured.var))
 
 
 def _reference(model: nn.Module, recipe: Recipe, example: Inputs | None, check: bool) -> tuple[Any, Inputs] | None:

@@ -85,7 +85,9 @@ def test_dead_channels_count_in_the_expected_statistics(monkeypatch: pytest.Monk
         measured = error()
         monkeypatch.setattr(
             "normswap.initialization.absorb.Incoming",
-            lambda gamma, beta, ratio, mean, scale: Incoming(gamma, beta, torch.ones_like(ratio), mean, scale),
+            lambda gamma, beta, level, ratio, mean, scale: Incoming(
+                gamma, beta, level, torch.ones_like(ratio), mean, scale
+            ),
         )
         plain = error()
     assert measured < 0.5 * plain  # 0.47 and 1.35

@@ -159,7 +159,8 @@ def test_a_recipe_is_added_by_one_class() -> None:
 
         def load(self, module: nn.Module | None, incoming: Incoming) -> Tensor:
             assert isinstance(module, RootMeanSquare)
-            module.weight.data.copy_(incoming.gain(1, self.eps))
+            _, square = incoming.over_groups(1)
+            module.weight.data.copy_(incoming.gamma * (square + self.eps).sqrt() / incoming.scale)
             module.bias.data.copy_(incoming.beta)
             return -incoming.mean
 

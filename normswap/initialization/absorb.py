@@ -3,9 +3,13 @@
 With BatchNorm in evaluation, per channel, ``y = γ (x − μ)/σ + β``, ``σ = sqrt(var + eps)``, ``x = W·u + b``:
 
 - a recipe without division (``wn+mobn``, ``wn``, ``mobn``, ``none``) takes γ/σ into the weight: the same function;
-- a per-sample norm gets (x − μ)/σ out of the layer, of mean 0 and variance ``r = var/(var + eps)`` over the data, and
-  takes ``γ·sqrt(r_g + eps')`` and β: with each new norm replaced by its own affine at those expected statistics, the
-  converted model *is* the original.
+- a per-sample norm gets t = (x − μ)/σ out of the layer, of mean 0 and variance ``r = var/(var + eps)`` over the data,
+  and takes ``γ·sqrt(r_g + eps')`` and β: with each new norm replaced by its own affine at those expected statistics,
+  the converted model *is* the original.
+
+What BatchNorm has recorded may not be what the data at hand has, after a change of domain or of preprocessing. Where
+there is data, t's mean and variance are its own: the n samples' and those of 16 more that are as recorded, so that a
+single sample, or constant ones, cannot decide alone.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.capture.batch_norms import BatchNormState
-from normswap.initialization.moments import Moments, centre
+from normswap.initialization.moments import Moments, Statistics, centre
 from normswap.nn import FilterLayout
 from normswap.recipes.parts import Bias, Incoming, Takes
 from normswap.records import InitRow
@@ -25,12 +29,16 @@ from normswap.rewriting import Placed
 __all__ = ["absorb"]
 
 
-def absorb(placed: Placed, moments: Mapping[str, Moments]) -> InitRow:
+_RECORDED_SAMPLES = 16  # that what the BatchNorm has recorded counts for, beside the data's
+
+
+def absorb(placed: Placed, moments: Mapping[str, Moments], data: Statistics | None = None) -> InitRow:
     """Give one site's new parts their values.
 
     Args:
         placed: What was put there.
         moments: The input moments of layers whose weight is standardized, by fqn.
+        data: What reaches the BatchNorm on data at hand.
     """
     site, state, part = placed.step.site, placed.state, placed.norm_part
     if state.gamma.is_meta:
@@ -44,7 +52,7 @@ def absorb(placed: Placed, moments: Mapping[str, Moments]) -> InitRow:
         Takes.NORMALIZATION: inverse_std,
         Takes.AFFINE: gamma * inverse_std,
     }[part.takes]
-    ratio = state.var.double() * inverse_std.square()
+    level, ratio = _expected(state, data)
     notes: list[str] = []
     excess = torch.ones_like(gamma)
     if placed.layer is not None:
@@ -71,7 +79,7 @@ def absorb(placed: Placed, moments: Mapping[str, Moments]) -> InitRow:
             _copy(placed.layer.weight, FilterLayout.of(placed.layer).scale(weight, scale))
     elif placed.affine is not None:
         _copy(placed.affine.weight, scale)
-    incoming = Incoming(gamma, beta, ratio, excess * scale * mean, excess)
+    incoming = Incoming(gamma, beta, level, ratio, excess * scale * mean, excess)
     if part.bias is Bias.KEPT:
         _follow(state, incoming)
         bias = None if placed.bias is None else excess * placed.bias.double()
@@ -82,6 +90,20 @@ def absorb(placed: Placed, moments: Mapping[str, Moments]) -> InitRow:
     _continue_count(placed)
     method = "exact" if part.takes is Takes.AFFINE else "absorbed"
     return InitRow(site.norm, method, tuple(notes))
+
+
+def _expected(state: BatchNormState, data: Statistics | None) -> tuple[Tensor, Tensor]:
+    """Return mean and variance of (x − μ)/σ."""
+    assert state.mean is not None
+    assert state.var is not None
+    level, ratio = torch.zeros_like(state.inverse_std), state.var.double() * state.inverse_std.square()
+    if data is None:
+        return level, ratio
+    share = data.samples / (data.samples + _RECORDED_SAMPLES)
+    found = (data.mean - state.mean.double()) * state.inverse_std
+    square = (1 - share) * ratio + share * (data.var * state.inverse_std.square() + found.square())
+    level = share * found
+    return level, square - level.square()
 
 
 def _copy(target: Tensor | nn.Module, value: Tensor) -> None:

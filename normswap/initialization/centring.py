@@ -16,7 +16,7 @@ from normswap.capture.batch_norms import read_batch_norm
 from normswap.capture.channels import Channels, find_channels
 from normswap.capture.guard import copy_of
 from normswap.capture.observed import Batch
-from normswap.initialization.moments import Moments, input_moments, noise_like
+from normswap.initialization.moments import Moments, Statistics, input_moments, noise_like
 from normswap.initialization.scaling import choose_scales, scale_channels
 from normswap.inputs import Inputs, make_up_inputs, sample_count
 from normswap.recipes import Recipe
@@ -39,7 +39,7 @@ def scaled_for(
     captured: Capture,
     batches: Sequence[Batch] | None,
     example: Inputs | None,
-    statistics: Mapping[str, tuple[Tensor, Tensor]],
+    statistics: Mapping[str, Statistics],
 ) -> tuple[nn.Module, dict[str, Tensor]]:
     """Return a copy of the captured model, the same function, whose channels' scales suit standardized weights.
 
@@ -52,7 +52,7 @@ def scaled_for(
         captured: The original's capture.
         batches: Calibration data.
         example: Inputs that the copy is checked on.
-        statistics: Mean and variance of the norms that store none, by fqn.
+        statistics: Of the norms that store none, by fqn.
     """
     model = captured.model
     gains = dict(_gains(model, plan, recipe, statistics))
@@ -142,14 +142,14 @@ def _scales(
 
 
 def _gains(
-    model: nn.Module, plan: Plan, recipe: Recipe, statistics: Mapping[str, tuple[Tensor, Tensor]]
+    model: nn.Module, plan: Plan, recipe: Recipe, statistics: Mapping[str, Statistics]
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the layers whose filters are centred, each with γ and σ of the norm behind it. ``(2, C)``"""
     for layer, step in _centred(plan, recipe):
         site = step.site
         if site.kind == NormKind.MODULE:
             state = read_batch_norm(model.get_submodule(site.norm))
-            var = statistics[site.norm][1] if site.norm in statistics else state.var
+            var = statistics[site.norm].var if site.norm in statistics else state.var
             if var is not None:
                 yield layer, torch.stack([state.gamma.double(), (var.double() + state.eps).sqrt()])
 

@@ -19,8 +19,10 @@ A fit holds a random choice of the positions: patches, and what goes with them, 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +30,7 @@ from torch import Tensor, nn
 from normswap.initialization.absorb import absorb
 from normswap.initialization.holdout import LEAST_SAMPLES, held_out
 from normswap.initialization.lockstep import Place, Visit, at_positions
-from normswap.initialization.moments import moments_of_covariance, patches
+from normswap.initialization.moments import Statistics, moments_of_covariance, patches
 from normswap.initialization.regression import Covariances, SecondMoments, Solution, seen, solve, within_sight
 from normswap.initialization.steadying import steady
 from normswap.nn import ChannelAffine, ChannelLayerNorm, FilterLayout
@@ -223,10 +225,11 @@ class Fitting:
         fit, held = self._moments(rows)
         if not bool(fit.inputs.isfinite().all()):
             return InitRow(name, "absorbed", ("its values are not finite: not fitted",))
-        if placed is not None and placed.step.site.layer and self.goal.part is not None and self.goal.part.centres:
-            # Absorbed anew, now that it is known what reaches the layer.
-            known = moments_of_covariance(fit.input_mean, fit.inputs, fit.count)
-            absorb(placed, {placed.step.site.layer: known})
+        if placed is not None:  # absorbed anew, now that it is known what reaches the layer and the norm
+            known = {}
+            if placed.step.site.layer and self.goal.part is not None and self.goal.part.centres:
+                known[placed.step.site.layer] = moments_of_covariance(fit.input_mean, fit.inputs, fit.count)
+            absorb(placed, known, self._statistics())
         before = best = self._measure(None)
         if not math.isfinite(before.noise):
             return InitRow(name, "absorbed", ("its values are not finite: not fitted",))
@@ -314,6 +317,11 @@ class Fitting:
             cut = here.cut
             found.append(_Rows(floats, y, None if cut is None else cut.to(y.dtype), chunk.held[index // positions]))
         return _Rows.joined(found)
+
+    def _statistics(self) -> Statistics:
+        """Return what reaches the original's norm, but for the samples that are held out."""
+        chunks = ((chunk.visit.reference, ~chunk.held) for chunk in self._chunks())
+        return reduce(operator.add, (Statistics.of(x[some]) for x, some in chunks if bool(some.any())))
 
     def _judging(self, rows: _Rows) -> Tensor:
         """Return which rows judge: those held out, all where none is."""

@@ -30,6 +30,7 @@ from normswap.nn import FilterLayout
 
 __all__ = [
     "Moments",
+    "Statistics",
     "centre",
     "input_moments",
     "measure_statistics",
@@ -145,16 +146,21 @@ def moments_of_covariance(mean: Tensor, covariance: Tensor, samples: int, assume
         InitializationError: They are not finite.
     """
     if not bool(covariance.isfinite().all()):
-        raise InitializationError(
-            "the values that reach a layer are not finite",
-            code="not-finite",
-            hint="check the inputs, and what the model gives for them",
-        )
+        raise _not_finite("a layer")
     fan_in = covariance.shape[-1]
     ridge = _ridge(covariance.diagonal(dim1=1, dim2=2).mean(1), fan_in / samples, assumed)
     eye = torch.eye(fan_in, dtype=covariance.dtype, device=covariance.device)
     factor = torch.linalg.cholesky(covariance + ridge * eye)
     return _moments(mean, torch.cholesky_solve(torch.ones_like(mean)[..., None], factor), assumed)
+
+
+def _not_finite(where: str) -> InitializationError:
+    """Return the error about what reaches ``where``."""
+    return InitializationError(
+        f"the values that reach {where} are not finite",
+        code="not-finite",
+        hint="check the inputs, and what the model gives for them",
+    )
 
 
 def _ridge(variance: Tensor, fan_in_per_sample: float, assumed: bool) -> Tensor:
@@ -193,20 +199,20 @@ def input_moments(
 
 def watch_inputs(
     model: nn.Module,
-    layers: Sequence[str],
+    names: Sequence[str],
     batches: Iterable[Batch],
     see: Callable[[str, nn.Module, Tensor], None],
     *,
     shaped: bool,
 ) -> None:
-    """Run ``model`` in evaluation and call ``see(name, layer, input)`` at each call of ``layers``; read-only."""
+    """Run ``model`` in evaluation and call ``see(name, module, input)`` at each call of these; read-only."""
     with untouched(model, values=True), torch.no_grad():
         set_mode(model, False)
         handles = []
-        for name in layers:
+        for name in names:
 
-            def show(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
-                see(name, layer, first_input(args, kwargs))
+            def show(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
+                see(name, module, first_input(args, kwargs))
 
             handles.append(model.get_submodule(name).register_forward_pre_hook(show, with_kwargs=True))
         if shaped:
@@ -318,26 +324,51 @@ def _as_natural_images(x: Tensor) -> Tensor:
     return x / x.std()
 
 
-def measure_statistics(
-    model: nn.Module, norms: Sequence[str], batches: Iterable[Batch]
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return mean and (biased) variance at the inputs of ``norms`` over all batches, by fqn; read-only."""
-    sums: dict[str, tuple[Tensor, Tensor, int]] = {}
-    with untouched(model, values=True), torch.no_grad():
-        set_mode(model, False)
-        handles = []
-        for name in norms:
+@dataclass(frozen=True)
+class Statistics:
+    """What reaches a norm on data: per channel ``(C,)``, in float64.
 
-            def add(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
-                x = first_input(args, kwargs).double().movedim(1, -1).flatten(0, -2)
-                before = sums.get(name, (0, 0, 0))
-                sums[name] = (before[0] + x.sum(0), before[1] + x.square().sum(0), before[2] + len(x))
+    Args:
+        mean: E[x].
+        var: E[(x − E[x])²].
+        values: How many values of a channel these are of.
+        samples: Of how many samples.
+    """
 
-            handles.append(model.get_submodule(name).register_forward_pre_hook(add, with_kwargs=True))
-        try:
-            for inputs in batches:
-                run_on_data(model, inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
-    return {name: (s / n, (q / n - (s / n).square()).clamp(min=0)) for name, (s, q, n) in sums.items()}
+    mean: Tensor
+    var: Tensor
+    values: int
+    samples: int
+
+    @classmethod
+    def of(cls, x: Tensor) -> Statistics:
+        """Return the statistics of ``(N, C, …)``."""
+        x = x if x.dtype == torch.float64 else x.float()
+        var, mean = torch.var_mean(x, [0, *range(2, x.ndim)], correction=0)
+        return cls(mean.double(), var.double(), x[:, 0].numel(), len(x))
+
+    def __add__(self, other: Statistics) -> Statistics:
+        values = self.values + other.values
+        share = other.values / values
+        step = other.mean - self.mean
+        var = (1 - share) * self.var + share * other.var + share * (1 - share) * step.square()
+        return Statistics(self.mean + share * step, var, values, self.samples + other.samples)
+
+
+def measure_statistics(model: nn.Module, norms: Sequence[str], batches: Iterable[Batch]) -> dict[str, Statistics]:
+    """Return the statistics at the inputs of ``norms`` over all batches, by fqn; read-only.
+
+    Raises:
+        InitializationError: They are not finite.
+    """
+    found: dict[str, Statistics] = {}
+
+    def add(name: str, _: nn.Module, x: Tensor) -> None:
+        if x.numel():
+            found[name] = found[name] + Statistics.of(x) if name in found else Statistics.of(x)
+
+    watch_inputs(model, norms, batches, add, shaped=False)
+    for name, one in found.items():
+        if not bool((one.mean + one.var).isfinite().all()):
+            raise _not_finite(f"'{name}'")
+    return found

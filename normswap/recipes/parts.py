@@ -70,25 +70,37 @@ class Incoming:
     Args:
         gamma: γ.
         beta: β.
-        ratio: ``r = var/(var + eps)`` of the BatchNorm, 1 but for dead channels: the variance of (x − μ)/σ.
+        level: The mean of (x − μ)/σ: 0, unless data at hand has another.
+        ratio: The variance of (x − μ)/σ: ``r = var/(var + eps)`` of the BatchNorm, 1 but for dead channels, unless data
+            at hand has another.
         mean: The mean of the layer's output before any bias.
         scale: The factor by which the layer's output exceeds the one asked for; 1 but where the weight keeps no scale.
     """
 
     gamma: Tensor
     beta: Tensor
+    level: Tensor
     ratio: Tensor
     mean: Tensor
     scale: Tensor
 
-    def gain(self, groups: int, eps: float) -> Tensor:
-        """Return γ' with which a norm at its expected statistics is ``γ (x − μ)/σ``: ``γ·sqrt(r_g + eps)/scale``.
+    def over_groups(self, groups: int) -> tuple[Tensor, Tensor]:
+        """Return the mean and the mean square of what a channel's group brings, ``scale·(x − μ)/σ``. Each ``(C,)``"""
 
-        ``r_g``, the mean of ``scale²·r`` over the channel's group, is the variance that the norm will divide by.
+        def mean(value: Tensor) -> Tensor:
+            return value.view(groups, -1).mean(1).repeat_interleave(value.numel() // groups)
+
+        return mean(self.scale * self.level), mean(self.scale.square() * (self.ratio + self.level.square()))
+
+    def affine(self, groups: int, eps: float) -> tuple[Tensor, Tensor]:
+        """Return γ' and β' with which a norm at its expected statistics is ``γ (x − μ)/σ + β``.
+
+        ``γ' = γ·sqrt(r_g + eps)/scale`` and ``β' = β + γ·l_g/scale``, with l_g and r_g the mean and the variance of all
+        that the channel's group brings.
         """
-        variance = (self.scale.square() * self.ratio).view(groups, -1).mean(1, keepdim=True)
-        root = (variance + eps).sqrt().expand(groups, self.gamma.numel() // groups).flatten()
-        return self.gamma * root / self.scale
+        mean, square = self.over_groups(groups)
+        root = (square - mean.square() + eps).sqrt()
+        return self.gamma * root / self.scale, self.beta + self.gamma * mean / self.scale
 
 
 class NormPart:
@@ -120,7 +132,7 @@ class Groups(NormPart):
         return nn.GroupNorm(self.num_groups, site.num_features, self.eps, device=like.device, dtype=like.dtype)
 
     def load(self, module: nn.Module | None, incoming: Incoming) -> Tensor:
-        return _load_affine(module, incoming.gain(self.num_groups, self.eps), incoming)
+        return _load_affine(module, incoming, self.num_groups, self.eps)
 
     def __str__(self) -> str:
         return f"GroupNorm, {self.num_groups} group{'s' if self.num_groups > 1 else ''}"
@@ -136,17 +148,18 @@ class LayerNormChannels(NormPart):
         return ChannelLayerNorm(site.num_features, self.eps, device=like.device, dtype=like.dtype)
 
     def load(self, module: nn.Module | None, incoming: Incoming) -> Tensor:
-        return _load_affine(module, incoming.gain(1, self.eps), incoming)
+        return _load_affine(module, incoming, 1, self.eps)
 
     def __str__(self) -> str:
         return "LayerNorm over channels"
 
 
-def _load_affine(module: nn.Module | None, gain: Tensor, incoming: Incoming) -> Tensor:
+def _load_affine(module: nn.Module | None, incoming: Incoming, groups: int, eps: float) -> Tensor:
     assert isinstance(module, (nn.GroupNorm, nn.LayerNorm))
+    gain, shift = incoming.affine(groups, eps)
     with torch.no_grad():
         module.weight.copy_(gain)
-        module.bias.copy_(incoming.beta)
+        module.bias.copy_(shift)
     return -incoming.mean
 
 
