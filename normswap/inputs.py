@@ -17,7 +17,16 @@ from normswap.capture.ops import is_layer
 from normswap.errors import InputError
 from normswap.nn import FilterLayout
 
-__all__ = ["Inputs", "as_inputs", "bind_batches", "example_of", "make_up_inputs", "sample_count", "some_samples"]
+__all__ = [
+    "Inputs",
+    "as_inputs",
+    "bind_batches",
+    "example_of",
+    "make_up_inputs",
+    "sample_count",
+    "some_samples",
+    "take",
+]
 
 Inputs = tuple[Any, ...] | Mapping[str, Any]
 """One call's inputs: positional or by keyword."""
@@ -113,13 +122,21 @@ def some_samples(batch: Batch, count: int = 2) -> Inputs | None:
     """
     if callable(batch):
         return None
+    found = take(batch, slice(count))
+    return batch if found is None else found
+
+
+def take(batch: Batch, chosen: slice | Tensor) -> Inputs | None:
+    """Return the chosen samples of a batch; None where that is a function, or its tensors share no first axis."""
+    if callable(batch):
+        return None
     values = list(batch.values()) if isinstance(batch, Mapping) else list(batch)
     sizes = {len(value) if isinstance(value, Tensor) and value.ndim > 0 else None for value in values}
     if len(sizes) != 1 or None in sizes:
-        return batch
+        return None
     if isinstance(batch, Mapping):
-        return {name: value[:count] for name, value in batch.items()}
-    return tuple(value[:count] for value in batch)
+        return {name: value[chosen] for name, value in batch.items()}
+    return tuple(value[chosen] for value in batch)
 
 
 def _call(forward_fn: Callable[[nn.Module, Any], Any], batch: Any, model: nn.Module) -> Any:

@@ -213,7 +213,7 @@ def test_a_solution_applies_as_it_says_and_its_factor_may_be_used_again() -> Non
     found = solve(moments(u, t), anchor(), 1e-2, zero_sum=True)
     by_hand = np.einsum("ngp,gop->ngo", u.double(), found.weight) + found.bias.numpy()
     np.testing.assert_allclose(found.apply(u.double()), by_hand.reshape(len(u), -1), atol=1e-9)
-    again = solve(moments(u, t), anchor(), 1e-2, zero_sum=True, factor=found.factor)
+    again = solve(moments(u, t), anchor(), 1e-2, zero_sum=True, like=found)
     assert torch.equal(found.weight, again.weight)
 
 
@@ -231,7 +231,7 @@ def test_rounds_of_what_is_seen_lessen_its_error_where_plain_regression_spends_w
         predicted = solution.apply(u)
         errors.append(float((seen(predicted, cut) - seen(y, cut)).square().mean()))
         again = data.retargeted(u, within_sight(predicted, y, cut))
-        solution = solve(again, torch.zeros(1, 3, 6, dtype=torch.float64), 1e-4, factor=solution.factor)
+        solution = solve(again, torch.zeros(1, 3, 6, dtype=torch.float64), 1e-4, like=solution)
     assert errors[-1] < 0.3 * errors[0]
     assert errors == sorted(errors, reverse=True)
 

@@ -16,9 +16,10 @@ from normswap.capture.batch_norms import read_batch_norm
 from normswap.capture.channels import Channels, find_channels
 from normswap.capture.guard import copy_of
 from normswap.capture.observed import Batch
+from normswap.initialization.lockstep import tensors_of
 from normswap.initialization.moments import Moments, Statistics, input_moments, noise_like
 from normswap.initialization.scaling import choose_scales, scale_channels
-from normswap.inputs import Inputs, make_up_inputs, sample_count
+from normswap.inputs import Inputs, make_up_inputs, sample_count, some_samples
 from normswap.recipes import Recipe
 from normswap.recipes.parts import Takes
 from normswap.records import NormKind, Plan, Step
@@ -30,7 +31,8 @@ SCALED = (
     "channels between layers were scaled, so that standardizing the weights takes less away: features taken from "
     "within the model differ from the original's by a factor per channel (scale=False leaves them)"
 )
-_SAMPLES_TO_SCALE = 128
+_SAMPLES_TO_SCALE, _LARGE_SAMPLES_TO_SCALE = 128, 32
+_LARGE = 2**17  # values of a sample, which then has many positions
 
 
 def scaled_for(
@@ -166,7 +168,9 @@ def _first_samples(batches: Sequence[Batch]) -> Sequence[Batch]:
     samples = 0
     for i, batch in enumerate(batches):
         samples += sample_count(batch)
-        if samples >= _SAMPLES_TO_SCALE:
+        one = some_samples(batch, 1)
+        values = sum(value.numel() for value in tensors_of(one))
+        if samples >= (_LARGE_SAMPLES_TO_SCALE if values >= _LARGE else _SAMPLES_TO_SCALE):
             return batches[: i + 1]
     return batches
 

@@ -120,19 +120,22 @@ class _Chunk:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Some positions, one a row: values there, the target y, below what y is not seen, and which are held out.
+    """Some positions, one a row: values there, the target y, and below what y is not seen.
 
-    Each of ``values`` is ``(n, …)``, ``held`` ``(n,)``, the others ``(n, C)``.
+    Each of ``values`` is ``(n, …)``, the others are ``(n, C)``.
     """
 
     values: tuple[Tensor, ...]
     y: Tensor
     cut: Tensor | None
-    held: Tensor
 
-    def __getitem__(self, index: Tensor) -> _Rows:
-        cut = None if self.cut is None else self.cut[index]
-        return _Rows(tuple(value[index] for value in self.values), self.y[index], cut, self.held[index])
+    def split(self, first: int) -> tuple[_Rows, _Rows]:
+        """Return the first rows, and the others."""
+        cuts = (None, None) if self.cut is None else (self.cut[:first], self.cut[first:])
+        return (
+            _Rows(tuple(value[:first] for value in self.values), self.y[:first], cuts[0]),
+            _Rows(tuple(value[first:] for value in self.values), self.y[first:], cuts[1]),
+        )
 
     @classmethod
     def joined(cls, parts: Sequence[_Rows]) -> _Rows:
@@ -142,7 +145,6 @@ class _Rows:
             tuple(map(torch.cat, zip(*(rows.values for rows in parts), strict=True))),
             torch.cat([rows.y for rows in parts]),
             torch.cat(cuts) if len(cuts) == len(parts) else None,
-            torch.cat([rows.held for rows in parts]),
         )
 
     def error(self, outputs: Tensor) -> Tensor:
@@ -153,6 +155,14 @@ class _Rows:
     def size(self) -> Tensor:
         """The variance of what is seen, per channel."""
         return (self.y if self.cut is None else (self.y - self.cut).clamp(min=0)).var(0, correction=0)
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Rows to fit to, and rows to judge by: those of the samples held out, and where none is the same ones."""
+
+    fit: _Rows
+    judge: _Rows
 
 
 @dataclass(frozen=True)
@@ -217,12 +227,12 @@ class Fitting:
             return InitRow(name, "absorbed", ("no sample reaches it: not fitted",))
         if not all(self._agrees(visit) for visit in self.visits):
             return InitRow(name, "absorbed", ("the networks' shapes differ here: not fitted",))
-        rows = self._sample(
+        sample = self._sample(
             lambda chunk, index, t: (self._patches(chunk.x)[index], t),
             self._layout.groups * self._layout.fan_in(self._weight),
             _MOST_VALUES,
         )
-        fit, held = self._moments(rows)
+        fit, held = _moments(sample.fit), _moments(sample.judge)
         if not bool(fit.inputs.isfinite().all()):
             return InitRow(name, "absorbed", ("its values are not finite: not fitted",))
         if placed is not None:  # absorbed anew, now that it is known what reaches the layer and the norm
@@ -233,8 +243,8 @@ class Fitting:
         before = best = self._measure(None)
         if not math.isfinite(before.noise):
             return InitRow(name, "absorbed", ("its values are not finite: not fitted",))
-        solution = self._regress(rows, fit, held)
-        del rows
+        solution = self._regress(sample, fit, held)
+        del sample
         for candidate in () if solution is None else self._candidates(solution):
             found = self._measure(candidate)
             best = found if found.noise < best.noise else best
@@ -265,13 +275,17 @@ class Fitting:
             self.source(visit.x[:1]).shape[1:] == visit.reference.shape[1:]
         )
 
-    def _chunks(self) -> Iterator[_Chunk]:
-        width = self._layout.groups * self._layout.fan_in(self._weight)
+    def _held(self) -> Iterator[tuple[Visit, Tensor]]:
+        """Yield each visit and which of its samples are held out."""
         before = 0
         for visit in self.visits:
-            positions = max(1, visit.reference[:1].numel() // visit.reference.shape[1])
-            held = held_out(len(visit.x), before).to(visit.x.device) & self.holds_out
+            yield visit, held_out(len(visit.x), before).to(visit.x.device) & self.holds_out
             before += len(visit.x)
+
+    def _chunks(self) -> Iterator[_Chunk]:
+        width = self._layout.groups * self._layout.fan_in(self._weight)
+        for visit, held in self._held():
+            positions = max(1, visit.reference[:1].numel() // visit.reference.shape[1])
             for part in visit.split(max(1, _MOST_VALUES // (positions * width))):
                 yield _Chunk(part, held[: len(part.x)])
                 held = held[len(part.x) :]
@@ -291,7 +305,7 @@ class Fitting:
             return _by_position(x)[..., None]
         return patches(self.source, x)
 
-    def _sample(self, values: Callable[[_Chunk, Tensor, Tensor], tuple[Tensor, ...]], width: int, most: int) -> _Rows:
+    def _sample(self, values: Callable[[_Chunk, Tensor, Tensor], tuple[Tensor, ...]], width: int, most: int) -> _Sample:
         """Return a random choice of all positions, the same each time, with the ``values`` there.
 
         Args:
@@ -303,7 +317,7 @@ class Fitting:
         in_all = sum(visit.reference.numel() for visit in self.visits) // channels
         share = max(most // max(width, channels), _LEAST_ROWS) / in_all
         generator = torch.Generator().manual_seed(0)
-        found = []
+        parts = []
         for chunk in self._chunks():
             positions = chunk.visit.reference[0, 0].numel()
             index = torch.arange(len(chunk.x) * positions)
@@ -311,34 +325,32 @@ class Fitting:
                 some = torch.randperm(len(index), generator=generator)[: max(1, round(share * len(index)))]
                 index = some.sort().values
             index = index.to(chunk.x.device)
+            held = chunk.held[index // positions]
+            index = torch.cat((index[~held], index[held]))
             here = chunk.visit.at(index)
             t, y = self.goal.targets(here)
             floats = tuple(value.to(y.dtype) for value in values(chunk, index, t))
-            cut = here.cut
-            found.append(_Rows(floats, y, None if cut is None else cut.to(y.dtype), chunk.held[index // positions]))
-        return _Rows.joined(found)
+            cut = None if here.cut is None else here.cut.to(y.dtype)
+            parts.append(_Rows(floats, y, cut).split(len(index) - int(held.sum())))
+        fit, judge = (_Rows.joined(several) for several in zip(*parts, strict=True))
+        return _Sample(fit, judge if len(judge.y) else fit)
 
     def _statistics(self) -> Statistics:
-        """Return what reaches the original's norm, but for the samples that are held out."""
-        chunks = ((chunk.visit.reference, ~chunk.held) for chunk in self._chunks())
-        return reduce(operator.add, (Statistics.of(x[some]) for x, some in chunks if bool(some.any())))
-
-    def _judging(self, rows: _Rows) -> Tensor:
-        """Return which rows judge: those held out, all where none is."""
-        return rows.held if self.holds_out else ~rows.held
+        """Return what reaches the original's norm at some positions, but for the samples that are held out."""
+        in_all = sum(visit.reference.numel() for visit in self.visits)
+        generator = torch.Generator().manual_seed(0)
+        found = []
+        for visit, held in self._held():
+            x = visit.reference.flatten(2) if visit.reference.ndim > 2 else visit.reference[..., None]
+            some = max(1, round(min(1, _MOST_OUTPUTS / in_all) * x.shape[2]))
+            index = torch.randperm(x.shape[2], generator=generator)[:some].to(x.device)
+            if not bool(held.all()):
+                found.append(Statistics.of(x[:, :, index][~held]))
+        return reduce(operator.add, found)
 
     # --------------------------------------------------------------------------------------- the layer's weights
 
-    def _moments(self, rows: _Rows) -> tuple[Covariances, Covariances]:
-        """Return the moments of the rows to fit to, and of those held out."""
-        both = SecondMoments(), SecondMoments()
-        for u, t, held in zip(*(v.split(2**16) for v in (*rows.values, rows.held)), strict=True):
-            for moments, some in zip(both, (~held, held), strict=True):
-                moments.add(u[some], t[some])
-        fit = both[0].read()
-        return fit, both[1].read() if both[1].count else fit
-
-    def _regress(self, rows: _Rows, fit: Covariances, held: Covariances) -> Solution | None:
+    def _regress(self, sample: _Sample, fit: Covariances, held: Covariances) -> Solution | None:
         """Return the source's weights by ridge regression; None where the moments are not finite."""
         groups = self._layout.groups
         anchor = self.goal.anchor.unflatten(0, (groups, -1))
@@ -348,16 +360,15 @@ class Fitting:
         least = math.inf
         # Where no sample is held out a weaker ridge would always seem better.
         for ridge in _RIDGES if self.holds_out else _RIDGES[:2]:
-            found = solve(fit, anchor, ridge, zero_sum=zero_sum)
+            found = solve(fit, anchor, ridge, zero_sum=zero_sum, like=solution)
             error = float((held.error(found) * importance).sum())
             if error >= least:
                 break
             solution, least = found, error
-        if solution is None or rows.cut is None:
+        if solution is None or sample.fit.cut is None:
             return solution
         best, least = solution, math.inf
-        judges, fits = self._judging(rows), ~rows.held
-        judging, fitting = rows[judges], rows[fits]
+        judging, fitting = sample.judge, sample.fit
         for _ in range(_ROUNDS + 1):
             error = float(judging.error(self._predicted(solution, judging)).sum())
             if not error < least:
@@ -368,7 +379,7 @@ class Fitting:
             wanted = within_sight(self._predicted(solution, fitting), fitting.y, fitting.cut)
             u, t = fitting.values
             moments = fit.retargeted(u, t + (wanted - fitting.y) * self.goal.inverse_gain)
-            solution = solve(moments, anchor, solution.ridge, zero_sum=zero_sum, factor=solution.factor)
+            solution = solve(moments, anchor, solution.ridge, zero_sum=zero_sum, like=solution)
         return best
 
     def _predicted(self, solution: Solution, rows: _Rows) -> Tensor:
@@ -396,12 +407,12 @@ class Fitting:
     def _units(self) -> tuple[Tensor, Tensor]:
         """Return the mean and the mean square, per channel, of all that the norm takes one mean over. ``(n, C)``"""
         if isinstance(self.norm, ChannelLayerNorm):  # each position by itself
-            rows = self._sample(
+            sample = self._sample(
                 lambda chunk, index, _: (at_positions(self.source(chunk.x), index),),
                 len(self.goal.gain),
                 _MOST_OUTPUTS,
             )
-            z = rows.values[0][~rows.held]
+            (z,) = sample.fit.values
             return z, z.square()
         means, squares = [], []
         for chunk in self._chunks():
@@ -428,15 +439,15 @@ class Fitting:
             self._load(candidate)
             if self.norm is not None:
                 _set_affine(self.norm, torch.ones_like(self.goal.gain), torch.zeros_like(self.goal.gain))
-        rows = self._sample(
+        sample = self._sample(
             lambda chunk, index, _: (at_positions(self.place.output(chunk.x), index),),
             len(self.goal.gain),
             _MOST_OUTPUTS,
         )
-        judging = rows[self._judging(rows)]
+        judging = sample.judge
         (outputs,) = judging.values
         if candidate is not None and self.norm is not None:
-            gain, shift = self._affine(rows[~rows.held], candidate.prior.float())
+            gain, shift = _affine(sample.fit, candidate.prior.float())
             _set_affine(self.norm, gain, shift)
             outputs = gain * outputs + shift
         unit = self.goal.unit
@@ -451,17 +462,6 @@ class Fitting:
             num_groups=getattr(self.norm, "num_groups", None),
             ridge=candidate.ridge if candidate else None,
         )
-
-    def _affine(self, rows: _Rows, prior: Tensor) -> tuple[Tensor, Tensor]:
-        """Return γ' and β' by least squares; a channel that hardly varies keeps the gain that ``prior`` gives."""
-        mean = rows.values[0].mean(0)
-        h = rows.values[0] - mean
-        variance = h.square().mean(0)
-        whole = variance.mean().clamp(min=1e-30)
-        floor, prior = _FLOOR * whole, prior / whole.sqrt()
-        centre = rows.y.mean(0)
-        gain = ((h * (rows.y - centre)).mean(0) + floor * prior) / (variance + floor)
-        return gain, centre - gain * mean
 
     def _load(self, candidate: _Candidate) -> None:
         if candidate.num_groups is not None and self.norm is not None:
@@ -486,6 +486,25 @@ class Fitting:
             parameter.copy_(value)
         if result.num_groups is not None and self.norm is not None:
             self.norm.__dict__["num_groups"] = result.num_groups
+
+
+def _moments(rows: _Rows) -> Covariances:
+    moments = SecondMoments()
+    for u, t in zip(*(value.split(2**16) for value in rows.values), strict=True):
+        moments.add(u, t)
+    return moments.read()
+
+
+def _affine(rows: _Rows, prior: Tensor) -> tuple[Tensor, Tensor]:
+    """Return γ' and β' by least squares; a channel that hardly varies keeps the gain that ``prior`` gives."""
+    mean = rows.values[0].mean(0)
+    h = rows.values[0] - mean
+    variance = h.square().mean(0)
+    whole = variance.mean().clamp(min=1e-30)
+    floor, prior = _FLOOR * whole, prior / whole.sqrt()
+    centre = rows.y.mean(0)
+    gain = ((h * (rows.y - centre)).mean(0) + floor * prior) / (variance + floor)
+    return gain, centre - gain * mean
 
 
 def _by_position(value: Tensor) -> Tensor:

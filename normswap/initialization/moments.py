@@ -149,8 +149,9 @@ def moments_of_covariance(mean: Tensor, covariance: Tensor, samples: int, assume
         raise _not_finite("a layer")
     fan_in = covariance.shape[-1]
     ridge = _ridge(covariance.diagonal(dim1=1, dim2=2).mean(1), fan_in / samples, assumed)
-    eye = torch.eye(fan_in, dtype=covariance.dtype, device=covariance.device)
-    factor = torch.linalg.cholesky(covariance + ridge * eye)
+    ridged = covariance.clone()
+    ridged.diagonal(dim1=1, dim2=2).add_(ridge[..., 0])
+    factor = torch.linalg.cholesky(ridged)
     return _moments(mean, torch.cholesky_solve(torch.ones_like(mean)[..., None], factor), assumed)
 
 

@@ -130,12 +130,23 @@ class Covariances:
 
 @dataclass(frozen=True)
 class Solution:
-    """A layer's weight and bias: ``(G, o, p)`` and ``(G, o)``; the λ that gave it, and the Cholesky factor of A."""
+    """A layer's weight and bias, ``(G, o, p)`` and ``(G, o)``, and what it was computed from.
+
+    Args:
+        weight: W.
+        bias: b.
+        ridge: λ.
+        factor: The Cholesky factor of A.
+        of_ones: ``1ᵀA⁻¹``. ``(G, 1, p)``
+        of_anchor: ``W₀C_uu``.
+    """
 
     weight: Tensor
     bias: Tensor
     ridge: float
     factor: Tensor
+    of_ones: Tensor
+    of_anchor: Tensor
 
     def apply(self, patches: Tensor) -> Tensor:
         """Return ``W u + b`` of patches ``(n, G, p)``. ``(n, C)``"""
@@ -147,7 +158,7 @@ _MOST_RIDGE = 1e6
 
 
 def solve(
-    data: Covariances, anchor: Tensor, ridge: float, *, zero_sum: bool = False, factor: Tensor | None = None
+    data: Covariances, anchor: Tensor, ridge: float, *, zero_sum: bool = False, like: Solution | None = None
 ) -> Solution:
     """Return the weight and bias that predict the targets best, at ridge λ towards ``anchor``.
 
@@ -158,22 +169,30 @@ def solve(
         anchor: W₀. ``(G, o, p)``
         ridge: λ, relative to the inputs' mean variance.
         zero_sum: Whether every filter must sum to zero.
-        factor: The factor of an earlier solution with the same patches and λ, which is not computed again.
+        like: A solution with the same patches and anchor: what depends on neither λ nor the targets is taken from it,
+            and where λ is the same, the factor.
     """
-    eye = torch.eye(anchor.shape[-1], dtype=anchor.dtype, device=anchor.device)
-    missing = data.cross - anchor @ data.inputs
-    while factor is None:
-        tried, failed = torch.linalg.cholesky_ex(data.inputs + ridge * data.scale * eye)
-        if not bool(failed.any()) or ridge > _MOST_RIDGE:
-            factor = tried
-        else:
-            ridge = max(10 * ridge, 1e-12)
-    weight = anchor + torch.cholesky_solve(missing.mT, factor).mT
+    of_anchor = anchor @ data.inputs if like is None else like.of_anchor
+    if like is not None and like.ridge == ridge:
+        factor, of_ones = like.factor, like.of_ones
+    else:
+        factor, ridge = _factor(data, ridge)
+        of_ones = torch.cholesky_solve(torch.ones_like(anchor[:, :1]).mT, factor).mT
+    weight = anchor + torch.cholesky_solve((data.cross - of_anchor).mT, factor).mT
     if zero_sum:
-        direction = torch.cholesky_solve(torch.ones_like(anchor[:, :1]).mT, factor).mT  # 1ᵀA⁻¹, (G, 1, p)
-        weight = weight - weight.sum(-1, keepdim=True) * (direction / direction.sum(-1, keepdim=True))
+        weight = weight - weight.sum(-1, keepdim=True) * (of_ones / of_ones.sum(-1, keepdim=True))
     bias = data.target_mean - (weight @ data.input_mean[..., None])[..., 0]
-    return Solution(weight, bias, ridge, factor)
+    return Solution(weight, bias, ridge, factor, of_ones, of_anchor)
+
+
+def _factor(data: Covariances, ridge: float) -> tuple[Tensor, float]:
+    while True:
+        ridged = data.inputs.clone()
+        ridged.diagonal(dim1=1, dim2=2).add_(ridge * data.scale[..., 0])
+        factor, failed = torch.linalg.cholesky_ex(ridged)
+        if not bool(failed.any()) or ridge > _MOST_RIDGE:
+            return factor, ridge
+        ridge = max(10 * ridge, 1e-12)
 
 
 def seen(value: Tensor, cut: Tensor | None) -> Tensor:
