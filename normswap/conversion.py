@@ -130,9 +130,9 @@ def convert(
         forward_fn: Called as ``forward_fn(model, batch)`` for each batch of ``calibration``, for data that the rule
             above does not fit.
         init: ``"absorb"`` keeps the model's function by what its BatchNorms know, exactly under an exact recipe and
-            closely under the others; ``"match"``, the default where there is calibration data, then fits each site to
-            the original in closed form; ``"tune"`` then takes gradient steps towards the original's own values, without
-            labels; ``"none"`` leaves the new norms fresh.
+            closely under the others, with the statistics of the data where there is some; ``"match"``, the default
+            where there is calibration data, then fits each site to the original in closed form; ``"tune"`` then takes
+            gradient steps towards the original's own values, without labels; ``"none"`` leaves the new norms fresh.
         include: Globs of the norms to convert; default all.
         exclude: Globs of norms to leave as they are.
         plan: A plan to replay instead of making one.
