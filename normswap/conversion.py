@@ -415,7 +415,13 @@ def _plan(
 
 def _refuse_unfit(model: nn.Module) -> None:
     for name, value in (*model.named_parameters(), *model.named_buffers()):
-        if is_lazy(value) or value.is_meta or not value.is_floating_point():
+        if is_lazy(value):
+            raise InputError(
+                f"'{name}' has neither shape nor values yet: its layer is lazy and was never called",
+                code="lazy-layer",
+                hint="run the model on a batch first, and remove layers that it never calls",
+            )
+        if value.is_meta or not value.is_floating_point():
             continue
         # A buffer may be infinite for good reasons: attention masks are.
         mask = not isinstance(value, nn.Parameter) and not name.rpartition(".")[2].startswith("running_")

@@ -207,6 +207,15 @@ def test_the_tables_name_entries_and_recipes_that_exist() -> None:
     assert {recipe for _, recipe in REFUSALS} <= {"*", *RECIPES}
 
 
+def test_a_layer_without_a_shape_is_refused_until_the_model_has_run() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.LazyLinear(2)).eval()
+    with pytest.raises(ns.InputError, match=r"'3\.weight' has neither shape nor values yet"):
+        ns.swap_norms(model)
+    x = torch.randn(2, 3, 8, 8)
+    expected = model(x)
+    assert torch.allclose(ns.swap_norms(model, "none", example_inputs=(x,))(x), expected, atol=1e-5)
+
+
 @ALL
 def test_a_model_of_which_nothing_can_be_converted_is_refused_with_the_reason(recipe: str) -> None:
     with pytest.raises(NormswapError) as caught:
