@@ -43,7 +43,7 @@ from torch.nn.utils import parametrize
 from zoo import ZOO, leaves
 
 import normswap as ns
-from normswap.errors import FoldError, NormswapError
+from normswap.errors import FoldError, InputError, NormswapError
 from normswap.initialization import absorb as absorption
 from normswap.nn import ChannelLayerNorm, MeanOnlyBatchNorm
 from normswap.records import Plan
@@ -209,7 +209,7 @@ def test_the_tables_name_entries_and_recipes_that_exist() -> None:
 
 def test_a_layer_without_a_shape_is_refused_until_the_model_has_run() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.LazyLinear(2)).eval()
-    with pytest.raises(ns.InputError, match=r"'3\.weight' has neither shape nor values yet"):
+    with pytest.raises(InputError, match=r"'3\.weight' has neither shape nor values yet"):
         ns.swap_norms(model)
     x = torch.randn(2, 3, 8, 8)
     expected = model(x)
