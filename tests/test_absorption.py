@@ -145,6 +145,17 @@ def test_statistics_add_up() -> None:
     assert not np.allclose((Statistics.of(x[:2]) + Statistics.of(x[3:])).var, values.var((0, 2)), rtol=1e-3)
 
 
+@pytest.mark.parametrize("recipe", ["gn", "gn+ws"])
+def test_a_match_keeps_what_was_absorbed_where_the_original_overflows(recipe: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
+    nn.init.normal_(model[0].weight, 0, 1e30)
+    x = 1e9 * torch.randn(20, 3, 5, 5)
+    assert not model[0](x).isfinite().all()
+    found = ns.convert(model, recipe, calibration=x)
+    assert all(bool(p.isfinite().all()) for p in found.model.parameters())
+    assert found.init.rows[0].notes == ("its values are not finite: not fitted",)
+
+
 def test_values_that_are_not_finite_are_refused() -> None:
     model = network()
     model[2] = Exploding()

@@ -233,13 +233,14 @@ class Fitting:
             _MOST_VALUES,
         )
         fit, held = _moments(sample.fit), _moments(sample.judge)
-        if not bool(fit.inputs.isfinite().all()):
+        statistics = self._statistics()
+        if not bool(fit.inputs.isfinite().all() and statistics.var.isfinite().all()):
             return InitRow(name, "absorbed", ("its values are not finite: not fitted",))
         if placed is not None:  # absorbed anew, now that it is known what reaches the layer and the norm
             known = {}
             if placed.step.site.layer and self.goal.part is not None and self.goal.part.centres:
                 known[placed.step.site.layer] = moments_of_covariance(fit.input_mean, fit.inputs, fit.count)
-            absorb(placed, known, self._statistics())
+            absorb(placed, known, statistics)
         before = best = self._measure(None)
         if not math.isfinite(before.noise):
             return InitRow(name, "absorbed", ("its values are not finite: not fitted",))
