@@ -12,157 +12,34 @@ Without a gradient are fitted, in this order:
 
 Every fifth sample is held out: it chooses the ridge, and among the candidates, of which the absorbed BatchNorm is one,
 so that on those samples no site is worse than without the fit.
-
-A fit holds a random choice of the positions: patches, and what goes with them, of at most 2²⁴ values each (64 MB).
 """
 
 from __future__ import annotations
 
 import math
-import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import reduce
 
 import torch
 from torch import Tensor, nn
 
 from normswap.initialization.absorb import absorb
-from normswap.initialization.holdout import LEAST_SAMPLES, held_out
-from normswap.initialization.lockstep import Place, Visit, at_positions
-from normswap.initialization.moments import Statistics, moments_of_covariance, patches
-from normswap.initialization.regression import Covariances, SecondMoments, Solution, seen, solve, within_sight
+from normswap.initialization.goal import Goal
+from normswap.initialization.lockstep import Place, Visit
+from normswap.initialization.moments import moments_of_covariance, patches
+from normswap.initialization.regression import Covariances, SecondMoments, Solution, solve, within_sight
+from normswap.initialization.sampling import Rows, Sample, Sampling
 from normswap.initialization.steadying import steady
 from normswap.nn import ChannelAffine, ChannelLayerNorm, FilterLayout
-from normswap.recipes.parts import WeightPart
 from normswap.records import Fit, InitRow
 from normswap.rewriting import Placed
 
-__all__ = ["Fitting", "Goal"]
+__all__ = ["Fitting"]
 
 _RIDGES = (1.0, 1e-2, 1e-4)
-_MOST_VALUES = 2**24  # of patches at once, and of those that are kept: 64 MB in float32
-_MOST_OUTPUTS = 2**22  # that the norm's affine is fitted to
-_LEAST_ROWS = 64
 _ROUNDS = 6  # of regression on what is seen
 _WORTH = 0.01  # the share of the error that another round must take away
 _FLOOR = 1e-3  # of the mean variance: a channel that varies less keeps about the gain it had
-_INVERSE_FLOOR = 1e-2  # of the mean |γ|: a channel with less is not asked to make good an error of y
-
-
-@dataclass(frozen=True)
-class Goal:
-    """What the original does at a site, per channel ``(C,)``: ``y = gain·t + shift``, ``t = (x − mean)·scale``.
-
-    ``anchor`` are the filters that give t on the original's own input, ``(C, fan_in)``; ``part`` is how the layer's
-    weight is parametrized. ``unit`` turns y into what the user's own model gives: 1 over the scale that a channel was
-    given (:mod:`normswap.initialization.scaling`); errors are told in its terms.
-    """
-
-    gain: Tensor
-    shift: Tensor
-    mean: Tensor
-    scale: Tensor
-    anchor: Tensor
-    part: WeightPart | None
-    unit: Tensor
-
-    @classmethod
-    def at(cls, placed: Placed, original: nn.Module, scale: Tensor | None) -> Goal:
-        """Return the goal of what was placed in the stead of a norm of ``original``, whose channels have this scale."""
-        state = placed.state
-        assert state.mean is not None
-        anchor = state.inverse_std[:, None]
-        if placed.step.site.layer is not None:
-            layer = original.get_submodule(placed.step.site.layer)
-            anchor = FilterLayout.of(layer).flatten(FilterLayout.weight(layer).detach().double()) * anchor
-        gain, shift, mean = state.gamma.float(), state.beta.float(), state.mean.float()
-        unit = torch.ones_like(gain) if scale is None else (1 / scale).to(gain)
-        return cls(gain, shift, mean, state.inverse_std.float(), anchor, placed.weight_part, unit)
-
-    @classmethod
-    def of_layer(cls, layer: nn.Module) -> Goal:
-        """Return the goal of a layer that is fitted alone: to give what the original's gives."""
-        weight = FilterLayout.weight(layer).detach()
-        anchor = FilterLayout.of(layer).flatten(weight.double())
-        ones, zeros = (f(len(anchor), device=weight.device) for f in (torch.ones, torch.zeros))
-        return cls(ones, zeros, zeros, ones, anchor, None, ones)
-
-    @property
-    def inverse_gain(self) -> Tensor:
-        """How far t must go for a step of y: ``1/gain``, less where the gain is near zero. ``(C,)``"""
-        floor = _INVERSE_FLOOR * self.gain.abs().mean()
-        return self.gain / (self.gain.square() + floor.square()).clamp(min=1e-30)
-
-    def targets(self, visit: Visit) -> tuple[Tensor, Tensor]:
-        """Return t, which the source is to give, and y, which the norm is to give, shaped as the original's output."""
-        shape = (1, -1, *(1,) * (visit.reference.ndim - 2))
-        t = (visit.reference.float() - self.mean.view(shape)) * self.scale.view(shape)
-        y = self.gain.view(shape) * t + self.shift.view(shape)
-        if visit.beside is not None:
-            error = visit.beside[0].float() - visit.beside[1].float()
-            t, y = t + error * self.inverse_gain.view(shape), y + error
-        return t, y
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """Some samples: what they bring to the site, and which of them are held out."""
-
-    visit: Visit
-    held: Tensor
-
-    @property
-    def x(self) -> Tensor:
-        """The source's input."""
-        return self.visit.x
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """Some positions, one a row: values there, the target y, and below what y is not seen.
-
-    Each of ``values`` is ``(n, …)``, the others are ``(n, C)``.
-    """
-
-    values: tuple[Tensor, ...]
-    y: Tensor
-    cut: Tensor | None
-
-    def split(self, first: int) -> tuple[_Rows, _Rows]:
-        """Return the first rows, and the others."""
-        cuts = (None, None) if self.cut is None else (self.cut[:first], self.cut[first:])
-        return (
-            _Rows(tuple(value[:first] for value in self.values), self.y[:first], cuts[0]),
-            _Rows(tuple(value[first:] for value in self.values), self.y[first:], cuts[1]),
-        )
-
-    @classmethod
-    def joined(cls, parts: Sequence[_Rows]) -> _Rows:
-        """Return the rows of all parts."""
-        cuts = [rows.cut for rows in parts if rows.cut is not None]
-        return cls(
-            tuple(map(torch.cat, zip(*(rows.values for rows in parts), strict=True))),
-            torch.cat([rows.y for rows in parts]),
-            torch.cat(cuts) if len(cuts) == len(parts) else None,
-        )
-
-    def error(self, outputs: Tensor) -> Tensor:
-        """Return the mean squared error of what is seen, per channel."""
-        return (seen(outputs, self.cut) - seen(self.y, self.cut)).square().mean(0)
-
-    @property
-    def size(self) -> Tensor:
-        """The variance of what is seen, per channel."""
-        return (self.y if self.cut is None else (self.y - self.cut).clamp(min=0)).var(0, correction=0)
-
-
-@dataclass(frozen=True)
-class _Sample:
-    """Rows to fit to, and rows to judge by: those of the samples held out, and where none is the same ones."""
-
-    fit: _Rows
-    judge: _Rows
 
 
 @dataclass(frozen=True)
@@ -209,12 +86,12 @@ class Fitting:
         self, place: Place, goal: Goal, visits: Sequence[Visit], least_group: int | None, spread: float
     ) -> None:
         self.place, self.goal = place, goal
-        self.visits = [visit for visit in visits if visit.x.numel() and visit.reference.numel()]
         self.least_group, self.spread = least_group, spread
         self.source, self.norm = place.source, place.norm
         self.parameters = (*self.source.parameters(), *(() if self.norm is None else self.norm.parameters()))
-        self.samples = sum(len(visit.x) for visit in visits)
-        self.holds_out = self.samples >= LEAST_SAMPLES
+        self.visits = [visit for visit in visits if visit.x.numel() and visit.reference.numel()]
+        fan_in = self._layout.groups * self._layout.fan_in(self._weight)
+        self.sampling = Sampling(self.visits, goal, fan_in)
 
     def run(self, placed: Placed | None) -> InitRow:
         """Fit the site and return its row.
@@ -227,13 +104,9 @@ class Fitting:
             return InitRow(name, "absorbed", ("no sample reaches it: not fitted",))
         if not all(self._agrees(visit) for visit in self.visits):
             return InitRow(name, "absorbed", ("the networks' shapes differ here: not fitted",))
-        sample = self._sample(
-            lambda chunk, index, t: (self._patches(chunk.x)[index], t),
-            self._layout.groups * self._layout.fan_in(self._weight),
-            _MOST_VALUES,
-        )
+        sample = self.sampling.patches(self._patches)
         fit, held = _moments(sample.fit), _moments(sample.judge)
-        statistics = self._statistics()
+        statistics = self.sampling.statistics()
         if not bool(fit.inputs.isfinite().all() and statistics.var.isfinite().all()):
             return InitRow(name, "absorbed", ("its values are not finite: not fitted",))
         if placed is not None:  # absorbed anew, now that it is known what reaches the layer and the norm
@@ -251,11 +124,11 @@ class Fitting:
             best = found if found.noise < best.noise else best
             self._restore(before)
         self._restore(best)
-        notes = [] if self.holds_out else [f"{self.samples} samples: none was held out"]
+        notes = [] if self.sampling.holds_out else [f"{self.sampling.samples} samples: none was held out"]
         if self.visits[0].beside is not None:
             notes.append("makes good its shortcut's error")
         fitted = Fit(
-            samples=self.samples,
+            samples=self.sampling.samples,
             mean=best.target[0],
             std=best.target[1],
             mean_before=before.mean,
@@ -276,21 +149,6 @@ class Fitting:
             self.source(visit.x[:1]).shape[1:] == visit.reference.shape[1:]
         )
 
-    def _held(self) -> Iterator[tuple[Visit, Tensor]]:
-        """Yield each visit and which of its samples are held out."""
-        before = 0
-        for visit in self.visits:
-            yield visit, held_out(len(visit.x), before).to(visit.x.device) & self.holds_out
-            before += len(visit.x)
-
-    def _chunks(self) -> Iterator[_Chunk]:
-        width = self._layout.groups * self._layout.fan_in(self._weight)
-        for visit, held in self._held():
-            positions = max(1, visit.reference[:1].numel() // visit.reference.shape[1])
-            for part in visit.split(max(1, _MOST_VALUES // (positions * width))):
-                yield _Chunk(part, held[: len(part.x)])
-                held = held[len(part.x) :]
-
     @property
     def _layout(self) -> FilterLayout:
         channel_wise = isinstance(self.source, ChannelAffine)
@@ -306,52 +164,9 @@ class Fitting:
             return _by_position(x)[..., None]
         return patches(self.source, x)
 
-    def _sample(self, values: Callable[[_Chunk, Tensor, Tensor], tuple[Tensor, ...]], width: int, most: int) -> _Sample:
-        """Return a random choice of all positions, the same each time, with the ``values`` there.
-
-        Args:
-            values: Takes a chunk, which of its positions are wanted, and t there; returns values of each, as rows.
-            width: How many values a row has.
-            most: How many values are wanted at the most.
-        """
-        channels = len(self.goal.gain)
-        in_all = sum(visit.reference.numel() for visit in self.visits) // channels
-        share = max(most // max(width, channels), _LEAST_ROWS) / in_all
-        generator = torch.Generator().manual_seed(0)
-        parts = []
-        for chunk in self._chunks():
-            positions = chunk.visit.reference[0, 0].numel()
-            index = torch.arange(len(chunk.x) * positions)
-            if share < 1:
-                some = torch.randperm(len(index), generator=generator)[: max(1, round(share * len(index)))]
-                index = some.sort().values
-            index = index.to(chunk.x.device)
-            held = chunk.held[index // positions]
-            index = torch.cat((index[~held], index[held]))
-            here = chunk.visit.at(index)
-            t, y = self.goal.targets(here)
-            floats = tuple(value.to(y.dtype) for value in values(chunk, index, t))
-            cut = None if here.cut is None else here.cut.to(y.dtype)
-            parts.append(_Rows(floats, y, cut).split(len(index) - int(held.sum())))
-        fit, judge = (_Rows.joined(several) for several in zip(*parts, strict=True))
-        return _Sample(fit, judge if len(judge.y) else fit)
-
-    def _statistics(self) -> Statistics:
-        """Return what reaches the original's norm at some positions, but for the samples that are held out."""
-        in_all = sum(visit.reference.numel() for visit in self.visits)
-        generator = torch.Generator().manual_seed(0)
-        found = []
-        for visit, held in self._held():
-            x = visit.reference.flatten(2) if visit.reference.ndim > 2 else visit.reference[..., None]
-            some = max(1, round(min(1, _MOST_OUTPUTS / in_all) * x.shape[2]))
-            index = torch.randperm(x.shape[2], generator=generator)[:some].to(x.device)
-            if not bool(held.all()):
-                found.append(Statistics.of(x[:, :, index][~held]))
-        return reduce(operator.add, found)
-
     # --------------------------------------------------------------------------------------- the layer's weights
 
-    def _regress(self, sample: _Sample, fit: Covariances, held: Covariances) -> Solution | None:
+    def _regress(self, sample: Sample, fit: Covariances, held: Covariances) -> Solution | None:
         """Return the source's weights by ridge regression; None where the moments are not finite."""
         groups = self._layout.groups
         anchor = self.goal.anchor.unflatten(0, (groups, -1))
@@ -360,7 +175,7 @@ class Fitting:
         solution: Solution | None = None
         least = math.inf
         # Where no sample is held out a weaker ridge would always seem better.
-        for ridge in _RIDGES if self.holds_out else _RIDGES[:2]:
+        for ridge in _RIDGES if self.sampling.holds_out else _RIDGES[:2]:
             found = solve(fit, anchor, ridge, zero_sum=zero_sum, like=solution)
             error = float((held.error(found) * importance).sum())
             if error >= least:
@@ -378,14 +193,14 @@ class Fitting:
             if not worth:
                 break
             wanted = within_sight(self._predicted(solution, fitting), fitting.y, fitting.cut)
-            u, t = fitting.values
-            moments = fit.retargeted(u, t + (wanted - fitting.y) * self.goal.inverse_gain)
+            t = fitting.t + (wanted - fitting.y) * self.goal.inverse_gain
+            moments = fit.retargeted(fitting.values, t)
             solution = solve(moments, anchor, solution.ridge, zero_sum=zero_sum, like=solution)
         return best
 
-    def _predicted(self, solution: Solution, rows: _Rows) -> Tensor:
+    def _predicted(self, solution: Solution, rows: Rows) -> Tensor:
         """Return y' as it would be if the norm took nothing away."""
-        return self.goal.gain * solution.apply(rows.values[0]) + self.goal.shift
+        return self.goal.gain * solution.apply(rows.values) + self.goal.shift
 
     # -------------------------------------------------------------------------- signs, offsets and the norm's affine
 
@@ -408,16 +223,11 @@ class Fitting:
     def _units(self) -> tuple[Tensor, Tensor]:
         """Return the mean and the mean square, per channel, of all that the norm takes one mean over. ``(n, C)``"""
         if isinstance(self.norm, ChannelLayerNorm):  # each position by itself
-            sample = self._sample(
-                lambda chunk, index, _: (at_positions(self.source(chunk.x), index),),
-                len(self.goal.gain),
-                _MOST_OUTPUTS,
-            )
-            (z,) = sample.fit.values
+            z = self.sampling.outputs(self.source).fit.values
             return z, z.square()
         means, squares = [], []
-        for chunk in self._chunks():
-            z = self.source(chunk.x)[~chunk.held].float()
+        for chunk, held in self.sampling.chunks():
+            z = self.source(chunk.x)[~held].float()
             z = z.flatten(2) if z.ndim > 2 else z[..., None]
             means.append(z.mean(2))
             squares.append(z.square().mean(2))
@@ -440,13 +250,9 @@ class Fitting:
             self._load(candidate)
             if self.norm is not None:
                 _set_affine(self.norm, torch.ones_like(self.goal.gain), torch.zeros_like(self.goal.gain))
-        sample = self._sample(
-            lambda chunk, index, _: (at_positions(self.place.output(chunk.x), index),),
-            len(self.goal.gain),
-            _MOST_OUTPUTS,
-        )
+        sample = self.sampling.outputs(self.place.output)
         judging = sample.judge
-        (outputs,) = judging.values
+        outputs = judging.values
         if candidate is not None and self.norm is not None:
             gain, shift = _affine(sample.fit, candidate.prior.float())
             _set_affine(self.norm, gain, shift)
@@ -489,17 +295,17 @@ class Fitting:
             self.norm.__dict__["num_groups"] = result.num_groups
 
 
-def _moments(rows: _Rows) -> Covariances:
+def _moments(rows: Rows) -> Covariances:
     moments = SecondMoments()
-    for u, t in zip(*(value.split(2**16) for value in rows.values), strict=True):
+    for u, t in zip(rows.values.split(2**16), rows.t.split(2**16), strict=True):
         moments.add(u, t)
     return moments.read()
 
 
-def _affine(rows: _Rows, prior: Tensor) -> tuple[Tensor, Tensor]:
+def _affine(rows: Rows, prior: Tensor) -> tuple[Tensor, Tensor]:
     """Return γ' and β' by least squares; a channel that hardly varies keeps the gain that ``prior`` gives."""
-    mean = rows.values[0].mean(0)
-    h = rows.values[0] - mean
+    mean = rows.values.mean(0)
+    h = rows.values - mean
     variance = h.square().mean(0)
     whole = variance.mean().clamp(min=1e-30)
     floor, prior = _FLOOR * whole, prior / whole.sqrt()

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from normswap.capture.observed import Batch
-from normswap.initialization.fitting import Fitting, Goal
+from normswap.initialization.fitting import Fitting
+from normswap.initialization.goal import Goal
 from normswap.initialization.heads import find_heads
 from normswap.initialization.lockstep import Place, Visit, run_side_by_side
 from normswap.initialization.steadying import SPREAD
