@@ -320,7 +320,7 @@ class SiteCost:
         norm: The norm's fqn.
         layer: The fqn of the layer that takes the norm's statistics up, or None.
         error: ``E‖y' − y‖² / Var y`` on held-out samples, y the norm's output in the original, y' after the match.
-        absorbed: The same with what the BatchNorm alone tells.
+        absorbed: The same before the fit: absorbed.
         share: The error's share of the sum over all sites.
     """
 
