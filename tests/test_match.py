@@ -20,6 +20,7 @@ from zoo import ZOO, leaves
 import normswap as ns
 from normswap.conversion import Conversion
 from normswap.errors import InitializationError, InputError
+from normswap.initialization.agreement import agreement
 from normswap.initialization.lockstep import THREAD
 from normswap.records import Plan
 
@@ -246,6 +247,39 @@ def test_the_reported_agreement_is_that_of_the_outputs_on_the_held_out_samples()
         same_class = (model(held).argmax(1) == result.model(held).argmax(1)).float().mean()
         assert result.init.agreement.top1 == pytest.approx(float(same_class))
         assert result.init.agreement.relative_error != pytest.approx(distance(model, result.model, data(60)), rel=1e-4)
+
+
+class OfTwelve(nn.Module):
+    """A model that takes twelve samples at a time and no other number, as an exported program may."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) != 12:
+            raise ValueError(f"{len(x)} samples")
+        return self.inner(x)
+
+
+def test_samples_are_held_out_of_batches_that_cannot_be_taken_apart_too() -> None:
+    """Of a function's batch nothing is seen but what the model gives for it."""
+    model, data = network("residual")
+    other = ns.swap_norms(model, "gn+ws", init="absorb")
+    batches = list(data(60).split(12))
+    taken = agreement(model, other, [(x,) for x in batches])
+    assert taken is not None
+    assert taken.samples == 12
+    whole = agreement(model, other, [lambda m, x=x: m(x) for x in batches])
+    fixed = agreement(OfTwelve(model), OfTwelve(other), [(x,) for x in batches])
+    for found in (whole, fixed):
+        assert found is not None
+        assert (found.samples, found.top1) == (taken.samples, taken.top1)
+        assert found.relative_error == pytest.approx(taken.relative_error, rel=1e-5)
+        assert found.cosine == pytest.approx(taken.cosine, rel=1e-6)
+    few = agreement(model, other, [(batches[0][:9],)])
+    assert few is not None
+    assert few.samples == 9
 
 
 def test_spread_makes_the_swap_closer() -> None:
