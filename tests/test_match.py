@@ -271,8 +271,9 @@ def test_samples_are_held_out_of_batches_that_cannot_be_taken_apart_too() -> Non
     assert taken is not None
     assert taken.samples == 12
     whole = agreement(model, other, [lambda m, x=x: m(x) for x in batches])
+    many = agreement(model, other, [lambda m, x=x: m(x) for x in data(60).split(5)])
     fixed = agreement(OfTwelve(model), OfTwelve(other), [(x,) for x in batches])
-    for found in (whole, fixed):
+    for found in (whole, many, fixed):
         assert found is not None
         assert (found.samples, found.top1) == (taken.samples, taken.top1)
         assert found.relative_error == pytest.approx(taken.relative_error, rel=1e-5)

@@ -215,6 +215,9 @@ def test_a_solution_applies_as_it_says_and_its_factor_may_be_used_again() -> Non
     np.testing.assert_allclose(found.apply(u.double()), by_hand.reshape(len(u), -1), atol=1e-9)
     again = solve(moments(u, t), anchor(), 1e-2, zero_sum=True, like=found)
     assert torch.equal(found.weight, again.weight)
+    other = solve(moments(u, t), anchor(), 1.0, zero_sum=True, like=found)  # its factor is of no use here
+    assert torch.equal(other.weight, solve(moments(u, t), anchor(), 1.0, zero_sum=True).weight)
+    assert not torch.allclose(other.weight, found.weight, rtol=1e-3)
 
 
 def test_rounds_of_what_is_seen_lessen_its_error_where_plain_regression_spends_weights_on_the_unseen() -> None:

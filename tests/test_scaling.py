@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -211,3 +212,18 @@ def test_statistics_that_cannot_be_are_refused_and_overflows_are_told() -> None:
         ns.swap_norms(model, "gn+ws")
     with pytest.raises(ns.NormswapError, match="not finite"):
         moments_of_covariance(torch.zeros(1, 4), torch.full((1, 4, 4), torch.inf), 100)
+
+
+@pytest.mark.parametrize(("side", "samples"), [(8, 128), (224, 32)])
+def test_scales_are_chosen_on_fewer_samples_where_these_are_large(
+    side: int, samples: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def choose(*args: Any, **_: Any) -> None:
+        seen.extend(len(batch[0]) for batch in args[3])
+
+    monkeypatch.setattr("normswap.initialization.centring.choose_scales", choose)
+    model = nn.Sequential(nn.Conv2d(3, 2, 3, stride=8), nn.BatchNorm2d(2)).eval()
+    ns.swap_norms(model, "gn+ws", init="absorb", calibration=list(torch.randn(160, 3, side, side).split(16)))
+    assert sum(seen) == samples
