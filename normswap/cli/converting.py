@@ -137,8 +137,9 @@ def convert_model(
         str | None,
         typer.Option(
             metavar="HOW",
-            help="absorb: keep what the BatchNorms know; match: fit each site to --calibration, too (the default "
-            "where that is given); tune: then take gradient steps, without labels; none: fresh norms",
+            help="absorb: keep what the BatchNorms know, at the statistics of --calibration where that is given; "
+            "match: then fit each site to it (the default with --calibration); tune: then take gradient steps, "
+            "without labels; none: fresh norms",
             rich_help_panel=options.NORMS,
         ),
     ] = None,

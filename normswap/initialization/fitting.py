@@ -10,8 +10,9 @@ Without a gradient are fitted, in this order:
 3. γ' and β' per channel, by least squares of y on ``N(W u + b)``. Of all of it: fitted to what a ReLU lets through of
    a poor prediction, they would lift most of it above zero, and the network would be nearly linear.
 
-Every fifth sample is held out: it chooses the ridge, and among the candidates, of which the absorbed BatchNorm is one,
-so that on those samples no site is worse than without the fit.
+All is computed on a choice of the positions (:mod:`normswap.initialization.sampling`). Every fifth sample is held
+out: it chooses the ridge, and among the candidates, of which the absorbed BatchNorm is one, so that on those samples no
+site is worse than without the fit.
 """
 
 from __future__ import annotations
