@@ -25,11 +25,11 @@ from torch import Tensor, fx, nn
 from torch.profiler import ProfilerActivity, profile
 
 import normswap as ns
-from normswap.capture import capture_recorded
+from normswap.graph import capture_recorded
 from normswap.loading.importing import import_quietly
 from normswap.recipes import make_recipe
 from normswap.records import text_table
-from normswap.rewriting import rewrite
+from normswap.stages.rewriting import rewrite
 
 PLANNING, REWRITING, INITIALIZING, GROWING, RECORDING, REMEMBERING = 5.0, 3.0, 1.5, 1.5, 1.5, 1.2
 RECIPES = ("gn+ws", "wn+mobn")

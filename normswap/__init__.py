@@ -8,20 +8,22 @@ from typing import TYPE_CHECKING, Any
 from normswap.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from normswap.capture.exported import from_exported as from_exported
-    from normswap.conversion import Conversion as Conversion
-    from normswap.conversion import convert as convert
-    from normswap.conversion import plan as plan
-    from normswap.conversion import rank_sites as rank_sites
-    from normswap.conversion import swap_norms as swap_norms
+    from normswap.checks.comparison import Verification as Verification
+    from normswap.checks.comparison import verify as verify
+    from normswap.deploy.folding import Folding as Folding
+    from normswap.deploy.folding import FoldRow as FoldRow
+    from normswap.deploy.folding import fold as fold
+    from normswap.deploy.folding import fold_with_report as fold_with_report
+    from normswap.deploy.onnx import ExportArtifact as ExportArtifact
+    from normswap.deploy.onnx import export_onnx as export_onnx
     from normswap.errors import NormswapError as NormswapError
-    from normswap.exporting import ExportArtifact as ExportArtifact
-    from normswap.exporting import export_onnx as export_onnx
-    from normswap.folding import Folding as Folding
-    from normswap.folding import FoldRow as FoldRow
-    from normswap.folding import fold as fold
-    from normswap.folding import fold_with_report as fold_with_report
+    from normswap.exported.program import from_exported as from_exported
     from normswap.initialization.data_dependent import initialize as initialize
+    from normswap.pipeline import Conversion as Conversion
+    from normswap.pipeline import convert as convert
+    from normswap.pipeline import plan as plan
+    from normswap.pipeline import rank_sites as rank_sites
+    from normswap.pipeline import swap_norms as swap_norms
     from normswap.recipes import Recipe as Recipe
     from normswap.recipes import all_recipes as all_recipes
     from normswap.recipes import make_recipe as make_recipe
@@ -29,37 +31,35 @@ if TYPE_CHECKING:
     from normswap.records import Plan as Plan
     from normswap.records import SiteCost as SiteCost
     from normswap.report import write_report as write_report
-    from normswap.storage import load as load
-    from normswap.storage import save as save
-    from normswap.verification import Verification as Verification
-    from normswap.verification import verify as verify
+    from normswap.storage.store import load as load
+    from normswap.storage.store import save as save
 
 # Each public name and the module that holds it: importing normswap imports none of them, and with them not torch.
 _HOMES = {
-    "Conversion": "conversion",
-    "FoldRow": "folding",
-    "Folding": "folding",
-    "ExportArtifact": "exporting",
+    "Conversion": "pipeline",
+    "FoldRow": "deploy.folding",
+    "Folding": "deploy.folding",
+    "ExportArtifact": "deploy.onnx",
     "InitReport": "records",
     "NormswapError": "errors",
     "Plan": "records",
     "Recipe": "recipes",
     "SiteCost": "records",
-    "Verification": "verification",
+    "Verification": "checks.comparison",
     "all_recipes": "recipes",
-    "convert": "conversion",
-    "fold": "folding",
-    "fold_with_report": "folding",
-    "from_exported": "capture.exported",
-    "export_onnx": "exporting",
+    "convert": "pipeline",
+    "fold": "deploy.folding",
+    "fold_with_report": "deploy.folding",
+    "from_exported": "exported.program",
+    "export_onnx": "deploy.onnx",
     "initialize": "initialization.data_dependent",
     "make_recipe": "recipes",
-    "plan": "conversion",
-    "rank_sites": "conversion",
-    "load": "storage",
-    "save": "storage",
-    "swap_norms": "conversion",
-    "verify": "verification",
+    "plan": "pipeline",
+    "rank_sites": "pipeline",
+    "load": "storage.store",
+    "save": "storage.store",
+    "swap_norms": "pipeline",
+    "verify": "checks.comparison",
     "write_report": "report",
 }
 

@@ -18,6 +18,7 @@ __all__ = [
     "NothingToConvertError",
     "PlanError",
     "VerificationError",
+    "first_line",
 ]
 
 
@@ -73,3 +74,8 @@ class VerificationError(NormswapError):
     """Two things that must compute the same do not."""
 
     exit_code = 1
+
+
+def first_line(cause: BaseException) -> str:
+    """Return the first line of an error's message that says something."""
+    return next((line.strip() for line in str(cause).splitlines() if line.strip()), type(cause).__name__)

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from normswap.errors import InputError
 from normswap.records import Fit, Plan
+from normswap.storage.writing import reported, staged
 from normswap.version import __version__
-from normswap.writing import reported, staged
 
 if TYPE_CHECKING:
-    from normswap.conversion import Conversion
+    from normswap.pipeline import Conversion
 
 __all__ = ["require_packages", "write_report"]
 

@@ -38,7 +38,7 @@ INEXACT = tuple(name for name in RECIPES if name not in EXACT)
 
 
 # Inputs that a conversion makes up are as small as the zoo's own: no law depends on their size, the time does.
-SMALL = mock.patch.dict("normswap.inputs._SIDES", {1: (12,), 2: (8,), 3: (6,)})
+SMALL = mock.patch.dict("normswap.runs.inputs._SIDES", {1: (12,), 2: (8,), 3: (6,)})
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import normswap as ns
-from normswap.capture import capture_recorded, capture_symbolic
+from normswap.graph import capture_recorded, capture_symbolic
 
 
 class Careless(nn.Module):

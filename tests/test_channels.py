@@ -20,10 +20,10 @@ from zoo import ZOO, Entry, randomize_
 from zoo_packages import import_timm, import_torchvision
 
 import normswap as ns
-from normswap.capture import capture
-from normswap.capture.channels import FIXED, Channels, find_channels
 from normswap.errors import NormswapError
-from normswap.initialization.scaling import scale_channels
+from normswap.graph import capture
+from normswap.graph.channels import FIXED, Channels, find_channels
+from normswap.initialization.equalization import scale_channels
 from normswap.records import NormKind
 
 

@@ -31,12 +31,13 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import normswap as ns
-from normswap.cli import app, console, deploying, files, options, reporting
+from normswap.cli import app, console, deploying, options, reporting
+from normswap.cli import sources as files
+from normswap.deploy.folding import FoldRow
 from normswap.errors import InputError
-from normswap.folding import FoldRow
 from normswap.loading import load_model
 from normswap.loading.architectures import build
-from normswap.writing import staged
+from normswap.storage.writing import staged
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MODULE = [sys.executable, "-m", "normswap"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import normswap as ns
-from normswap.capture.ops import is_layer
+from normswap.nn.kinds import is_layer
 
 
 def preactivations(model: nn.Module, x: Tensor) -> dict[str, tuple[float, float]]:

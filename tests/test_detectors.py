@@ -15,7 +15,7 @@ from zoo import randomize_
 from zoo_packages import import_torchvision
 
 import normswap as ns
-from normswap.capture.ops import is_norm
+from normswap.graph.ops import is_norm
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torchvision, for what it still uses
 

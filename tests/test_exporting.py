@@ -18,12 +18,12 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from normswap import exporting
+from normswap.checks.comparison import verify
 from normswap.demo.network import DigitsResNet
+from normswap.deploy import onnx as exporting
+from normswap.deploy.onnx import export_onnx, weight_arithmetic
 from normswap.errors import ExportError, InputError, VerificationError
-from normswap.exporting import export_onnx, weight_arithmetic
 from normswap.nn import ChannelLayerNorm, MeanOnlyBatchNorm
-from normswap.verification import verify
 
 GROUP_NORM = ["Reshape", "InstanceNormalization", "Shape", "Reshape", "BatchNormalization"]
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normswap.errors import InitializationError, InputError
-from normswap.initialization.lockstep import THREAD, Place, Visit, find_uses, run_side_by_side
+from normswap.runs.side_by_side import THREAD, Place, Visit, find_uses, run_side_by_side
 
 C = 4
 

@@ -18,11 +18,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from zoo import ZOO, leaves
 
 import normswap as ns
-from normswap.conversion import Conversion
+from normswap.checks.agreement import agreement
 from normswap.errors import InitializationError, InputError
-from normswap.initialization.agreement import agreement
-from normswap.initialization.lockstep import THREAD
+from normswap.pipeline import Conversion
 from normswap.records import Plan
+from normswap.runs.side_by_side import THREAD
 
 C = 8
 

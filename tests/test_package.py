@@ -24,50 +24,46 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGE = REPOSITORY / "normswap"
 
 # Top to bottom: a module imports only from the lines below its own. The stages stand in the pipeline's order,
-# the last one first. A folder (capture, recipes, ...) is one line: its files may import each other.
+# the last one first. A folder (graph, recipes, ...) is one line: its files may import each other.
 LAYERS = [
     "__main__",
     "cli",
     "demo",
     "__init__",
     "report",
-    "conversion",
+    "pipeline",
+    "deploy",
     "storage",
-    "exporting",
-    "folding",
-    "initialization",
-    "rewriting",
-    "planning",
-    "matching",
-    "forwards",
-    "selfcheck",
-    "inputs",
-    "contents",
-    "origin",
-    "writing",
     "loading",
-    "capture",
-    "verification",
+    "initialization",
+    "stages",
+    "checks",
+    "exported",
+    "graph",
+    "runs",
     "recipes",
+    "weights",
+    "norms",
     "nn",
     "records",
+    "options",
     "errors",
     "version",
 ]
 
 # The one module that may import a heavy package.
 OWNERS = {
-    "onnx": "exporting",
-    "onnxscript": "exporting",
-    "onnx_ir": "exporting",
-    "onnxruntime": "verification",
+    "onnx": "deploy",
+    "onnxscript": "deploy",
+    "onnx_ir": "deploy",
+    "onnxruntime": "checks",
 }
 
 
 def imported_names(source: str, package: str) -> Iterator[str]:
     """Yield the full name of everything that ``source`` imports, wherever in it, as a module of ``package``.
 
-    ``from . import planning`` yields normswap.planning, ``from .planning import x`` normswap.planning.x.
+    ``from . import planning`` yields normswap.stages.planning, ``from .planning import x`` normswap.stages.planning.x.
     """
     for node in ast.walk(ast.parse(source)):
         match node:
@@ -125,20 +121,20 @@ def test_imports_point_downward_and_heavy_packages_have_one_owner(path: Path, la
 @pytest.mark.parametrize(
     ("layer", "package", "source"),
     [
-        ("matching", "normswap", "from normswap.planning import plan"),
-        ("matching", "normswap", "from normswap import planning"),
-        ("matching", "normswap", "import normswap.planning as p"),
-        ("matching", "normswap", "from .planning import plan"),
-        ("matching", "normswap", "from . import planning"),
-        ("matching", "normswap", "def late():\n    from . import planning"),
-        ("matching", "normswap", "import importlib\nimportlib.import_module('.planning', __package__)"),
-        ("capture", "normswap.capture", "from ..matching import match"),
-        ("capture", "normswap.capture", "from .. import matching"),
+        ("graph", "normswap", "from normswap.stages.planning import plan"),
+        ("graph", "normswap", "from normswap import stages"),
+        ("graph", "normswap", "import normswap.stages.planning as p"),
+        ("graph", "normswap", "from .stages import plan"),
+        ("graph", "normswap", "from . import stages"),
+        ("graph", "normswap", "def late():\n    from . import stages"),
+        ("graph", "normswap", "import importlib\nimportlib.import_module('.stages', __package__)"),
+        ("graph", "normswap.graph", "from ..stages import match"),
+        ("graph", "normswap.graph", "from .. import stages"),
         ("recipes", "normswap.recipes", "from normswap import swap_norms"),
         ("errors", "normswap", "import normswap"),
-        ("matching", "normswap", "import onnx"),
-        ("exporting", "normswap", "from onnxruntime import InferenceSession"),
-        ("verification", "normswap", "import onnxscript.rewriter"),
+        ("stages", "normswap", "import onnx"),
+        ("deploy", "normswap", "from onnxruntime import InferenceSession"),
+        ("checks", "normswap", "import onnxscript.rewriter"),
     ],
 )
 def test_an_import_that_points_upward_or_sideways_is_found(layer: str, package: str, source: str) -> None:
@@ -148,14 +144,14 @@ def test_an_import_that_points_upward_or_sideways_is_found(layer: str, package: 
 @pytest.mark.parametrize(
     ("layer", "package", "source"),
     [
-        ("planning", "normswap", "from .matching import match\nfrom . import records"),
+        ("stages", "normswap", "from .graph import match\nfrom . import records"),
         (
-            "capture",
-            "normswap.capture",
+            "graph",
+            "normswap.graph",
             "from .ops import classify\nfrom . import recorded\nfrom ..errors import X",
         ),
-        ("exporting", "normswap", "import onnx, onnxscript, onnx_ir, torch.onnx"),
-        ("matching", "normswap", "import torch.onnx"),
+        ("deploy", "normswap", "import onnx, onnxscript, onnx_ir, torch.onnx"),
+        ("graph", "normswap", "import torch.onnx"),
         ("cli", "normswap", "from normswap import __version__, convert"),
     ],
 )

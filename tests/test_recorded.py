@@ -22,11 +22,11 @@ from torch.utils.checkpoint import checkpoint
 from zoo import ZOO, Entry, randomize_
 
 import normswap as ns
-from normswap.capture import Capture, capture, capture_recorded, capture_symbolic
-from normswap.capture.garbage import confirm_feeds
 from normswap.errors import InputError, NormswapError
-from normswap.matching import match
+from normswap.graph import Capture, capture, capture_recorded, capture_symbolic
+from normswap.graph.perturbation import confirm_feeds
 from normswap.records import Plan
+from normswap.stages.find_sites import match
 
 EXACT = 1e-12  # in float64; a wrong absorption is off by more than a hundredth
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import normswap as ns
-from normswap.capture import capture
-from normswap.capture.channels import FIXED, find_channels
 from normswap.demo.data import load_digits, load_network
+from normswap.graph import capture
+from normswap.graph.channels import FIXED, find_channels
 from normswap.initialization import centring
+from normswap.initialization.equalization import choose_scales, costs_of, least
 from normswap.initialization.moments import moments_of_covariance
-from normswap.initialization.scaling import choose_scales, costs_of, least
 
 LAYERS = {
     "conv": lambda: nn.Conv2d(4, 6, 3),

@@ -26,12 +26,13 @@ from zoo import ZOO, leaves, randomize_
 from zoo_packages import import_timm, import_torchvision
 
 import normswap as ns
-from normswap import storage, writing
-from normswap.capture.guard import set_mode
 from normswap.errors import InputError, NormswapError, NothingToConvertError, PlanError
-from normswap.origin import origin_of, skeleton_of, slots
 from normswap.recipes.gn import GroupNormalization
-from normswap.storage import is_stored, load, save
+from normswap.runs.guard import set_mode
+from normswap.storage import store as storage
+from normswap.storage import writing
+from normswap.storage.origin import origin_of, skeleton_of, slots
+from normswap.storage.store import is_stored, load, save
 
 TESTS = Path(__file__).resolve().parent
 RECIPES = ("gn+ws", "wn+mobn", "ln", "gn+aws", "ws", "none")
@@ -231,7 +232,7 @@ LOAD_PRETRAINED = """
     from pathlib import Path
     import torch
     torch.set_num_threads(int(sys.argv[2]))
-    from normswap.storage import load
+    from normswap.storage.store import load
     folder = Path(sys.argv[1])
     x = torch.load(folder / "x.pt")
     with torch.no_grad():
@@ -495,7 +496,7 @@ TRAIN = """
     import torch
     from torch import nn
     import normswap as ns
-    from normswap.storage import save
+    from normswap.storage.store import save
 
     class Net(nn.Module):
         def __init__(self):

@@ -11,7 +11,8 @@ from typing import Annotated, Any
 import typer
 
 import normswap as ns
-from normswap.cli import files, options
+from normswap.cli import options
+from normswap.cli import sources as files
 from normswap.cli.console import fits, note, print_json, say, table, working
 from normswap.cli.reporting import show_check
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import normswap as ns
-from normswap.cli import files, options
+from normswap.cli import options
+from normswap.cli import sources as files
 from normswap.cli.console import note, print_json, progressing, say, table, working
 from normswap.cli.reporting import (
     as_record,
@@ -23,11 +24,11 @@ from normswap.cli.reporting import (
 from normswap.errors import InputError, NothingToConvertError
 from normswap.records import Plan
 from normswap.report import require_packages
-from normswap.writing import staged
+from normswap.storage.writing import staged
 
 if TYPE_CHECKING:
-    from normswap.conversion import Conversion
-    from normswap.exporting import ExportArtifact
+    from normswap.deploy.onnx import ExportArtifact
+    from normswap.pipeline import Conversion
 
 __all__ = ["convert_model", "inspect_model"]
 
@@ -71,10 +72,10 @@ def inspect_model(
         print_json(plan.to_json()) if as_json else show_plan(plan)
         return
     with working("reading the dataflow"):
-        from normswap.capture import capture
-        from normswap.inputs import as_inputs
-        from normswap.matching import match
-        from normswap.origin import origin_of
+        from normswap.graph import capture
+        from normswap.runs.inputs import as_inputs
+        from normswap.stages.find_sites import match
+        from normswap.storage.origin import origin_of
 
         example = None if inputs is None else as_inputs(inputs)
         matches = match(capture(network, example), example)
@@ -310,7 +311,7 @@ def _write(
     if onnx is None:
         return None
     with working(f"writing {onnx} and verifying it"):
-        from normswap.capture.exported import has_fixed_batch
+        from normswap.runs.recorded_inputs import has_fixed_batch
 
         dynamic = not has_fixed_batch(result.model)
         artifact = ns.export_onnx(folded, place(onnx), example_inputs=example, opset=opset, dynamic_batch=dynamic)

@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import normswap as ns
-from normswap.cli import files, options
+from normswap.cli import options
+from normswap.cli import sources as files
 from normswap.cli.console import facts, note, print_json, say, table, working
 from normswap.cli.reporting import describe_check, show_artifact, written
 from normswap.errors import InputError
-from normswap.writing import staged
+from normswap.storage.writing import staged
 
 if TYPE_CHECKING:
-    from normswap.folding import FoldRow
+    from normswap.deploy.folding import FoldRow
 
 __all__ = ["export_model", "fold_model"]
 
@@ -142,7 +143,7 @@ def export_model(
         inputs = files.required_inputs(
             network, shapes, input_file, use="" if dynamic_spatial else ", and the file takes no other height and width"
         )
-        from normswap.capture.exported import has_fixed_batch
+        from normswap.runs.recorded_inputs import has_fixed_batch
 
         with working(f"writing {target} and verifying it"):
             artifact = ns.export_onnx(

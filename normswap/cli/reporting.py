@@ -16,9 +16,9 @@ from normswap.cli.console import facts, say, table
 from normswap.records import InitReport, Plan, SiteCost, Skip
 
 if TYPE_CHECKING:
-    from normswap.conversion import Conversion
-    from normswap.exporting import ExportArtifact
-    from normswap.verification import OutputRow, Verification
+    from normswap.checks.comparison import OutputRow, Verification
+    from normswap.deploy.onnx import ExportArtifact
+    from normswap.pipeline import Conversion
 
 __all__ = [
     "as_record",

@@ -21,14 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normswap.conversion import swap_norms
+from normswap.checks.comparison import OnnxFile, verify
 from normswap.demo.data import load_calibration, load_digits, load_network
+from normswap.deploy.folding import fold
+from normswap.deploy.onnx import export_onnx
 from normswap.errors import InputError
-from normswap.exporting import export_onnx
-from normswap.folding import fold
+from normswap.pipeline import swap_norms
 from normswap.recipes import all_recipes, make_recipe
 from normswap.records import text_table
-from normswap.verification import OnnxFile, verify
 
 __all__ = ["DemoReport", "DemoRow", "run_demo"]
 

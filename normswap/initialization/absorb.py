@@ -19,12 +19,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from normswap.capture.batch_norms import BatchNormState
+from normswap.graph.after_norm import BatchNormState
 from normswap.initialization.moments import Moments, Statistics, centre
 from normswap.nn import FilterLayout
 from normswap.recipes.parts import Bias, Incoming, Takes
 from normswap.records import InitRow
-from normswap.rewriting import Placed
+from normswap.stages.rewriting import Placed
 
 __all__ = ["absorb"]
 

@@ -11,19 +11,19 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from normswap.capture import Capture
-from normswap.capture.batch_norms import read_batch_norm
-from normswap.capture.channels import Channels, find_channels
-from normswap.capture.guard import copy_of
-from normswap.capture.observed import Batch
-from normswap.initialization.lockstep import tensors_of
+from normswap.checks.self_check import eval_output, keeps_output
+from normswap.graph import Capture
+from normswap.graph.after_norm import read_batch_norm
+from normswap.graph.channels import Channels, find_channels
+from normswap.initialization.equalization import choose_scales, scale_channels
 from normswap.initialization.moments import Moments, Statistics, input_moments, noise_like
-from normswap.initialization.scaling import choose_scales, scale_channels
-from normswap.inputs import Inputs, make_up_inputs, sample_count, some_samples
 from normswap.recipes import Recipe
 from normswap.recipes.parts import Takes
 from normswap.records import NormKind, Plan, Step
-from normswap.selfcheck import eval_output, keeps_output
+from normswap.runs.calling import Batch
+from normswap.runs.guard import copy_of
+from normswap.runs.inputs import Inputs, make_up_inputs, sample_count, some_samples
+from normswap.runs.side_by_side import tensors_of
 
 __all__ = ["SCALED", "moments_for", "scaled_for"]
 

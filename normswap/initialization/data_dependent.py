@@ -24,14 +24,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _WeightNorm
 
-from normswap.capture.guard import set_mode
-from normswap.capture.observed import run_on
-from normswap.capture.ops import is_layer
-from normswap.capture.probes import scales_with_its_parameters
 from normswap.errors import InitializationError, InputError
-from normswap.inputs import bind_batches
+from normswap.graph.linearity import scales_with_its_parameters
 from normswap.nn import FilterLayout, FilterWeightNorm, MeanOnlyBatchNorm, WeightStandardization
+from normswap.nn.kinds import is_layer
 from normswap.records import InitReport, InitRow
+from normswap.runs.calling import run_on
+from normswap.runs.guard import set_mode
+from normswap.runs.inputs import bind_batches
 
 __all__ = ["initialize"]
 

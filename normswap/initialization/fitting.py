@@ -5,7 +5,7 @@ Without a gradient are fitted, in this order:
 
 1. W and b, by ridge regression (:mod:`normswap.initialization.regression`) towards the original's ``(x − μ)/σ``;
    where y is added to a shortcut, towards what makes the shortcut's error good, too; and where a ReLU follows, towards
-   what of it is seen (:mod:`normswap.initialization.lockstep` tells both);
+   what of it is seen (:mod:`normswap.runs.side_by_side` tells both);
 2. the signs and offsets of the channels, which are free (:mod:`normswap.initialization.steadying`);
 3. γ' and β' per channel, by least squares of y on ``N(W u + b)``. Of all of it: fitted to what a ReLU lets through of
    a poor prediction, they would lift most of it above zero, and the network would be nearly linear.
@@ -25,15 +25,15 @@ import torch
 from torch import Tensor, nn
 
 from normswap.initialization.absorb import absorb
-from normswap.initialization.goal import Goal
-from normswap.initialization.lockstep import Place, Visit
 from normswap.initialization.moments import moments_of_covariance, patches
 from normswap.initialization.regression import Covariances, SecondMoments, Solution, solve, within_sight
 from normswap.initialization.sampling import Rows, Sample, Sampling
 from normswap.initialization.steadying import steady
+from normswap.initialization.targets import Goal
 from normswap.nn import ChannelAffine, ChannelLayerNorm, FilterLayout
 from normswap.records import Fit, InitRow
-from normswap.rewriting import Placed
+from normswap.runs.side_by_side import Place, Visit
+from normswap.stages.rewriting import Placed
 
 __all__ = ["Fitting"]
 

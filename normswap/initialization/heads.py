@@ -9,11 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from normswap.capture.guard import set_mode, untouched
-from normswap.capture.observed import Batch, run_on_data
-from normswap.capture.ops import is_layer
-from normswap.initialization.lockstep import Place, tensors_of
 from normswap.nn import FilterLayout
+from normswap.nn.kinds import is_layer
+from normswap.runs.calling import Batch, run_on_data
+from normswap.runs.guard import set_mode, untouched
+from normswap.runs.side_by_side import Place, tensors_of
 
 __all__ = ["find_heads"]
 

@@ -2,7 +2,7 @@
 
 At a site the original computes ``y = γ (x − μ)/σ + β`` and the converted network ``y' = γ' N(W u + b) + β'``, u its own
 input, which carries the errors of all sites before. How a site is fitted stands in
-:mod:`normswap.initialization.fitting`, how both networks are run in :mod:`normswap.initialization.lockstep`.
+:mod:`normswap.initialization.fitting`, how both networks are run in :mod:`normswap.runs.side_by_side`.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from normswap.capture.observed import Batch
 from normswap.initialization.fitting import Fitting
-from normswap.initialization.goal import Goal
 from normswap.initialization.heads import find_heads
-from normswap.initialization.lockstep import Place, Visit, run_side_by_side
 from normswap.initialization.steadying import SPREAD
+from normswap.initialization.targets import Goal
 from normswap.nn import FilterLayout
 from normswap.recipes.parts import Takes
 from normswap.records import InitRow, NormKind
-from normswap.rewriting import Placed
+from normswap.runs.calling import Batch
+from normswap.runs.side_by_side import Place, Visit, run_side_by_side
+from normswap.stages.rewriting import Placed
 
 __all__ = ["match_to"]
 

@@ -21,12 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from normswap.capture.batch_norms import read_batch_norm
-from normswap.capture.guard import set_mode, untouched
-from normswap.capture.observed import Batch, first_input, run_on, run_on_data
-from normswap.capture.ops import class_of, is_norm
 from normswap.errors import InitializationError
+from normswap.graph.after_norm import read_batch_norm
+from normswap.graph.ops import is_norm
 from normswap.nn import FilterLayout
+from normswap.nn.kinds import class_of
+from normswap.runs.calling import Batch, first_input, run_on, run_on_data
+from normswap.runs.guard import set_mode, untouched
 
 __all__ = [
     "Moments",

@@ -13,11 +13,11 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from normswap.initialization.goal import Goal
-from normswap.initialization.holdout import LEAST_SAMPLES, held_out
-from normswap.initialization.lockstep import Visit, at_positions
 from normswap.initialization.moments import Statistics
 from normswap.initialization.regression import seen
+from normswap.initialization.targets import Goal
+from normswap.runs.holdout import LEAST_SAMPLES, held_out
+from normswap.runs.side_by_side import Visit, at_positions
 
 __all__ = ["Rows", "Sample", "Sampling"]
 

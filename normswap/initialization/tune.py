@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from normswap.capture.guard import set_mode, untouched
-from normswap.capture.observed import Batch, call
-from normswap.initialization.lockstep import ADDITIONS, find_uses, tensors_of
+from normswap.runs.calling import Batch, call
+from normswap.runs.guard import set_mode, untouched
+from normswap.runs.side_by_side import ADDITIONS, find_uses, tensors_of
 
 __all__ = ["tune_to"]
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from normswap.capture.exported import from_exported
 from normswap.errors import InputError
+from normswap.exported.program import from_exported
 from normswap.loading.files import expect_kind, kind_of, open_file
 from normswap.loading.importing import first_line, import_paths, import_quietly
 from normswap.loading.programs import read_program

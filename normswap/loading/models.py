@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from normswap.capture.exported import from_exported
 from normswap.errors import InputError
+from normswap.exported.program import from_exported
 from normswap.loading.architectures import build
 from normswap.loading.checkpoints import check_finite, read_checkpoint
 from normswap.loading.files import expect_kind, kind_of, open_file

@@ -1,0 +1,93 @@
+"""Whether a model still computes what it did: the check that exact conversion, folding and export make."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from normswap.checks.comparison import Verification, verify
+from normswap.runs.calling import run_on
+from normswap.runs.guard import copy_of, set_mode, untouched
+from normswap.runs.inputs import Inputs
+
+__all__ = ["eval_output", "keeps_output", "own_rounding"]
+
+_MARGIN = 10
+"""How far two ways of computing one function may be apart, as a multiple of the rounding error of one of them."""
+
+
+def eval_output(model: nn.Module, inputs: Inputs) -> Any:
+    """Return ``model``'s output in evaluation; the model is only read."""
+    with untouched(model, values=True):
+        set_mode(model, False)
+        return run_on(model, inputs)
+
+
+def keeps_output(expected: Any, model: nn.Module, inputs: Inputs) -> Verification | None:
+    """Compare ``model``'s output with ``expected``, allowing for rounding; None where ``expected`` holds no value.
+
+    A wrong absorption moves an output by a good part of itself, rounding by little: 1e-3 is allowed in float32. A model
+    that amplifies its own rounding errors beyond that is allowed ten times what they are.
+    """
+    dtypes = {p.dtype for p in model.parameters()}
+    rtol = 0.1 if dtypes & {torch.float16, torch.bfloat16} else 1e-3 if torch.float32 in dtypes else 1e-9
+    found = eval_output(model, inputs)
+    if not any(leaf.numel() for leaf in pytree.tree_leaves((expected, found)) if isinstance(leaf, Tensor)):
+        return None
+    result = _compared(expected, found, inputs, rtol)
+    if result.ok:
+        return result
+    return _compared(expected, found, inputs, max(rtol, _MARGIN * own_rounding(model, inputs)))
+
+
+def _compared(expected: Any, found: Any, inputs: Inputs, rtol: float) -> Verification:
+    result = verify(lambda *_, **__: expected, lambda *_, **__: found, inputs, rtol=rtol)
+    return dataclasses.replace(result, a="the model before", b="the model after")
+
+
+def own_rounding(model: nn.Module, inputs: Inputs) -> float:
+    """Return how far rounding moves ``model``'s output, relative to its size; 0 where that cannot be told.
+
+    Of a float32 model it is the distance to its float64 copy. A float64 model has no finer one: there it is what a
+    change of all its values in their last digits does, as its operations' rounding is amplified as they are.
+    """
+    dtypes = {p.dtype for p in model.parameters()}
+    try:
+        if torch.float32 in dtypes:
+            wide = pytree.tree_map_only(Tensor, lambda x: x.double() if x.dtype is torch.float32 else x, inputs)
+            # An error as large as the output means that the output proves nothing: it must not excuse anything either.
+            return min(_distance(eval_output(model, inputs), eval_output(copy_of(model).double(), wide)), 1e-2)
+        if torch.float64 in dtypes:
+            return min(_distance(eval_output(model, inputs), eval_output(_changed(model), inputs)), 1e-8)
+    except Exception:  # a model that casts inside its forward has no float64 copy
+        pass
+    return 0.0
+
+
+_LAST_DIGITS = 4 * torch.finfo(torch.float64).eps
+
+
+def _changed(model: nn.Module) -> nn.Module:
+    """Return a copy of a float64 model with all its values off in their last digits."""
+    changed, generator = copy_of(model), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for tensor in (*changed.parameters(), *changed.buffers()):
+            if tensor.dtype is torch.float64:
+                noise = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
+                tensor.mul_(1 + _LAST_DIGITS * noise.to(tensor.device))
+    return changed
+
+
+def _distance(found: Any, expected: Any) -> float:
+    """Return the largest difference between two outputs' floating point values, relative to each tensor's largest."""
+    pairs = zip(pytree.tree_leaves(found), pytree.tree_leaves(expected), strict=True)
+    errors = [
+        float((a.double() - b.double()).abs().amax() / b.double().abs().amax().clamp(min=1e-300))
+        for a, b in pairs
+        if isinstance(a, Tensor) and a.dtype in (torch.float32, torch.float64) and a.numel()
+    ]
+    return max(errors, default=0.0)

@@ -1,0 +1,50 @@
+"""Capture: read a model's dataflow without touching the model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from normswap.errors import InputError
+from normswap.graph.recorded import capture_recorded
+from normswap.graph.symbolic import Capture, Trace, capture_symbolic
+
+__all__ = ["Capture", "Trace", "capture", "capture_recorded", "capture_symbolic"]
+
+
+def capture(
+    model: nn.Module,
+    example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
+    how: str = "auto",
+    *,
+    modes: tuple[bool, ...] = (False, True),
+) -> Capture:
+    """Return the dataflow of ``model``; read-only.
+
+    Args:
+        model: The model.
+        example_inputs: Its inputs, positional or by keyword.
+        how: ``"symbolic"`` traces; ``"recorded"`` writes down runs on ``example_inputs``; ``"auto"`` traces what can
+            be traced and takes the record for the rest, where there are inputs. A record also knows the shapes.
+        modes: The values of the train flag to trace and run with.
+
+    Raises:
+        InputError: The model does not run on ``example_inputs``, or is a wrapper that hides its modules.
+    """
+    if how not in ("auto", "symbolic", "recorded"):
+        raise InputError(f"how={how!r} is unknown", code="unknown-capture", hint="choose auto, symbolic or recorded")
+    if how == "symbolic" or (how == "auto" and example_inputs is None):
+        return capture_symbolic(model, modes)
+    if example_inputs is None:
+        raise InputError("a record needs a run", code="no-inputs", hint="give example_inputs")
+    if how == "recorded":
+        return capture_recorded(model, example_inputs, modes)
+    traced = capture_symbolic(model, modes)
+    first = 1 + max((trace.run for trace in traced.traces), default=-1)
+    # Where the graphs lack nothing but the shapes, one run is enough.
+    record = capture_recorded(model, example_inputs, modes if traced.opaque else modes[:1], first_run=first)
+    traces = traced.traces + (record.traces if traced.opaque else ())
+    return dataclasses.replace(traced, traces=traces, shapes=record.shapes)

@@ -1,0 +1,210 @@
+"""What a BatchNorm computes, however it is written: its statistics, and what its class does after normalizing."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from normswap.errors import PlanError
+from normswap.graph.ops import is_functional_norm
+from normswap.graph.symbolic import ScopeTracer
+from normswap.nn.kinds import class_of
+from normswap.runs.guard import set_mode, untouched
+
+__all__ = ["BatchNormState", "after_norm", "read_batch_norm"]
+
+
+@dataclass(frozen=True)
+class BatchNormState:
+    """``y = γ (x − μ)/sqrt(var + eps) + β`` with all its values, per channel.
+
+    Args:
+        gamma: γ, ones where the norm is not affine. ``(C,)``
+        beta: β, zeros where the norm is not affine. ``(C,)``
+        mean: μ, None where the norm stores no statistics. ``(C,)``
+        var: The variance, None where the norm stores no statistics. ``(C,)``
+        eps: Added to the variance.
+        momentum: How running statistics follow the batches; None is the plain average.
+        frozen: The stored statistics are used in training, too.
+        trainable: γ and β are parameters that take a gradient.
+        synchronized: Statistics are those of all processes (SyncBatchNorm).
+        batches: How many batches the statistics have seen.
+    """
+
+    gamma: Tensor
+    beta: Tensor
+    mean: Tensor | None
+    var: Tensor | None
+    eps: float
+    momentum: float | None
+    frozen: bool = False
+    trainable: bool = True
+    synchronized: bool = False
+    batches: Tensor | None = None
+
+    @property
+    def num_features(self) -> int:
+        """C."""
+        return self.gamma.numel()
+
+    @property
+    def inverse_std(self) -> Tensor:
+        """1/σ = 1/sqrt(var + eps), in float64. ``(C,)``"""
+        if self.var is None:
+            raise PlanError("the norm stores no statistics", code="no-statistics", hint="give calibration data")
+        return (self.var.double() + self.eps).rsqrt()
+
+
+def read_batch_norm(module: nn.Module) -> BatchNormState:
+    """Return what ``module``, a BatchNorm by :func:`normswap.graph.ops.is_norm`, computes. Tensors are not copied."""
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    mean, var = getattr(module, "running_mean", None), getattr(module, "running_var", None)
+    frozen = not isinstance(module, _BatchNorm)
+    return batch_norm_state(
+        getattr(module, "num_features", None),
+        (weight, bias, mean, var),
+        eps=float(getattr(module, "eps", 1e-5)),
+        momentum=getattr(module, "momentum", 0.1),
+        frozen=frozen,
+        synchronized=isinstance(module, nn.SyncBatchNorm),
+        batches=getattr(module, "num_batches_tracked", None),
+    )
+
+
+def batch_norm_state(
+    num_features: int | None,
+    tensors: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    **options: Any,
+) -> BatchNormState:
+    """Return the state of a norm with the given (γ, β, μ, var), each None where the norm has none."""
+    weight, bias, mean, var = tensors
+    like = next((t for t in tensors if t is not None), None)
+    size = num_features if like is None else like.numel()
+    device = None if like is None else like.device
+    dtype = torch.get_default_dtype() if like is None else like.dtype
+    trainable = any(isinstance(t, nn.Parameter) and t.requires_grad for t in (weight, bias))
+    return BatchNormState(
+        torch.ones(size or 0, device=device, dtype=dtype) if weight is None else weight.detach(),
+        torch.zeros(size or 0, device=device, dtype=dtype) if bias is None else bias.detach(),
+        None if mean is None or var is None else mean.detach(),
+        None if mean is None or var is None else var.detach(),
+        trainable=trainable,
+        **options,
+    )
+
+
+# Note [After the norm]
+# timm's BatchNormAct2d and its like normalize, drop and activate in one forward: what follows the normalization must
+# survive. The forward is traced and its end taken apart: submodules and plain activations, up to the normalization
+# itself, and whether that part is the affine map of the statistics is checked by running it. What fails is refused.
+
+_ACTIVATIONS: dict[Any, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
+    F.relu: (nn.ReLU, ()),
+    torch.relu: (nn.ReLU, ()),
+    "relu": (nn.ReLU, ()),
+    "relu_": (nn.ReLU, ()),
+    F.relu6: (nn.ReLU6, ()),
+    F.leaky_relu: (nn.LeakyReLU, ("negative_slope",)),
+    F.elu: (nn.ELU, ("alpha",)),
+    F.gelu: (nn.GELU, ()),
+    F.silu: (nn.SiLU, ()),
+    F.mish: (nn.Mish, ()),
+    F.hardswish: (nn.Hardswish, ()),
+    F.hardsigmoid: (nn.Hardsigmoid, ()),
+    torch.sigmoid: (nn.Sigmoid, ()),
+    torch.tanh: (nn.Tanh, ()),
+    "sigmoid": (nn.Sigmoid, ()),
+    "tanh": (nn.Tanh, ()),
+    F.dropout: (nn.Dropout, ("p",)),
+    F.dropout2d: (nn.Dropout2d, ("p",)),
+}
+_OWN_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+
+
+def after_norm(module: nn.Module) -> tuple[nn.Module, ...] | str:
+    """Return the modules that ``module``'s forward applies after normalizing, or why that cannot be told.
+
+    The result is () for torch's own BatchNorms; for a subclass with an activation it is that activation, the very
+    submodule where there is one (Note [After the norm]).
+    """
+    forward = class_of(module).forward
+    if forward in _OWN_FORWARDS and "forward" not in module.__dict__:
+        return ()
+    name = class_of(module).__name__
+    with untouched(module):
+        set_mode(module, False)
+        try:
+            graph = ScopeTracer(own_forward_only=True, rank=_rank(module)).trace(module)
+        except Exception as cause:
+            return f"the forward of {name} cannot be traced ({type(cause).__name__}), so what it does is unknown"
+    after = _tail(module, graph)
+    if isinstance(after, str):
+        return f"the forward of {name} {after}"
+    if module.__dict__.get("forward") is not None or not _is_affine_then(module, after):
+        return f"the forward of {name} does more than normalize with its statistics and then activate"
+    return after
+
+
+def _tail(module: nn.Module, graph: fx.Graph) -> tuple[nn.Module, ...] | str:
+    (output,) = (node for node in graph.nodes if node.op == "output")
+    if any(node.target is operator.setitem for node in graph.nodes):
+        return "writes to its output"
+    node, after = output.args[0], []
+    while isinstance(node, fx.Node):
+        if is_functional_norm(node) or node.op == "placeholder":
+            break
+        if node.op == "call_module":
+            child = module.get_submodule(str(node.target))
+            if type(child) is not nn.Identity:
+                after.append(child)
+        elif node.target in _ACTIVATIONS:
+            make, names = _ACTIVATIONS[node.target]
+            given = dict(zip(names, node.args[1:], strict=False)) | {
+                n: node.kwargs[n] for n in names if n in node.kwargs
+            }
+            after.append(make(**given))
+        else:
+            break  # a frozen BatchNorm's arithmetic: whether it is one is checked by running it
+        if len(node.all_input_nodes) != 1:
+            return "combines values after normalizing"
+        node = node.args[0]
+    else:
+        return "does not return one tensor"
+    return tuple(reversed(after))
+
+
+def _rank(norm: nn.Module) -> int:
+    """Return a number of axes that ``norm`` takes."""
+    return next((r for cls, r in ((nn.BatchNorm1d, 3), (nn.BatchNorm3d, 5)) if isinstance(norm, cls)), 4)
+
+
+def _is_affine_then(module: nn.Module, after: tuple[nn.Module, ...]) -> bool:
+    """Run the norm on noise and compare it with its affine map followed by ``after``; trusted where nothing can run."""
+    state = read_batch_norm(module)
+    if state.gamma.is_meta or state.mean is None or state.var is None:
+        return True
+    axes = _rank(module)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(2, state.num_features, *(3,) * (axes - 2), generator=generator)
+    shape = (1, -1, *(1,) * (axes - 2))
+    std = (state.var.double() + state.eps).sqrt().view(shape)
+    x = (noise.to(std) * std + state.mean.double().view(shape)).to(state.gamma.dtype)
+    with untouched(module, values=True), torch.no_grad():
+        set_mode(module, False)
+        for m in after:
+            m.eval()
+        found = module(x.clone()).double()
+        value = (x.double() - state.mean.double().view(shape)) / std
+        value = (value * state.gamma.double().view(shape) + state.beta.double().view(shape)).to(x.dtype)
+        for m in after:
+            value = m(value)
+        scale = value.double().abs().amax().clamp(min=1e-12)
+        tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(x.dtype, 3e-2)
+        return bool((found - value.double()).abs().amax() <= tolerance * scale)

@@ -1,0 +1,282 @@
+"""A numeric check that a layer feeds its norm and nothing else, where no graph can show it.
+
+Note [Garbage]
+The check runs on a copy of the model. The layer gets random weights that are the true ones only while it is being
+called, and returns random numbers; the norm, when it is handed those very numbers, takes the true output in their
+stead. Whoever else reads the weight, or uses or changes the output, computes something else than in a run of the
+untouched copy. The results of all operations are compared, not the model's output alone: a detector that finds
+nothing returns nothing. All is bit for bit the same where the pairs are right, so the tolerance is that of
+operations whose sums have no fixed order.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import random
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from itertools import product
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from normswap.runs.calling import run_on, turned_flags
+from normswap.runs.guard import copy_of, set_mode, untouched
+
+__all__ = ["Pair", "confirm_feeds"]
+
+_RANDOM_ORDER = 1e-5
+_SAMPLES = 64
+Pair = tuple[str, str]
+"""A layer and its norm, by fqn."""
+
+
+def confirm_feeds(
+    model: nn.Module, pairs: Sequence[Pair], inputs: tuple[Any, ...] | Mapping[str, Any]
+) -> dict[Pair, frozenset[bool]]:
+    """Return those (layer, norm) pairs where the layer feeds the norm and nothing else, tried by runs on ``inputs``.
+
+    Runs are in eval and, where the model runs in it, in train mode, on the inputs and on their negatives, which may
+    take another way through a model that branches on values, and with each flag of its forward turned (Note [Garbage]).
+    If all pairs together pass, each does; if
+    not, they are halved until the wrong ones stand alone.
+
+    Returns:
+        The pairs that passed wherever they were called, each with the modes (train mode: True) in which it was called.
+    """
+    try:
+        clone = copy_of(model)
+    except Exception:  # a model that cannot be copied cannot be tried
+        return {}
+    good, called = list(pairs), {pair: set[bool]() for pair in pairs}
+    for training, sign, flags in product((False, True), (1, -1), ({}, *turned_flags(model, inputs))):
+        trial = _Trial(clone, inputs, training, sign, flags)
+        if not trial.runs:
+            continue
+        good, seen = _search(trial, good)
+        for pair in seen:
+            called[pair].add(training)
+    return {pair: frozenset(called[pair]) for pair in good if called[pair]}
+
+
+def _search(trial: _Trial, pairs: list[Pair]) -> tuple[list[Pair], set[Pair]]:
+    """Return the pairs that pass ``trial``, and those of them that it calls."""
+    if not pairs:
+        return [], set()
+    seen = trial.passes(pairs)
+    if seen is not None:
+        return pairs, seen
+    if len(pairs) == 1:
+        return [], set()
+    half = len(pairs) // 2
+    (left, a), (right, b) = _search(trial, pairs[:half]), _search(trial, pairs[half:])
+    return left + right, a | b
+
+
+class _Trial:
+    """One way to run a model, and what every operation then gives.
+
+    Args:
+        model: A copy of the model, whose weights are written to and put back.
+        inputs: The model's inputs.
+        training: The train flag.
+        sign: What the inputs are multiplied with.
+        flags: Further arguments by keyword.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: tuple[Any, ...] | Mapping[str, Any],
+        training: bool,
+        sign: int,
+        flags: Mapping[str, bool],
+    ) -> None:
+        self.model, self.training, self.flags = model, training, flags
+
+        def signed(x: Tensor) -> Tensor:
+            return x * sign if x.is_floating_point() else x.clone()
+
+        self.inputs = inputs
+        self._signed = signed
+        self._digests = _Digests()
+        reference = self._run()
+        self.runs = reference is not None
+        self._reference = reference or []
+
+    def _run(self, garbage: Sequence[_Garbage] = ()) -> list[_Digest] | None:
+        """Return the digests of one run, None where the model does not run or garbage has gone astray."""
+        inputs = pytree.tree_map_only(Tensor, self._signed, self.inputs)
+        with untouched(self.model, values=True), torch.no_grad():
+            torch.manual_seed(0)
+            random.seed(0)
+            np.random.seed(0)
+            set_mode(self.model, self.training)
+            self._digests.found = []
+            try:
+                with torch.compiler.set_stance("force_eager"), self._digests:
+                    output = run_on(self.model, inputs, self.flags)
+            except Exception:
+                return None
+            if any(one.astray() for one in garbage):
+                return None
+            kept = [*pytree.tree_leaves(output), *self.model.buffers()]
+            return self._digests.found + [_digest(leaf) for leaf in kept]
+
+    def passes(self, pairs: Sequence[Pair]) -> set[Pair] | None:
+        """Return which of ``pairs`` the model calls, None where someone sees the garbage of one."""
+        garbage = [_Garbage(self.model, *pair, self._digests) for pair in pairs]
+        try:
+            for one in garbage:
+                one.place()
+            found = self._run(garbage)
+        finally:
+            for one in garbage:
+                one.remove()
+        if found is None or len(found) != len(self._reference):
+            return None
+        if not all(map(_same, found, self._reference)):
+            return None
+        return {pair for pair, one in zip(pairs, garbage, strict=True) if one.calls}
+
+
+class _Garbage:
+    """Random numbers in place of a layer's weight and output, which its norm alone can undo."""
+
+    def __init__(self, model: nn.Module, layer: str, norm: str, digests: _Digests) -> None:
+        self.digests = digests
+        self.layer, self.norm = model.get_submodule(layer), model.get_submodule(norm)
+        own = self.layer._parameters
+        self.tensors = [t for t in (own.get("weight"), own.get("bias")) if t is not None]
+        self.clean = [t.detach().clone() for t in self.tensors]
+        self.generator = torch.Generator().manual_seed(0)
+        self.wrong = [self._like(t) for t in self.clean]
+        self.pending: list[tuple[Tensor, Tensor]] = []
+        self.given: list[weakref.ref[Tensor]] = []
+        self.calls, self.seen = 0, False
+        self.handles: list[Any] = []
+
+    def place(self) -> None:
+        self._write(self.wrong)
+        self.handles = [
+            self.layer.register_forward_pre_hook(self._before, prepend=True),
+            self.layer.register_forward_hook(self._after),
+            self.norm.register_forward_pre_hook(self._undo, prepend=True, with_kwargs=True),
+        ]
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self._write(self.clean)
+
+    def astray(self) -> bool:
+        """Tell whether an output went elsewhere than into the norm, or is still held by someone after the run."""
+        if self.seen or self.pending:
+            return True
+        if any(ref() is not None for ref in self.given):
+            gc.collect()
+        return any(ref() is not None for ref in self.given)
+
+    def _write(self, values: Sequence[Tensor]) -> None:
+        with torch.no_grad(), self.digests.paused():
+            for tensor, value in zip(self.tensors, values, strict=True):
+                tensor.copy_(value)
+
+    def _like(self, x: Tensor) -> Tensor:
+        noise = torch.randn(x.shape, generator=self.generator).to(x)
+        spread = x.float().abs().amax().to(x) if x.numel() else 1.0
+        return torch.empty_like(x).copy_(noise * (spread + 1))
+
+    def _before(self, layer: nn.Module, args: Any) -> None:
+        self._write(self.clean)
+
+    def _after(self, layer: nn.Module, args: Any, output: Tensor) -> Tensor:
+        self._write(self.wrong)
+        with self.digests.paused():
+            garbage = self._like(output)
+            self.pending.append((garbage.clone(), output))
+        self.given.append(weakref.ref(garbage))
+        return garbage
+
+    def _undo(self, norm: nn.Module, args: Any, kwargs: Any) -> Any:
+        x = args[0] if args else kwargs["input"]
+        with self.digests.paused():
+            for i, (garbage, output) in enumerate(self.pending):
+                if garbage.shape == x.shape and torch.equal(garbage, x):
+                    del self.pending[i]
+                    self.calls += bool(x.numel())
+                    return ((output, *args[1:]), kwargs) if args else (args, {**kwargs, "input": output})
+        self.seen = True
+        return args, kwargs
+
+
+_Digest = tuple[float, ...] | None
+
+
+class _Digests(TorchDispatchMode):
+    """Notes a few numbers of every result of every operation."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: list[_Digest] = []
+        self._paused = False
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Note nothing within."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not self._paused and _computes(func):
+            self.found += [_digest(leaf) for leaf in pytree.tree_leaves(result)]
+        return result
+
+
+@cache
+def _computes(func: torch._ops.OpOverload) -> bool:
+    """Tell whether ``func`` gives new values: views, copies and memory that no one has written yet are none."""
+    if any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):
+        return False
+    return not func._schema.name.startswith(
+        ("aten::clone", "aten::copy_", "aten::empty", "aten::new_empty", "aten::resize")
+    )
+
+
+def _digest(value: Any) -> _Digest:
+    """Return the sum and some of the values of a tensor, or a number; None for anything else."""
+    if isinstance(value, (bool, int, float)):
+        return (float(value),)
+    if not isinstance(value, Tensor) or (value.is_complex() and not value.numel()):
+        return None
+    try:
+        if value.is_complex():
+            value = torch.view_as_real(value.resolve_conj())
+        n = value.numel()
+        places = torch.linspace(0, max(n - 1, 0), min(n, _SAMPLES), dtype=torch.float64).long().to(value.device)
+        sample = value.take(places).double()
+        value = value if value.dtype in (torch.float32, torch.float64) else value.double()
+        return (float(torch.linalg.vector_norm(value)), *sample.tolist())
+    except Exception:  # of a layout that cannot be read so; what is computed from it can
+        return None
+
+
+def _same(a: _Digest, b: _Digest) -> bool:
+    if a is None or b is None or len(a) != len(b):
+        return a is b
+    size = max((abs(v) for v in b[1:] if math.isfinite(v)), default=0.0)
+    ((x, *xs), (y, *ys)) = a, b
+    allowed = (_RANDOM_ORDER * abs(y), *[_RANDOM_ORDER * size] * len(ys))
+    pairs = zip((x, *xs), (y, *ys), allowed, strict=True)
+    return all(abs(u - v) <= t if math.isfinite(u - v) else u == v or (u != u and v != v) for u, v, t in pairs)
