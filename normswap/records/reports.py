@@ -99,13 +99,13 @@ class InitReport:
     Args:
         method: The method asked for.
         rows: One row per module that was given values, or that was passed over with a reason.
-        assumptions: What was assumed about the data, where none was given.
+        notes: What a person should know: what was assumed, left out or changed.
         agreement: How far both networks' outputs agree, where there was data to match them on.
     """
 
     method: str
     rows: tuple[InitRow, ...]
-    assumptions: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     agreement: Agreement | None = None
 
     def __str__(self) -> str:
@@ -116,7 +116,7 @@ class InitReport:
             errors = (f"{r.fit.noise_before:.3f}", f"{r.fit.noise_after:.3f}") if r.fit else ("", "")
             rows.append((r.name, r.method, *(errors if fitted else ()), "; ".join(r.notes)))
         end = [] if self.agreement is None else [str(self.agreement)]
-        return "\n\n".join([f"initialization: {self.method}", text_table(header, rows), *self.assumptions, *end])
+        return "\n\n".join([f"initialization: {self.method}", text_table(header, rows), *self.notes, *end])
 
     def to_json(self, indent: int | None = 2) -> str:
         """Return the report as JSON."""
