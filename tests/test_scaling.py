@@ -136,9 +136,7 @@ def test_the_original_stays_and_the_report_says_that_channels_were_scaled() -> N
     said = [note for note in result.init.notes if "channels" in note]
     assert len(said) == 1
     assert not [
-        n
-        for n in ns.convert(model, "gn+ws", calibration=digits(64)[0], scale=False).init.notes
-        if "channels" in n
+        n for n in ns.convert(model, "gn+ws", calibration=digits(64)[0], scale=False).init.notes if "channels" in n
     ]
 
 
