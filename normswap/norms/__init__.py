@@ -8,7 +8,7 @@ from functools import cache
 
 from torch import nn
 
-from normswap.norms.assignment import Assignment, LinearOf, NewValue, apply, named, of_present
+from normswap.norms.assignment import Assignment, LinearOf, NewValue, apply, named, of_present, tensor_in
 from normswap.norms.base import Affine, Bias, Encoding, Incoming, Norm, NormState, Stays, Takes, registered
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "named",
     "norm_of",
     "of_present",
+    "tensor_in",
 ]
 
 for _module in pkgutil.iter_modules(__path__):
