@@ -14,7 +14,7 @@ from normswap.runs.calling import Batch, run_on_data
 from normswap.runs.guard import set_mode, untouched
 from normswap.runs.holdout import LEAST_SAMPLES, held_out
 from normswap.runs.inputs import sample_count, take
-from normswap.runs.side_by_side import tensors_of
+from normswap.runs.tensors import tensors_of
 
 __all__ = ["agreement"]
 

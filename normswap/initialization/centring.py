@@ -23,7 +23,7 @@ from normswap.records import NormKind, Plan, Step
 from normswap.runs.calling import Batch
 from normswap.runs.guard import copy_of
 from normswap.runs.inputs import Inputs, make_up_inputs, sample_count, some_samples
-from normswap.runs.side_by_side import tensors_of
+from normswap.runs.tensors import tensors_of
 
 __all__ = ["SCALED", "moments_for", "scaled_for"]
 

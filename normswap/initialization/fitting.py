@@ -26,13 +26,13 @@ from torch import Tensor, nn
 
 from normswap.initialization.absorb import absorb
 from normswap.initialization.moments import moments_of_covariance, patches
-from normswap.initialization.regression import Covariances, SecondMoments, Solution, solve, within_sight
+from normswap.initialization.regression import Covariances, SecondMoments, Solution, solve, surrogate_target
 from normswap.initialization.sampling import Rows, Sample, Sampling
 from normswap.initialization.steadying import steady
 from normswap.initialization.targets import Goal
 from normswap.nn import ChannelAffine, ChannelLayerNorm, FilterLayout
 from normswap.records import Fit, InitRow
-from normswap.runs.side_by_side import Place, Visit
+from normswap.runs.paired_sites import PairedSite, SiteBatch
 from normswap.stages.rewriting import Placed
 
 __all__ = ["Fitting"]
@@ -84,7 +84,7 @@ class Fitting:
     """The fit of one site to what all batches bring there."""
 
     def __init__(
-        self, place: Place, goal: Goal, visits: Sequence[Visit], least_group: int | None, spread: float
+        self, place: PairedSite, goal: Goal, visits: Sequence[SiteBatch], least_group: int | None, spread: float
     ) -> None:
         self.place, self.goal = place, goal
         self.least_group, self.spread = least_group, spread
@@ -106,7 +106,7 @@ class Fitting:
         if not all(self._agrees(visit) for visit in self.visits):
             return InitRow(name, "absorbed", ("the networks' shapes differ here: not fitted",))
         sample = self.sampling.patches(self._patches)
-        fit, held = _moments(sample.fit), _moments(sample.judge)
+        fit, held = _moments(sample.train), _moments(sample.validation)
         statistics = self.sampling.statistics()
         if not bool(fit.inputs.isfinite().all() and statistics.var.isfinite().all()):
             return InitRow(name, "absorbed", ("its values are not finite: not fitted",))
@@ -126,7 +126,7 @@ class Fitting:
             self._restore(before)
         self._restore(best)
         notes = [] if self.sampling.holds_out else [f"{self.sampling.samples} samples: none was held out"]
-        if self.visits[0].beside is not None:
+        if self.visits[0].shortcut is not None:
             notes.append("makes good its shortcut's error")
         fitted = Fit(
             samples=self.sampling.samples,
@@ -145,7 +145,7 @@ class Fitting:
 
     # ------------------------------------------------------------------------------------------------- the data
 
-    def _agrees(self, visit: Visit) -> bool:
+    def _agrees(self, visit: SiteBatch) -> bool:
         return len(visit.x) == len(visit.reference) and (
             self.source(visit.x[:1]).shape[1:] == visit.reference.shape[1:]
         )
@@ -182,10 +182,10 @@ class Fitting:
             if error >= least:
                 break
             solution, least = found, error
-        if solution is None or sample.fit.cut is None:
+        if solution is None or sample.train.threshold is None:
             return solution
         best, least = solution, math.inf
-        judging, fitting = sample.judge, sample.fit
+        judging, fitting = sample.validation, sample.train
         for _ in range(_ROUNDS + 1):
             error = float(judging.error(self._predicted(solution, judging)).sum())
             if not error < least:
@@ -193,7 +193,7 @@ class Fitting:
             worth, best, least = error < (1 - _WORTH) * least, solution, error
             if not worth:
                 break
-            wanted = within_sight(self._predicted(solution, fitting), fitting.y, fitting.cut)
+            wanted = surrogate_target(self._predicted(solution, fitting), fitting.y, fitting.threshold)
             t = fitting.t + (wanted - fitting.y) * self.goal.inverse_gain
             moments = fit.retargeted(fitting.values, t)
             solution = solve(moments, anchor, solution.ridge, zero_sum=zero_sum, like=solution)
@@ -224,7 +224,7 @@ class Fitting:
     def _units(self) -> tuple[Tensor, Tensor]:
         """Return the mean and the mean square, per channel, of all that the norm takes one mean over. ``(n, C)``"""
         if isinstance(self.norm, ChannelLayerNorm):  # each position by itself
-            z = self.sampling.outputs(self.source).fit.values
+            z = self.sampling.outputs(self.source).train.values
             return z, z.square()
         means, squares = [], []
         for chunk, held in self.sampling.chunks():
@@ -252,10 +252,10 @@ class Fitting:
             if self.norm is not None:
                 _set_affine(self.norm, torch.ones_like(self.goal.gain), torch.zeros_like(self.goal.gain))
         sample = self.sampling.outputs(self.place.output)
-        judging = sample.judge
+        judging = sample.validation
         outputs = judging.values
         if candidate is not None and self.norm is not None:
-            gain, shift = _affine(sample.fit, candidate.prior.float())
+            gain, shift = _affine(sample.train, candidate.prior.float())
             _set_affine(self.norm, gain, shift)
             outputs = gain * outputs + shift
         unit = self.goal.unit

@@ -21,7 +21,8 @@ from normswap.nn import FilterLayout
 from normswap.recipes.parts import Takes
 from normswap.records import InitRow, NormKind
 from normswap.runs.calling import Batch
-from normswap.runs.side_by_side import Place, Visit, run_side_by_side
+from normswap.runs.paired_sites import PairedSite, SiteBatch
+from normswap.runs.side_by_side import run_side_by_side
 from normswap.stages.rewriting import Placed
 
 __all__ = ["match_to"]
@@ -64,7 +65,7 @@ def match_to(
     places += heads
     rows: dict[str, InitRow] = {}
 
-    def fit(place: Place, visits: Sequence[Visit]) -> list[Tensor] | None:
+    def fit(place: PairedSite, visits: Sequence[SiteBatch]) -> list[Tensor] | None:
         goal = goals[place.name]
         with torch.no_grad():
             fitting = Fitting(place, goal, visits, least_group, spread)
@@ -89,7 +90,7 @@ def _with_originals(placed: Placed, original: nn.Module) -> Placed:
     return dataclasses.replace(placed, weight=FilterLayout.weight(layer).detach(), bias=bias)
 
 
-def _places(original: nn.Module, placed: Sequence[Placed]) -> list[Place]:
+def _places(original: nn.Module, placed: Sequence[Placed]) -> list[PairedSite]:
     """Return where the sites that can be fitted lie in both networks, in the plan's order."""
     places = []
     for one in placed:
@@ -100,7 +101,7 @@ def _places(original: nn.Module, placed: Sequence[Placed]) -> list[Place]:
         owner, _, buffer = name.partition(":")
         module = original.get_submodule(owner)
         if one.step.site.kind == NormKind.MODULE:
-            places.append(Place(name, source, one.norm, module))
+            places.append(PairedSite(name, source, one.norm, module))
         elif isinstance(mean := getattr(module, buffer or "running_mean", None), Tensor):
-            places.append(Place(name, source, one.norm, None, mean))
+            places.append(PairedSite(name, source, one.norm, None, mean))
     return places

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from normswap.nn import FilterLayout
 from normswap.recipes.parts import WeightPart
-from normswap.runs.side_by_side import Visit
+from normswap.runs.paired_sites import SiteBatch
 from normswap.stages.rewriting import Placed
 
 __all__ = ["Goal"]
@@ -61,12 +61,12 @@ class Goal:
         floor = _INVERSE_FLOOR * self.gain.abs().mean()
         return self.gain / (self.gain.square() + floor.square()).clamp(min=1e-30)
 
-    def targets(self, visit: Visit) -> tuple[Tensor, Tensor]:
+    def targets(self, visit: SiteBatch) -> tuple[Tensor, Tensor]:
         """Return t, which the source is to give, and y, which the norm is to give, shaped as the original's output."""
         shape = (1, -1, *(1,) * (visit.reference.ndim - 2))
         t = (visit.reference.float() - self.mean.view(shape)) * self.scale.view(shape)
         y = self.gain.view(shape) * t + self.shift.view(shape)
-        if visit.beside is not None:
-            error = visit.beside[0].float() - visit.beside[1].float()
+        if visit.shortcut is not None:
+            error = visit.shortcut[0].float() - visit.shortcut[1].float()
             t, y = t + error * self.inverse_gain.view(shape), y + error
         return t, y
