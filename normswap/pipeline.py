@@ -27,9 +27,10 @@ from normswap.initialization.tune import tune_to
 from normswap.recipes import Recipe, all_recipes, make_recipe
 from normswap.recipes.base import AUTO_GROUPS, GroupedRecipe
 from normswap.records import InitReport, InitRow, NormKind, Plan, SiteCost
+from normswap.runs.batches import bind_batches, sample_count, some_samples
 from normswap.runs.calling import Batch
 from normswap.runs.guard import copy_of
-from normswap.runs.inputs import Inputs, bind_batches, example_of, make_up_inputs, sample_count, some_samples
+from normswap.runs.inputs import Inputs, example_of, make_up_inputs
 from normswap.stages.find_sites import match
 from normswap.stages.planning import make_plan, step_at
 from normswap.stages.rewriting import Placed, rewrite

@@ -20,9 +20,10 @@ from normswap.initialization.moments import Moments, Statistics, input_moments, 
 from normswap.recipes import Recipe
 from normswap.recipes.parts import Takes
 from normswap.records import NormKind, Plan, Step
+from normswap.runs.batches import sample_count, some_samples
 from normswap.runs.calling import Batch
 from normswap.runs.guard import copy_of
-from normswap.runs.inputs import Inputs, make_up_inputs, sample_count, some_samples
+from normswap.runs.inputs import Inputs, make_up_inputs
 from normswap.runs.tensors import tensors_of
 
 __all__ = ["SCALED", "moments_for", "scaled_for"]

@@ -16,7 +16,7 @@ from torch import Tensor
 from normswap.initialization.moments import Statistics
 from normswap.initialization.regression import clamped
 from normswap.initialization.targets import Goal
-from normswap.runs.holdout import LEAST_SAMPLES, held_out
+from normswap.runs.batches import LEAST_SAMPLES, held_out
 from normswap.runs.paired_sites import SiteBatch
 from normswap.runs.tensors import at_positions
 
