@@ -24,6 +24,7 @@ from normswap.graph.recorded import changed_in_place, untracked
 from normswap.graph.symbolic import Capture, Trace, has_optional_arguments, hook_barrier
 from normswap.nn import ChannelAffine, FilterLayout
 from normswap.nn.kinds import class_of, is_layer
+from normswap.operations.table import of_module
 
 __all__ = ["Dataflow", "Finding"]
 
@@ -190,10 +191,9 @@ class Dataflow:
     def rank(self, key: str, shape: tuple[int, int] | None = None) -> int | None:
         """Return the number of axes of the input of ``key``: by its class, by the shape seen, or by the graph."""
         module = self.capture.modules.get(key)
-        if isinstance(module, nn.BatchNorm2d):
-            return 4
-        if isinstance(module, nn.BatchNorm3d):
-            return 5
+        operation = None if module is None else of_module(module, inherited=True)
+        if operation is not None and isinstance(operation.axes, int):
+            return operation.axes
         if shape:
             return shape[0]
         ranks: set[int | None] = set()

@@ -29,26 +29,19 @@ from torch.utils import _pytree as pytree
 
 from normswap.graph.ops import is_leaf, is_norm
 from normswap.graph.symbolic import Capture, Trace, hook_barrier, model_names, refuse_wrappers
+from normswap.operations.table import TABLE, called_by
 from normswap.runs.calling import does_not_run, run_on
 from normswap.runs.guard import set_mode, untouched
 
 __all__ = ["capture_recorded", "changed_in_place", "untracked"]
 
-# Asking a tensor for these tells nothing of its values, and so is no use of it.
-_PROPERTIES = """
-    shape ndim dtype device layout itemsize nbytes requires_grad is_leaf grad_fn is_cpu is_cuda is_meta is_mps is_xpu
-    is_sparse is_sparse_csr is_quantized is_nested is_mkldnn _version
-"""
-_METHODS = """
-    size dim ndimension numel nelement stride storage_offset is_contiguous get_device element_size is_floating_point
-    is_complex is_inference is_pinned __len__ __hash__
-"""
 _VALUE_FREE: frozenset[Any] = frozenset(
-    (
-        *(getattr(Tensor, name).__get__ for name in _PROPERTIES.split()),
-        *(getattr(Tensor, name) for name in _METHODS.split()),
-    )
+    call
+    for row in TABLE.rows
+    if row.value_free
+    for call in (*called_by(row), *(getattr(Tensor, name).__get__ for name in row.attributes))
 )
+"""What a run asks a tensor for that tells nothing of its values, and so is no use of it."""
 _PLAIN = (
     *(type(None), bool, int, float, complex, str, type(Ellipsis)),
     *(torch.dtype, torch.device, torch.layout, torch.memory_format),

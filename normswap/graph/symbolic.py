@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from normswap.errors import InputError
 from normswap.graph.ops import is_leaf
 from normswap.nn.kinds import class_of
+from normswap.operations.table import value_free_names
 from normswap.runs.guard import set_mode, untouched
 
 __all__ = [
@@ -355,12 +356,12 @@ class _DirectReads(TorchFunctionMode):
 
     def __init__(self, names: dict[int, str]) -> None:
         super().__init__()
-        self.known = names
+        self.known, self.value_free = names, value_free_names()
         self.names: list[str] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # The getter of an attribute is named __get__; what it gets, it belongs to.
-        if getattr(getattr(func, "__self__", func), "__name__", "") not in _NO_READ:
+        if getattr(getattr(func, "__self__", func), "__name__", "") not in self.value_free:
             for leaf in pytree.tree_leaves((args, kwargs)):
                 name = self.known.get(id(leaf)) if isinstance(leaf, Tensor) else None
                 if name is not None and name not in self.names:
@@ -368,13 +369,6 @@ class _DirectReads(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-# What asks for no value.
-_NO_READ = frozenset(
-    {
-        *("size", "shape", "dim", "ndim", "numel", "stride", "dtype", "device", "layout", "requires_grad", "is_meta"),
-        *("is_floating_point", "is_complex", "is_contiguous", "element_size", "is_leaf", "grad_fn", "__hash__"),
-    }
-)
 _MODULE_TABLES = frozenset(vars(nn.Module()))
 
 

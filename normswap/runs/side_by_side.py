@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from normswap.errors import InitializationError
+from normswap.operations.table import TABLE, called_by, named
 from normswap.runs.calling import Batch, first_input, run_on, run_on_data
 from normswap.runs.guard import set_mode, untouched
 
@@ -48,10 +49,10 @@ __all__ = [
 THREAD = "normswap-lockstep"
 """The name of the threads that passes run in."""
 
+ADDITIONS = called_by(named("add"))
 _IN_PLACE: frozenset[Any] = frozenset({Tensor.add_, Tensor.__iadd__})
-ADDITIONS: frozenset[Any] = _IN_PLACE | {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__}
-_RELUS: frozenset[Any] = frozenset({F.relu, F.relu_, F.relu6, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_})
-_CLAMPS: frozenset[Any] = frozenset({F.hardtanh, torch.clamp, torch.clamp_, Tensor.clamp, Tensor.clamp_})
+_RELUS = frozenset[Any]().union(*(called_by(row) for row in TABLE.rows if row.floor == 0))
+_CLAMPS = frozenset[Any]().union(*(called_by(row) for row in TABLE.rows if isinstance(row.floor, str)))
 
 
 @dataclass(frozen=True)
