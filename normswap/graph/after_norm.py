@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from normswap.errors import PlanError
 from normswap.graph.ops import is_functional_norm
-from normswap.graph.symbolic import ScopeTracer
+from normswap.graph.tracer import ScopeTracer
 from normswap.nn.kinds import class_of
 from normswap.operations.table import of_call
 from normswap.runs.guard import set_mode, untouched

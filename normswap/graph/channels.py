@@ -25,7 +25,7 @@ from normswap.graph.after_norm import after_norm
 from normswap.graph.dataflow import Dataflow
 from normswap.graph.linearity import is_torchs_own
 from normswap.graph.ops import is_norm
-from normswap.graph.symbolic import Capture, Trace
+from normswap.graph.records import Capture, Trace
 from normswap.nn import FilterLayout
 from normswap.nn.kinds import is_layer
 from normswap.operations.channel_rules import Value, values_in
