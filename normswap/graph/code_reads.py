@@ -22,7 +22,7 @@ from typing import Any
 from torch import fx, nn
 
 from normswap.graph.ops import is_leaf
-from normswap.graph.symbolic import Capture
+from normswap.graph.records import Capture
 from normswap.nn.kinds import class_of
 from normswap.norms import is_convertible
 
