@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from normswap.checks.agreement import agreement
 from normswap.checks.comparison import Verification
 from normswap.checks.self_check import eval_output, keeps_output
-from normswap.errors import InitializationError, InputError, NothingToConvertError, VerificationError
+from normswap.errors import InitializationError, InputError, NothingToConvertError, VerificationError, argument
 from normswap.graph import Capture, capture
 from normswap.initialization.absorb import absorb
 from normswap.initialization.centring import SCALED, moments_for, scaled_for
@@ -24,6 +23,7 @@ from normswap.initialization.match import match_to
 from normswap.initialization.moments import Moments, Statistics, measure_statistics
 from normswap.initialization.steadying import SPREAD
 from normswap.initialization.tune import tune_to
+from normswap.options import Options
 from normswap.recipes import Recipe, all_recipes, make_recipe
 from normswap.recipes.base import AUTO_GROUPS, GroupedRecipe
 from normswap.records import InitReport, InitRow, NormKind, Plan, SiteCost
@@ -39,7 +39,7 @@ __all__ = ["Conversion", "convert", "plan", "rank_sites", "swap_norms"]
 
 Progress = Callable[[str, int, int], None]
 ENOUGH_SAMPLES = 1000
-METHODS = ("absorb", "match", "tune", "none")
+METHODS = ("absorb", "match", "tune", "fresh")
 FITTED = ("match", "tune")
 
 
@@ -132,7 +132,7 @@ def convert(
         init: ``"absorb"`` keeps the model's function by what its BatchNorms know, exactly under an exact recipe and
             closely under the others, with the statistics of the data where there is some; ``"match"``, the default
             where there is calibration data, then fits each site to the original in closed form; ``"tune"`` then takes
-            gradient steps towards the original's own values, without labels; ``"none"`` leaves the new norms fresh.
+            gradient steps towards the original's own values, without labels; ``"fresh"`` starts anew.
         include: Globs of the norms to convert; default all.
         exclude: Globs of norms to leave as they are.
         plan: A plan to replay instead of making one.
@@ -159,8 +159,8 @@ def convert(
     if plan is not None and not isinstance(to, Recipe):
         to, options = plan.recipe, dict(plan.options)
     recipe = make_recipe(to, options)
-    method = _method(init, recipe, calibration is not None)
-    _check_numbers(spread, tune_steps)
+    chosen = Options(init=init, spread=spread, tune_steps=tune_steps)
+    method = _method(chosen.init, recipe, calibration is not None)
     notes: list[str] = []
     _refuse_unfit(model)
     batches = None if calibration is None else list(bind_batches(model, calibration, notes, forward_fn))
@@ -170,9 +170,9 @@ def convert(
     least_group = _least_group(recipe) if plan is None else None
     if least_group is not None and method not in FITTED:
         raise InputError(
-            "num_groups='auto' chooses by calibration data and none is used",
+            f"{argument('num_groups', 'auto')} chooses by calibration data and none is used",
             code="no-calibration",
-            hint="give calibration=, some hundred unlabelled samples, or a number",
+            hint=f"give {argument('calibration')}, some hundred unlabelled samples, or a number",
         )
     captured = capture(model, example)
     skeleton = skeleton_of(model)
@@ -188,14 +188,14 @@ def convert(
     scales: dict[str, Tensor] = {}
     moments: dict[str, Moments] = {}
     data: dict[str, Statistics] = {}
-    if method != "none":
+    if method != "fresh":
         if scale:
             original, scales = scaled_for(plan, recipe, captured, enough, example, statistics)
         notes += [SCALED] if original is not model else []
         moments, assumption = moments_for(plan, recipe, original, enough, example, fitted=fits)
         if enough is not None and not recipe.exact and not fits:  # a fit measures its own
             data = measure_statistics(original, _modules(plan), enough)
-    reference = _reference(model, recipe, example, check and method != "none")
+    reference = _reference(model, recipe, example, check and method != "fresh")
     trial = _trial(model, plan, example) if check else None
     # Matching needs the original beside the copy, also where the model itself is to become the converted one.
     if inplace and not fits:
@@ -206,7 +206,7 @@ def convert(
         target = original if original is not model and not fits else _copy(original)
     placed = [_with_statistics(p, statistics) for p in rewrite(target, plan, recipe)]
     agreed = None
-    if method == "none":
+    if method == "fresh":
         rows = [InitRow(p.step.site.norm, "fresh") for p in placed]
     else:
         rows = [absorb(p, moments, data.get(p.step.site.norm)) for p in placed]
@@ -377,25 +377,19 @@ def _with_groups(plan: Plan, recipe: Recipe, placed: Sequence[Placed]) -> Plan:
     return dataclasses.replace(plan, steps=tuple(steps))
 
 
-def _check_numbers(spread: float, tune_steps: int) -> None:
-    if not 0 <= spread < math.inf:
-        hint = f"give 0 or more; the default is {SPREAD:g}"
-        raise InputError(f"spread={spread} is no distance", code="spread", hint=hint)
-    if tune_steps < 0:
-        raise InputError(f"tune_steps={tune_steps} is no number of steps", code="tune-steps", hint="give 0 or more")
-
-
 def _method(init: str | None, recipe: Recipe, has_data: bool) -> str:
     """Return how the new parts get their values."""
     if init is None:
         return "match" if has_data and not recipe.exact else "absorb"
     if init not in METHODS:
-        raise InputError(f"init={init!r} is unknown", code="unknown-init", hint=f"choose from {', '.join(METHODS)}")
+        raise InputError(
+            f"{argument('init', init)} is unknown", code="unknown-init", hint=f"choose from {', '.join(METHODS)}"
+        )
     if init in FITTED and not has_data:
         raise InputError(
-            f"init={init!r} fits to data and none was given",
+            f"{argument('init', init)} fits to data and none was given",
             code="no-calibration",
-            hint="give calibration=, some hundred unlabelled samples",
+            hint=f"give {argument('calibration')}, some hundred unlabelled samples",
         )
     return "absorb" if init in FITTED and recipe.exact else init
 
@@ -446,7 +440,7 @@ def _copy(model: nn.Module) -> nn.Module:
         raise InputError(
             f"the model cannot be copied: {type(cause).__name__}: {cause}",
             code="not-copyable",
-            hint="convert it in place (inplace=True), after saving its state dict",
+            hint=f"convert it in place ({argument('inplace', True)}), after saving its state dict",
         ) from cause
 
 
@@ -463,7 +457,7 @@ def _missing_statistics(model: nn.Module, plan: Plan, batches: Sequence[Batch] |
         raise InputError(
             f"'{missing[0]}' stores no running statistics",
             code="no-statistics",
-            hint="give calibration data, from which they are measured",
+            hint=f"give {argument('calibration')}, from which they are measured",
         )
     return measure_statistics(model, missing, batches)
 
@@ -511,7 +505,8 @@ def _refuse_broken(model: nn.Module, inputs: Inputs) -> None:
         raise VerificationError(
             f"the original runs and the converted model does not: {type(cause).__name__}: {cause}",
             code="does-not-run",
-            hint="its forward asks a norm for what a new one does not have: leave that norm out (exclude=['NAME'])",
+            hint="its forward asks a norm for what a new one does not have: leave that norm out "
+            f"({argument('exclude', ['NAME'])})",
         ) from cause
 
 
@@ -525,6 +520,6 @@ def _self_check(model: nn.Module, reference: tuple[Any, Inputs] | None) -> Verif
         raise VerificationError(
             f"the converted model's output moved by {result.max_rel:.1e} of its size; an exact recipe must keep it",
             code="self-check",
-            hint="report this model; check=False converts it nevertheless",
+            hint=f"report this model; {argument('check', False)} converts it nevertheless",
         )
     return result

@@ -17,7 +17,7 @@ from torch.nn.utils import skip_init
 
 from normswap.checks.comparison import Verification, training_modules
 from normswap.checks.self_check import eval_output, keeps_output
-from normswap.errors import FoldError, VerificationError
+from normswap.errors import FoldError, Text, VerificationError, argument
 from normswap.graph import capture
 from normswap.graph.after_norm import after_norm, read_batch_norm
 from normswap.graph.code_reads import reads_in_code
@@ -261,7 +261,8 @@ def _replace_the_rest(model: nn.Module) -> list[FoldRow]:
             assert affine is not None
             new = _depthwise(affine, module.rank, module.bias)
             if new is None or module._forward_hooks or module._forward_pre_hooks:
-                why = "a forward hook is on it" if new else "its input's number of axes is unknown: give example inputs"
+                unknown = Text(f"its input's number of axes is unknown: give {argument('example_inputs')}")
+                why = "a forward hook is on it" if new else unknown
                 rows.append(FoldRow(fqn, "as it was", why))
                 continue
             what = "a diagonal Linear" if isinstance(new, nn.Linear) else f"a depthwise 1×1 {type(new).__name__}"

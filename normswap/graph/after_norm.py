@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from normswap.errors import PlanError
+from normswap.errors import PlanError, argument
 from normswap.graph.ops import is_functional_norm
 from normswap.graph.symbolic import ScopeTracer
 from normswap.nn.kinds import class_of
@@ -58,7 +58,9 @@ class BatchNormState:
     def inverse_std(self) -> Tensor:
         """1/σ = 1/sqrt(var + eps), in float64. ``(C,)``"""
         if self.var is None:
-            raise PlanError("the norm stores no statistics", code="no-statistics", hint="give calibration data")
+            raise PlanError(
+                "the norm stores no statistics", code="no-statistics", hint=f"give {argument('calibration')}"
+            )
         return (self.var.double() + self.eps).rsqrt()
 
 

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from normswap.errors import InitializationError
+from normswap.errors import InitializationError, argument
 from normswap.runs.calling import Batch, first_input, run_on, run_on_data
 from normswap.runs.guard import set_mode, untouched
 
@@ -564,7 +564,7 @@ def _check_undisturbed(model: nn.Module, inputs: Batch, output: Any) -> None:
         raise InitializationError(
             "the model gives another output when it is paused between its layers: its forward keeps state or is random",
             code="calibration-state",
-            hint="calibrate with one batch if it keeps state, or convert with init='absorb'",
+            hint=f"calibrate with one batch if it keeps state, or convert with {argument('init', 'absorb')}",
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
-from normswap.errors import InputError
+from normswap.errors import InputError, Text, argument, marked, parameter
 from normswap.recipes import Recipe
 from normswap.records import Plan, Site, Skip, Step
 from normswap.stages.find_sites import Matches
@@ -43,7 +43,9 @@ def make_plan(
             code, reason = refusal
             skips.append(Skip(site.norm, "norm", site.norm_type, code, reason))
             if site.layer is not None and site.layer_type is not None:
-                skips.append(Skip(site.layer, "layer", site.layer_type, code, f"its norm stays: {reason}"))
+                skips.append(
+                    Skip(site.layer, "layer", site.layer_type, code, Text(f"its norm stays: {marked(reason)}"))
+                )
             continue
         steps.append(step_at(site, recipe, recipe.groups_at(site)))
     return Plan(model_name, recipe.name, recipe.options(), tuple(steps), tuple(skips))
@@ -54,14 +56,14 @@ def _refusal(
 ) -> tuple[str, str] | None:
     names = (site.norm, *site.aliases)
     if include and not any(fnmatchcase(name, glob) for name in names for glob in include):
-        return "excluded", "no pattern of include matches it"
+        return "excluded", Text(f"no pattern of {parameter('include')} matches it")
     for glob in exclude:
         if any(fnmatchcase(name, glob) for name in names):
             return "excluded", f"the pattern {glob!r} excludes it"
     if not site.has_statistics and not has_data:
         return (
             "no-statistics",
-            "it stores no running statistics, so there is nothing to take over: give calibration data",
+            Text(f"it stores no running statistics, so there is nothing to take over: give {argument('calibration')}"),
         )
     reason = recipe.refuse(site)
     return None if reason is None else ("recipe-refuses", reason)
