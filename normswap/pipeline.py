@@ -19,9 +19,10 @@ from normswap.checks.self_check import eval_output, keeps_output
 from normswap.errors import InitializationError, InputError, NothingToConvertError, VerificationError
 from normswap.graph import Capture, capture
 from normswap.initialization.absorb import absorb
-from normswap.initialization.centring import SCALED, moments_for, scaled_for
+from normswap.initialization.centring import moments_for
+from normswap.initialization.equalization import EQUALIZED, equalize
 from normswap.initialization.match import match_to
-from normswap.initialization.moments import Moments, Statistics, measure_statistics
+from normswap.initialization.moments import Moments
 from normswap.initialization.steadying import SPREAD
 from normswap.initialization.tune import tune_to
 from normswap.recipes import Recipe, all_recipes, make_recipe
@@ -31,6 +32,7 @@ from normswap.runs.batches import bind_batches, sample_count, some_samples
 from normswap.runs.calling import Batch
 from normswap.runs.guard import copy_of
 from normswap.runs.inputs import Inputs, example_of, make_up_inputs
+from normswap.runs.watching import Statistics, measure_statistics
 from normswap.stages.find_sites import match
 from normswap.stages.planning import make_plan, step_at
 from normswap.stages.rewriting import Placed, rewrite
@@ -191,8 +193,8 @@ def convert(
     data: dict[str, Statistics] = {}
     if method != "none":
         if scale:
-            original, scales = scaled_for(plan, recipe, captured, enough, example, statistics)
-        notes += [SCALED] if original is not model else []
+            original, scales = equalize(plan, recipe, captured, enough, example, statistics)
+        notes += [EQUALIZED] if original is not model else []
         moments, assumption = moments_for(plan, recipe, original, enough, example, fitted=fits)
         if enough is not None and not recipe.exact and not fits:  # a fit measures its own
             data = measure_statistics(original, _modules(plan), enough)
@@ -291,7 +293,7 @@ def rank_sites(
     scales: dict[str, Tensor] = {}
     original = model
     if scale:
-        original, scales = scaled_for(plan, recipe, captured, batches, example, statistics)
+        original, scales = equalize(plan, recipe, captured, batches, example, statistics)
     target = _copy(original)
     placed = [_with_statistics(one, statistics) for one in rewrite(target, plan, recipe)]
     for one in placed:

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from normswap.graph.after_norm import BatchNormState
-from normswap.initialization.moments import Moments, Statistics, centre
+from normswap.initialization.moments import Moments, centre
 from normswap.nn import FilterLayout
 from normswap.recipes.parts import Bias, Incoming, Takes
 from normswap.records import InitRow
+from normswap.runs.watching import Statistics
 from normswap.stages.rewriting import Placed
 
 __all__ = ["absorb"]

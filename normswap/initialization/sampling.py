@@ -13,12 +13,12 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from normswap.initialization.moments import Statistics
 from normswap.initialization.regression import clamped
 from normswap.initialization.targets import Goal
 from normswap.runs.batches import LEAST_SAMPLES, held_out
 from normswap.runs.paired_sites import SiteBatch
 from normswap.runs.tensors import at_positions
+from normswap.runs.watching import Statistics
 
 __all__ = ["Rows", "Sample", "Sampling"]
 
