@@ -16,7 +16,7 @@ from normswap.graph import capture
 from normswap.graph.channels import FIXED, find_channels
 from normswap.initialization import equalization
 from normswap.initialization.equalization import choose_scales
-from normswap.initialization.equalization_cost import costs_of, least
+from normswap.initialization.equalization_cost import costs_of, least_cost
 from normswap.initialization.moments import moments_of_covariance
 
 LAYERS = {
@@ -95,7 +95,7 @@ def test_no_single_step_betters_what_was_found_and_fixed_channels_stay() -> None
             found += float(own @ cost.lost @ own / (own @ cost.kept @ own))
         return found
 
-    v = least(fresh(), 11)
+    v = least_cost(fresh(), 11)
     assert float(v[FIXED]) == 1
     assert bool(((v >= 1) & (v <= 10)).all())
     assert total(v) < 0.3 * total(torch.ones(11).double())

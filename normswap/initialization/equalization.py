@@ -22,7 +22,7 @@ from normswap.graph import Capture
 from normswap.graph.after_norm import read_batch_norm
 from normswap.graph.channels import FIXED, Channels, find_channels
 from normswap.initialization.centring import centred_layers
-from normswap.initialization.equalization_cost import Cost, costs_of, least
+from normswap.initialization.equalization_cost import Cost, costs_of, least_cost
 from normswap.initialization.noise import noises_like, shaped_by_statistics
 from normswap.initialization.patches import with_filters
 from normswap.nn import FilterLayout
@@ -77,7 +77,7 @@ def equalize(
         return model, {}
     modules = [step.site for step in plan.steps if step.site.kind == NormKind.MODULE]
     channels = find_channels(captured, [site.norm for site in modules], [site.layer for site in modules if site.layer])
-    scales = _scales(model, gains, channels, batches, inputs)
+    scales = _from_data_or_noise(model, gains, channels, batches, inputs)
     if scales is None:
         return model, {}
     try:
@@ -91,13 +91,14 @@ def equalize(
     return scaled, {site.norm: scales[channels.outputs[site.norm]] for site in modules if site.norm in channels.outputs}
 
 
-def _scales(
+def _from_data_or_noise(
     model: nn.Module,
     gains: Mapping[str, Tensor],
     channels: Channels,
     batches: Sequence[Batch] | None,
     inputs: Inputs,
 ) -> Tensor | None:
+    """Return the scales chosen on the first calibration samples or, without any, on noise that the model takes."""
     if batches is not None:
         return choose_scales(model, gains, channels, _first_samples(batches), shaped=False)
     for noise in noises_like(inputs):
@@ -167,7 +168,7 @@ def choose_scales(
         if not bool(covariance.isfinite().all()):
             return None
         costs += costs_of(model.get_submodule(name), gains[name], covariance.cpu(), channels.inputs[name])
-    v = least(costs, channels.count)
+    v = least_cost(costs, channels.count)
     return None if bool((v == 1).all()) else 1 / v
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from normswap.graph.channels import FIXED
 from normswap.nn import FilterLayout
 
-__all__ = ["Cost", "costs_of", "least"]
+__all__ = ["Cost", "costs_of", "least_cost"]
 
 Values = npt.NDArray[np.float64]
 _GRID: Values = 10.0 ** np.linspace(0, 1, 9)
@@ -95,8 +95,8 @@ def costs_of(layer: nn.Module, gains: Tensor, covariance: Tensor, numbers: Tenso
     for group, own in enumerate(numbers.view(layout.groups, -1)):
         unique, place = own.unique(return_inverse=True)
         if len(unique) > 1:  # a single channel's scale changes nothing
-            spread = torch.zeros(n, len(unique), dtype=lost.dtype).scatter_(1, place[:, None], 1.0)
-            found.append(Cost(unique, spread.T @ lost[group] @ spread, spread.T @ kept[group] @ spread))
+            one_hot = torch.zeros(n, len(unique), dtype=lost.dtype).scatter_(1, place[:, None], 1.0)
+            found.append(Cost(unique, one_hot.T @ lost[group] @ one_hot, one_hot.T @ kept[group] @ one_hot))
     return found
 
 
@@ -106,17 +106,17 @@ def _kernel_means(layout: FilterLayout, weight: Tensor) -> Tensor:
     return layout.flatten(means)
 
 
-def least(costs: Sequence[Cost], count: int) -> Tensor:
-    """Return the v, of 1 to 10, of the least sum of costs that a search along each channel finds. ``(count,)``"""
-    met: dict[int, list[tuple[Cost, int]]] = defaultdict(list)
+def least_cost(costs: Sequence[Cost], count: int) -> Tensor:
+    """Return the v, of 1 to 10, of the least sum of costs that coordinate descent from 1 finds. ``(count,)``"""
+    readers: dict[int, list[tuple[Cost, int]]] = defaultdict(list)
     for cost in costs:
         for place, number in enumerate(cost.numbers.tolist()):
             if number != FIXED:
-                met[number].append((cost, place))
+                readers[number].append((cost, place))
     v = np.ones(count)
     for _ in range(_SWEEPS):
         moved = False
-        for number, places in met.items():
+        for number, places in readers.items():
             values = np.concatenate([v[number : number + 1], _GRID])
             found = sum(cost.after(place, values) for cost, place in places)
             assert isinstance(found, np.ndarray)
