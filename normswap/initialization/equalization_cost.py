@@ -49,27 +49,27 @@ class Cost:
     lost: Tensor
     kept: Tensor
 
-    def __post_init__(self) -> None:  # single numbers are looked at, one after the other: NumPy's are the faster ones
+    def __post_init__(self) -> None:  # values are read and set one by one, which NumPy does faster than torch
         self._forms = self.lost.numpy(), self.kept.numpy()
         self._v = np.ones(len(self.numbers))
         self._products = [form @ self._v for form in self._forms]
 
-    def after(self, place: int, values: Values) -> Values:
-        """Return the cost with each of ``values`` in one place of v."""
-        step = values - self._v[place]
+    def after(self, index: int, values: Values) -> Values:
+        """Return the cost with each of ``values`` at one index of v."""
+        step = values - self._v[index]
         lost, kept = (
-            self._v @ product + 2 * step * product[place] + step * step * form[place, place]
+            self._v @ product + 2 * step * product[index] + step * step * form[index, index]
             for form, product in zip(self._forms, self._products, strict=True)
         )
         found: Values = np.maximum(lost, 0) / np.maximum(kept, 1e-30)
         return found
 
-    def put(self, place: int, value: float) -> None:
-        """Set one place of v."""
-        step = value - self._v[place]
-        self._v[place] = value
+    def put(self, index: int, value: float) -> None:
+        """Set v at one index."""
+        step = value - self._v[index]
+        self._v[index] = value
         for form, product in zip(self._forms, self._products, strict=True):
-            product += step * form[place]
+            product += step * form[index]
 
 
 def costs_of(layer: nn.Module, gains: Tensor, covariance: Tensor, numbers: Tensor) -> list[Cost]:
@@ -93,9 +93,9 @@ def costs_of(layer: nn.Module, gains: Tensor, covariance: Tensor, numbers: Tenso
     lost = means.mT @ means / size
     found = []
     for group, own in enumerate(numbers.view(layout.groups, -1)):
-        unique, place = own.unique(return_inverse=True)
+        unique, index = own.unique(return_inverse=True)
         if len(unique) > 1:  # a single channel's scale changes nothing
-            one_hot = torch.zeros(n, len(unique), dtype=lost.dtype).scatter_(1, place[:, None], 1.0)
+            one_hot = torch.zeros(n, len(unique), dtype=lost.dtype).scatter_(1, index[:, None], 1.0)
             found.append(Cost(unique, one_hot.T @ lost[group] @ one_hot, one_hot.T @ kept[group] @ one_hot))
     return found
 
@@ -108,23 +108,23 @@ def _kernel_means(layout: FilterLayout, weight: Tensor) -> Tensor:
 
 def least_cost(costs: Sequence[Cost], count: int) -> Tensor:
     """Return the v, of 1 to 10, of the least sum of costs that coordinate descent from 1 finds. ``(count,)``"""
-    readers: dict[int, list[tuple[Cost, int]]] = defaultdict(list)
+    uses_of: dict[int, list[tuple[Cost, int]]] = defaultdict(list)
     for cost in costs:
-        for place, number in enumerate(cost.numbers.tolist()):
+        for index, number in enumerate(cost.numbers.tolist()):
             if number != FIXED:
-                readers[number].append((cost, place))
+                uses_of[number].append((cost, index))
     v = np.ones(count)
     for _ in range(_SWEEPS):
         moved = False
-        for number, places in readers.items():
+        for number, uses in uses_of.items():
             values = np.concatenate([v[number : number + 1], _GRID])
-            found = sum(cost.after(place, values) for cost, place in places)
+            found = sum(cost.after(index, values) for cost, index in uses)
             assert isinstance(found, np.ndarray)
             best = int(found.argmin())
             if found[best] < (1 - _GAIN) * found[0]:
                 moved, v[number] = True, values[best]
-                for cost, place in places:
-                    cost.put(place, values[best])
+                for cost, index in uses:
+                    cost.put(index, values[best])
         if not moved:
             break
     return torch.from_numpy(v)

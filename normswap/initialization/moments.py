@@ -22,7 +22,7 @@ _DATA_RIDGE, _NOISE_RIDGE, _MEAN_RIDGE = 1e-3, 3e-2, 1e-2
 
 @dataclass(frozen=True)
 class Moments:
-    """What centring a layer's filters needs to know of its input patches.
+    """What the centring of a layer's filters needs of its input patches x.
 
     Args:
         mean: E[x]. ``(groups, fan_in)``, float64.
@@ -37,8 +37,8 @@ class Moments:
     def corrected(self, layout: FilterLayout, weight: Tensor, output_mean: Tensor) -> Moments:
         """Return moments whose mean agrees better with what the layer's own BatchNorm has recorded of its output.
 
-        Of all changes d of E[x] the one that ``min ‖W(E[x] + d) − m‖² + λ‖d‖²``, m the recorded mean less the bias: it
-        matters where no BatchNorm has shaped the layer's input, as in a first layer.
+        E[x] is changed by the d of ``min ‖W(E[x] + d) − m‖² + λ‖d‖²``, m the recorded mean less the bias. This matters
+        where no BatchNorm has shaped the layer's input, as in a first layer.
         """
         filters = layout.flatten(weight).unflatten(0, (layout.groups, -1))  # (groups, out/groups, fan_in)
         missing = output_mean.view(layout.groups, -1, 1) - filters @ self.mean[:, :, None]
@@ -55,7 +55,7 @@ def centre(layout: FilterLayout, weight: Tensor, moments: Moments) -> tuple[Tens
     ``w = w₀ − C⁻¹1 (1ᵀw₀)/(1ᵀC⁻¹1)``.
 
     Returns:
-        The weight, and per filter ``E[(w₀ − w)·x]``, which the bias must make good. ``(C,)``
+        The weight, and per filter ``E[(w₀ − w)·x]``, which the bias must add. ``(C,)``
     """
     filters = layout.flatten(weight).unflatten(0, (layout.groups, -1))  # (groups, out/groups, fan_in)
     removed = filters.sum(-1, keepdim=True) * moments.direction[:, None]

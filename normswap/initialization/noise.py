@@ -31,7 +31,10 @@ _MOST_VALUES = 2**22
 
 
 def noises_like(inputs: Inputs) -> tuple[Inputs, ...]:
-    """Return noise like ``inputs`` and, in case that the model takes no other number of samples, less of it."""
+    """Return what to try one after the other: noise like ``inputs``, two samples of it, and ``inputs`` themselves.
+
+    A model may take no other number of samples than these.
+    """
     return noise_like(inputs), noise_like(inputs, batch=2), inputs
 
 
@@ -66,6 +69,7 @@ def noise_like(example: Any, batch: int | None = None) -> Any:
 
 
 def _as_natural_images(x: Tensor) -> Tensor:
+    """Return white noise ``(N, C, …)`` with a spectrum of ``1/f^1.5`` over space, of standard deviation 1."""
     sides = x.shape[2:]
     grid = torch.meshgrid(*(torch.fft.fftfreq(side) for side in sides), indexing="ij")
     frequency = torch.stack([g.square() for g in grid]).sum(0).sqrt()
@@ -110,6 +114,7 @@ def _shape_frozen(norm: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _shaped(x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+    """Return ``(N, C, …)`` shifted and scaled to this mean and variance of each channel; a constant one to the mean."""
     axes = [0, *range(2, x.ndim)]
     shape = (1, -1, *(1,) * (x.ndim - 2))
     own_var, own_mean = torch.var_mean(x, axes, correction=0, keepdim=True)

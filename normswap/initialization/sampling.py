@@ -95,15 +95,15 @@ class Sampling:
         self.holds_out = self.samples >= LEAST_SAMPLES
 
     def patches(self, of: Callable[[Tensor], Tensor]) -> Sample:
-        """Return some patches. ``of`` gives all of a layer's input, ``(positions, G, p)``."""
+        """Return some patches. ``of`` maps a layer's input to all its patches, ``(positions, G, p)``."""
         return self._sample(lambda x, index: of(x)[index], self.fan_in, _MOST_PATCHES)
 
     def outputs(self, of: Callable[[Tensor], Tensor]) -> Sample:
-        """Return some outputs. ``of`` gives all to a layer's input, ``(N, C, …)``."""
+        """Return some outputs. ``of`` maps a layer's input to its output, ``(N, C, …)``."""
         return self._sample(lambda x, index: at_positions(of(x), index), 1, _MOST_OUTPUTS)
 
     def statistics(self) -> Statistics:
-        """Return what reaches the original's norm at some positions, but for the samples held out."""
+        """Return the statistics of what reaches the original's norm at some positions, held-out samples left out."""
         in_all = sum(batch.reference.numel() for batch in self.batches)
         generator = torch.Generator().manual_seed(0)
         found = []
