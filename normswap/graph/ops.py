@@ -69,9 +69,9 @@ def is_other_norm(module: nn.Module) -> bool:
 def is_leaf(module: nn.Module) -> bool:
     """Tell whether a call of ``module`` is one step of the dataflow: a layer, a norm or another module of torch.nn.
 
-    So is a program's check of its inputs' sizes.
+    So is a module that the table of operations knows, and a program's check of its inputs' sizes.
     """
-    if is_layer(module) or is_norm(module) or isinstance(module, GuardsFn):
+    if is_layer(module) or is_norm(module) or of_module(module) is not None or isinstance(module, GuardsFn):
         return True
     cls = class_of(module)
     containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
