@@ -57,9 +57,11 @@ def moments_for(
     if len(moments) < len(layers):
         return moments, Text(
             "no data was given and no inputs could be made up that reach every layer: give "
-            f"{argument('example_inputs')} or, better, {argument('calibration')}; elsewhere the filters' means were removed evenly, which loses most of the model"
+            f"{argument('example_inputs')} or, better, {argument('calibration')}; elsewhere the filters' means were "
+            "removed evenly, which loses most of the model"
         )
     return moments, Text(
         "no data was given: the filters' means were removed by the moments of noise that has, at each BatchNorm, the "
-        f"recorded mean and variance; a few hundred unlabelled samples ({argument('calibration')}) keep more of the model"
+        f"recorded mean and variance; a few hundred unlabelled samples ({argument('calibration')}) keep more of the "
+        "model"
     )
