@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from normswap.recipes.parts import Incoming
 from pretrained import accuracy, cifar10_test, load
 
 import normswap as ns
-from normswap.recipes.parts import Incoming
 
 # Float32 rounding through up to 31 layers, relative to the output's largest value; seen: at most 2e-6.
 EXACT = 1e-4

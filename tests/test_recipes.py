@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from normswap.recipes.parts import Incoming, NormPart
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import normswap as ns
 from normswap.recipes import all_recipes, make_recipe
 from normswap.recipes.base import GroupedRecipe
-from normswap.recipes.parts import Incoming, NormPart
 from normswap.records import Site
 
 

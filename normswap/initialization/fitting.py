@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,8 @@ from normswap.initialization.regression import Covariances, SecondMoments, Solut
 from normswap.initialization.sampling import Rows, Sample, Sampling
 from normswap.initialization.steadying import steady
 from normswap.initialization.targets import Goal
-from normswap.nn import ChannelAffine, ChannelLayerNorm, FilterLayout
+from normswap.nn import FilterLayout
+from normswap.norms import apply, tensor_in
 from normswap.records import Fit, InitRow
 from normswap.runs.side_by_side import Place, Visit
 from normswap.stages.rewriting import Placed
@@ -84,22 +86,25 @@ class Fitting:
     """The fit of one site to what all batches bring there."""
 
     def __init__(
-        self, place: Place, goal: Goal, visits: Sequence[Visit], least_group: int | None, spread: float
+        self,
+        place: Place,
+        goal: Goal,
+        visits: Sequence[Visit],
+        placed: Placed | None,
+        least_group: int | None,
+        spread: float,
     ) -> None:
-        self.place, self.goal = place, goal
+        self.place, self.goal, self.placed = place, goal, placed
         self.least_group, self.spread = least_group, spread
         self.source, self.norm = place.source, place.norm
+        self._groups = None if placed is None else placed.bound.norm.groups
         self.parameters = (*self.source.parameters(), *(() if self.norm is None else self.norm.parameters()))
         self.visits = [visit for visit in visits if visit.x.numel() and visit.reference.numel()]
         fan_in = self._layout.groups * self._layout.fan_in(self._weight)
         self.sampling = Sampling(self.visits, goal, fan_in)
 
-    def run(self, placed: Placed | None) -> InitRow:
-        """Fit the site and return its row.
-
-        Args:
-            placed: What was put there; None for a layer that is fitted alone.
-        """
+    def run(self, original: nn.Module) -> InitRow:
+        """Fit the site of ``original``, and return its row."""
         name = self.place.name
         if not self.visits:
             return InitRow(name, "absorbed", ("no sample reaches it: not fitted",))
@@ -110,11 +115,12 @@ class Fitting:
         statistics = self.sampling.statistics()
         if not bool(fit.inputs.isfinite().all() and statistics.var.isfinite().all()):
             return InitRow(name, "absorbed", ("its values are not finite: not fitted",))
-        if placed is not None:  # absorbed anew, now that it is known what reaches the layer and the norm
-            known = {}
-            if placed.step.site.layer and self.goal.part is not None and self.goal.part.centres:
-                known[placed.step.site.layer] = moments_of_covariance(fit.input_mean, fit.inputs, fit.count)
-            absorb(placed, known, statistics)
+        if self.placed is not None:  # absorbed anew, now that it is known what reaches the layer and the norm
+            fqn, known = self.placed.bound.site.layer, {}
+            if fqn is not None and self.goal.weight.centres:
+                known[fqn] = moments_of_covariance(fit.input_mean, fit.inputs, fit.count)
+            layer = None if fqn is None else original.get_submodule(fqn)
+            apply(absorb(self.placed.bound, layer, known, statistics).values, self.placed.tensor)
         before = best = self._measure(None)
         if not math.isfinite(before.noise):
             return InitRow(name, "absorbed", ("its values are not finite: not fitted",))
@@ -151,17 +157,21 @@ class Fitting:
         )
 
     @property
+    def _channel_wise(self) -> bool:
+        """Whether the source is a per-channel affine: a layer of one input value per output channel."""
+        return self.placed is not None and self.placed.layer is None
+
+    @property
     def _layout(self) -> FilterLayout:
-        channel_wise = isinstance(self.source, ChannelAffine)
-        return FilterLayout(groups=len(self.goal.gain)) if channel_wise else FilterLayout.of(self.source)
+        return FilterLayout(groups=len(self.goal.gain)) if self._channel_wise else FilterLayout.of(self.source)
 
     @property
     def _weight(self) -> Tensor:
         weight = FilterLayout.weight(self.source)
-        return weight[:, None] if isinstance(self.source, ChannelAffine) else weight
+        return weight[:, None] if self._channel_wise else weight
 
     def _patches(self, x: Tensor) -> Tensor:
-        if isinstance(self.source, ChannelAffine):
+        if self._channel_wise:
             return _by_position(x)[..., None]
         return patches(self.source, x)
 
@@ -171,7 +181,7 @@ class Fitting:
         """Return the source's weights by ridge regression; None where the moments are not finite."""
         groups = self._layout.groups
         anchor = self.goal.anchor.unflatten(0, (groups, -1))
-        zero_sum = self.goal.part is not None and self.goal.part.centres
+        zero_sum = self.goal.weight.centres
         importance = self.goal.gain.double().square().view(groups, -1)
         solution: Solution | None = None
         least = math.inf
@@ -208,14 +218,18 @@ class Fitting:
     def _candidates(self, solution: Solution) -> Iterator[_Candidate]:
         weight, bias = solution.weight.flatten(0, 1), solution.bias.flatten()
         zeros, prior = torch.zeros_like(bias), self.goal.gain.double()
-        plain = _Candidate(weight, bias, zeros, prior, getattr(self.norm, "num_groups", None), solution.ridge)
-        if self.norm is None:
+        plain = _Candidate(weight, bias, zeros, prior, self._groups, solution.ridge)
+        if self.placed is None:
             yield plain
             return
         self._load(plain)
         means, squares = self._units()
-        deviation = (squares.mean(0) - means.mean(0).square()).clamp(min=0).mean().double().sqrt()
+        norm = self.placed.bound.norm
+        deviation = norm.divisor(means, squares)
         for count in self._group_counts():
+            if not norm.removes_mean:  # its statistics are no steadier for other signs and offsets
+                yield replace(plain, prior=prior * deviation, num_groups=count)
+                continue
             signs, offsets = (v.double() for v in steady(means, squares, count or 1, self.spread))
             yield _Candidate(
                 weight * signs[:, None], bias * signs, offsets, prior * signs * deviation, count, solution.ridge
@@ -223,7 +237,7 @@ class Fitting:
 
     def _units(self) -> tuple[Tensor, Tensor]:
         """Return the mean and the mean square, per channel, of all that the norm takes one mean over. ``(n, C)``"""
-        if isinstance(self.norm, ChannelLayerNorm):  # each position by itself
+        if self.placed is not None and self.placed.bound.norm.per_position:
             z = self.sampling.outputs(self.source).fit.values
             return z, z.square()
         means, squares = [], []
@@ -235,12 +249,9 @@ class Fitting:
         return torch.cat(means), torch.cat(squares)
 
     def _group_counts(self) -> list[int | None]:
-        present = getattr(self.norm, "num_groups", None)
-        if present is None or self.least_group is None:
-            return [present]
-        channels = len(self.goal.gain)
-        most = channels // max(2, self.least_group)
-        return [count for count in range(1, most + 1) if channels % count == 0] or [present]
+        if self.placed is None or self.least_group is None:
+            return [self._groups]
+        return [*self.placed.bound.norm.group_counts(len(self.goal.gain), self.least_group)] or [self._groups]
 
     def _measure(self, candidate: _Candidate | None) -> _Result:
         """Give the site the candidate's values, fit the norm's affine, and measure the held-out error.
@@ -267,33 +278,43 @@ class Fitting:
             std=std,
             target=_mean_and_std(judging.y * unit),
             values=tuple(p.detach().clone() for p in self.parameters),
-            num_groups=getattr(self.norm, "num_groups", None),
+            num_groups=self._groups,
             ridge=candidate.ridge if candidate else None,
         )
 
     def _load(self, candidate: _Candidate) -> None:
-        if candidate.num_groups is not None and self.norm is not None:
-            self.norm.__dict__["num_groups"] = candidate.num_groups
+        self._regroup(candidate.num_groups)
         weight = self._layout.unflatten(candidate.weight, self._weight)
         excess = torch.ones_like(candidate.bias)
-        if isinstance(self.source, ChannelAffine):
-            self.source.weight.copy_(weight[:, 0])
-        elif self.goal.part is not None:
-            # The filters' lengths are free and decide what a learning rate does to them: the original's is kept.
-            length = (self.goal.anchor.norm(dim=1) / self.goal.scale.double()).square().mean().sqrt()
-            found = candidate.weight.norm(dim=1).square().mean().sqrt()
-            stretch = length / found if bool(length > 0) and bool(found > 0) else torch.ones_like(found)
-            excess = self.goal.part.load(self.source, weight * stretch, excess / stretch)
+        if self._channel_wise:
+            self._weight.copy_(weight)
         else:
-            self.source.weight.copy_(weight)  # type: ignore[operator]
+            stretch = self._stretch(candidate) if self.goal.weight.free_length else 1.0
+            dtype = self._weight.dtype
+            encoded = self.goal.weight.encode(self._layout, weight * stretch, excess / stretch, dtype)
+            apply(encoded.values, partial(tensor_in, self.source))
+            excess = encoded.excess
         if isinstance(self.source.bias, Tensor):
             self.source.bias.copy_(excess * candidate.bias + candidate.offsets)
+
+    def _stretch(self, candidate: _Candidate) -> Tensor:
+        """Return the factor that gives the filters, whose lengths are free, the length of the original's in the mean.
+
+        A filter's length decides what a learning rate does to it.
+        """
+        length = (self.goal.anchor.norm(dim=1) / self.goal.scale.double()).square().mean().sqrt()
+        found = candidate.weight.norm(dim=1).square().mean().sqrt()
+        return length / found if bool(length > 0) and bool(found > 0) else torch.ones_like(found)
 
     def _restore(self, result: _Result) -> None:
         for parameter, value in zip(self.parameters, result.values, strict=True):
             parameter.copy_(value)
-        if result.num_groups is not None and self.norm is not None:
-            self.norm.__dict__["num_groups"] = result.num_groups
+        self._regroup(result.num_groups)
+
+    def _regroup(self, count: int | None) -> None:
+        if count is not None and self.placed is not None and self.norm is not None:
+            self._groups = count
+            self.placed.bound.norm.regroup(self.norm, count)
 
 
 def _moments(rows: Rows) -> Covariances:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from normswap.nn import FilterLayout
-from normswap.recipes.parts import WeightPart
 from normswap.runs.side_by_side import Visit
 from normswap.stages.rewriting import Placed
+from normswap.weights import PlainWeight, Weight
 
 __all__ = ["Goal"]
 
@@ -21,8 +21,8 @@ _INVERSE_FLOOR = 1e-2  # of the mean |γ|: a channel with less is not asked to m
 class Goal:
     """What the original does at a site, per channel ``(C,)``: ``y = gain·t + shift``, ``t = (x − mean)·scale``.
 
-    ``anchor`` are the filters that give t on the original's own input, ``(C, fan_in)``; ``part`` is how the layer's
-    weight is parametrized. ``unit`` turns y into what the user's own model gives: 1 over the scale that a channel was
+    ``anchor`` are the filters that give t on the original's own input, ``(C, fan_in)``; ``weight`` is the form of the
+    layer's weight. ``unit`` turns y into what the user's own model gives: 1 over the scale that a channel was
     given (:mod:`normswap.initialization.equalization`); errors are told in its terms.
     """
 
@@ -31,21 +31,21 @@ class Goal:
     mean: Tensor
     scale: Tensor
     anchor: Tensor
-    part: WeightPart | None
+    weight: Weight
     unit: Tensor
 
     @classmethod
     def at(cls, placed: Placed, original: nn.Module, scale: Tensor | None) -> Goal:
         """Return the goal of what was placed in the stead of a norm of ``original``, whose channels have this scale."""
-        state = placed.state
+        state = placed.bound.state
         assert state.mean is not None
         anchor = state.inverse_std[:, None]
-        if placed.step.site.layer is not None:
-            layer = original.get_submodule(placed.step.site.layer)
+        if placed.bound.site.layer is not None:
+            layer = original.get_submodule(placed.bound.site.layer)
             anchor = FilterLayout.of(layer).flatten(FilterLayout.weight(layer).detach().double()) * anchor
         gain, shift, mean = state.gamma.float(), state.beta.float(), state.mean.float()
         unit = torch.ones_like(gain) if scale is None else (1 / scale).to(gain)
-        return cls(gain, shift, mean, state.inverse_std.float(), anchor, placed.weight_part, unit)
+        return cls(gain, shift, mean, state.inverse_std.float(), anchor, placed.bound.weight, unit)
 
     @classmethod
     def of_layer(cls, layer: nn.Module) -> Goal:
@@ -53,7 +53,7 @@ class Goal:
         weight = FilterLayout.weight(layer).detach()
         anchor = FilterLayout.of(layer).flatten(weight.double())
         ones, zeros = (f(len(anchor), device=weight.device) for f in (torch.ones, torch.zeros))
-        return cls(ones, zeros, zeros, ones, anchor, None, ones)
+        return cls(ones, zeros, zeros, ones, anchor, PlainWeight(), ones)
 
     @property
     def inverse_gain(self) -> Tensor:

@@ -17,11 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from normswap.initialization.match import Match
+from normswap.records import InitRow
 from normswap.runs.calling import Batch, call
 from normswap.runs.guard import set_mode, untouched
 from normswap.runs.side_by_side import ADDITIONS, find_uses, tensors_of
+from normswap.stages.rewriting import Placed
 
-__all__ = ["tune_to"]
+__all__ = ["Tune", "tune_to"]
 
 _RATE = 1e-3
 _HOLD_OUT = 5  # every fifth batch
@@ -173,3 +176,26 @@ class _NotingSums(TorchFunctionMode):
                 if id(value) in self.seen.pending:
                     self.seen.found[self.seen.pending.pop(id(value))[1]] = result
         return result
+
+
+class Tune(Match):
+    """Take gradient steps towards the original's own values, without labels, from what :class:`Match` gives."""
+
+    name = "tune"
+
+    def further(self, target: nn.Module, placed: Sequence[Placed], fitted: Mapping[str, InitRow]) -> tuple[str, ...]:
+        """Tune all parameters that the swap has touched."""
+        work, steps = self.work, self.work.options.tune_steps
+        assert work.batches is not None
+        heads = [target.get_submodule(name) for name in fitted.keys() - {one.name for one in placed}]
+        parts = [part for one in placed for part in one.parts]
+        parameters = {id(p): p for part in (*parts, *heads) for p in part.parameters()}
+        places = [name for name in fitted if ":" not in name]
+        before, after = tune_to(
+            work.source, target, places, list(parameters.values()), work.batches, steps=steps, progress=work.progress
+        )
+        if after < before:
+            return (f"{steps} gradient steps took the held-out error from {before:.3g} to {after:.3g}",)
+        return (
+            f"{steps} gradient steps did not lessen the held-out error of {before:.3g}: the matched values were kept",
+        )
