@@ -15,7 +15,10 @@ from typing import Any
 
 from normswap.errors import InputError, Text, argument, parameter
 
-__all__ = ["Flag", "Meaning", "Options", "option"]
+__all__ = ["NEW_NORMS", "OUTPUT", "WHICH_NORMS", "Flag", "Meaning", "Options", "option"]
+
+# The headings under which the command line's help shows its flags.
+NEW_NORMS, WHICH_NORMS, OUTPUT = "The new norms", "Which norms", "Output"
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Flag:
 
     commands: tuple[str, ...] = ("convert",)
     metavar: str = ""
-    heading: str = "The new norms"
+    heading: str = NEW_NORMS
     note: str = ""
 
 
@@ -83,12 +86,12 @@ class Options:
     include: tuple[str, ...] = option(
         (),
         "Convert only norms whose names match one of these globs",
-        flag=Flag(metavar="GLOB", heading="Which norms", note=", such as 'layer1.*'"),
+        flag=Flag(metavar="GLOB", heading=WHICH_NORMS, note=", such as 'layer1.*'"),
     )
     exclude: tuple[str, ...] = option(
         (),
         "Leave norms whose names match one of these globs as they are",
-        flag=Flag(metavar="GLOB", heading="Which norms"),
+        flag=Flag(metavar="GLOB", heading=WHICH_NORMS),
     )
     init: str | None = option(
         None,
@@ -120,7 +123,7 @@ class Options:
     check: bool = option(
         True,
         "Verify that an exact recipe has kept the model's output",
-        flag=Flag(heading="Output"),
+        flag=Flag(heading=OUTPUT),
     )
     inplace: bool = option(
         False,
@@ -133,7 +136,8 @@ class Options:
             globs = getattr(self, name)
             object.__setattr__(self, name, (globs,) if isinstance(globs, str) else tuple(globs))
         if self.init == "none":
-            warnings.warn("init='none' is now called init='fresh'", FutureWarning, stacklevel=3)
+            renamed = Text(f"{argument('init', 'none')} is now called {argument('init', 'fresh')}")
+            warnings.warn(renamed, FutureWarning, stacklevel=3)
             object.__setattr__(self, "init", "fresh")
         for known in fields(self):
             if known.metadata["meaning"].minimum is not None:

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from normswap.errors import PlanError
+from normswap.errors import PlanError, argument
 from normswap.nn.kinds import class_of
 from normswap.norms.assignment import Assignment, LinearOf, NewValue
 from normswap.records import Site
@@ -84,7 +84,9 @@ class NormState:
     def inverse_std(self) -> Tensor:
         """1/σ = 1/sqrt(var + eps), in float64. ``(C,)``"""
         if self.var is None:
-            raise PlanError("the norm stores no statistics", code="no-statistics", hint="give calibration data")
+            raise PlanError(
+                "the norm stores no statistics", code="no-statistics", hint=f"give {argument('calibration')}"
+            )
         return (self.var.double() + self.eps).rsqrt()
 
     def scaled(self, factor: Tensor) -> NormState:
