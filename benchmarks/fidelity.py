@@ -161,7 +161,7 @@ def tune(count: int, steps: int) -> None:
     result = ns.convert(model, "gn+ws", calibration=batches, init="tune", tune_steps=steps)
     took = time.perf_counter() - start
     print(f"ResNet-20 {accuracy(model, test, labels):.2f}, gn+ws tuned on {count} images in {took:.0f} s: ", end="")
-    print(f"{accuracy(result.model, test, labels):.2f}; {'; '.join(result.init.assumptions)}")
+    print(f"{accuracy(result.model, test, labels):.2f}; {'; '.join(result.init.notes)}")
 
 
 def cost(names: list[str], count: int) -> None:

@@ -324,7 +324,7 @@ def test_labels_in_the_loader_are_ignored() -> None:
     found = []
     for labels in (torch.zeros(40), torch.randint(0, 5, (40,))):
         result = convert(residual(), data=DataLoader(TensorDataset(images(), labels), batch_size=10))
-        assert any("entries the first" in note for note in result.init.assumptions)
+        assert any("entries the first" in note for note in result.init.notes)
         found.append(values(result.model))
     assert same(*found)
     assert same(found[0], values(convert(residual(), data=list(images().split(10))).model))
@@ -532,13 +532,13 @@ def test_tune_lowers_the_held_out_error_or_keeps_the_match(monkeypatch: pytest.M
     batches = list(data(160).split(16))
     matched = convert(model, "gn+ws", batches)
     tuned = convert(model, "gn+ws", batches, init="tune", tune_steps=40)
-    note = tuned.init.assumptions[-1]
+    note = tuned.init.notes[-1]
     assert note.startswith("40 gradient steps took the held-out error from")
     assert tuned.init.agreement.relative_error < matched.init.agreement.relative_error
     assert distance(model, tuned.model, data(100, seed=7)) < distance(model, matched.model, data(100, seed=7))
     monkeypatch.setattr("normswap.initialization.tune._RATE", 10.0)
     kept = convert(model, "gn+ws", batches, init="tune", tune_steps=3)
-    assert "the matched values were kept" in kept.init.assumptions[-1]
+    assert "the matched values were kept" in kept.init.notes[-1]
     assert same(values(kept.model), values(matched.model))
 
 

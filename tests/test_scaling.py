@@ -133,12 +133,10 @@ def test_the_original_stays_and_the_report_says_that_channels_were_scaled() -> N
     before = copy.deepcopy(model.state_dict())
     result = ns.convert(model, "gn+ws", calibration=digits(64)[0])
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    said = [note for note in result.init.assumptions if "channels" in note]
+    said = [note for note in result.init.notes if "channels" in note]
     assert len(said) == 1
     assert not [
-        n
-        for n in ns.convert(model, "gn+ws", calibration=digits(64)[0], scale=False).init.assumptions
-        if "channels" in n
+        n for n in ns.convert(model, "gn+ws", calibration=digits(64)[0], scale=False).init.notes if "channels" in n
     ]
 
 
@@ -191,7 +189,7 @@ def test_scales_that_would_move_the_output_are_not_used(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(centring, "scale_channels", break_one)
     result = ns.convert(model, "gn+ws", calibration=images, init="absorb")
-    assert not [note for note in result.init.assumptions if "channels" in note]
+    assert not [note for note in result.init.notes if "channels" in note]
     assert all(torch.equal(plain[name], value) for name, value in result.model.state_dict().items())
 
 

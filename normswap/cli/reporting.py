@@ -141,7 +141,7 @@ def show_conversion(result: Conversion, artifact: ExportArtifact | None, outputs
         lines.append(("checked", describe_check(result.check)))
     if result.init.agreement is not None:
         lines.append(("agreement", str(result.init.agreement)))
-    lines += [("noted", text) for text in result.init.assumptions]
+    lines += [("noted", text) for text in result.init.notes]
     if artifact is not None and artifact.verification is not None:
         lines.append(
             ("verified", f"the ONNX file against the converted model: {describe_check(artifact.verification)}")

@@ -1,103 +1,22 @@
-"""What a BatchNorm computes, however it is written: its statistics, and what its class does after normalizing."""
+"""What a BatchNorm's class does after normalizing, such as an activation."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import fx, nn
 
-from normswap.errors import PlanError
 from normswap.graph.ops import is_functional_norm
 from normswap.graph.symbolic import ScopeTracer
 from normswap.nn.kinds import class_of
+from normswap.norms import NormState, norm_of
 from normswap.runs.guard import set_mode, untouched
 
-__all__ = ["BatchNormState", "after_norm", "read_batch_norm"]
-
-
-@dataclass(frozen=True)
-class BatchNormState:
-    """``y = γ (x − μ)/sqrt(var + eps) + β`` with all its values, per channel.
-
-    Args:
-        gamma: γ, ones where the norm is not affine. ``(C,)``
-        beta: β, zeros where the norm is not affine. ``(C,)``
-        mean: μ, None where the norm stores no statistics. ``(C,)``
-        var: The variance, None where the norm stores no statistics. ``(C,)``
-        eps: Added to the variance.
-        momentum: How running statistics follow the batches; None is the plain average.
-        frozen: The stored statistics are used in training, too.
-        trainable: γ and β are parameters that take a gradient.
-        synchronized: Statistics are those of all processes (SyncBatchNorm).
-        batches: How many batches the statistics have seen.
-    """
-
-    gamma: Tensor
-    beta: Tensor
-    mean: Tensor | None
-    var: Tensor | None
-    eps: float
-    momentum: float | None
-    frozen: bool = False
-    trainable: bool = True
-    synchronized: bool = False
-    batches: Tensor | None = None
-
-    @property
-    def num_features(self) -> int:
-        """C."""
-        return self.gamma.numel()
-
-    @property
-    def inverse_std(self) -> Tensor:
-        """1/σ = 1/sqrt(var + eps), in float64. ``(C,)``"""
-        if self.var is None:
-            raise PlanError("the norm stores no statistics", code="no-statistics", hint="give calibration data")
-        return (self.var.double() + self.eps).rsqrt()
-
-
-def read_batch_norm(module: nn.Module) -> BatchNormState:
-    """Return what ``module``, a BatchNorm by :func:`normswap.graph.ops.is_norm`, computes. Tensors are not copied."""
-    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-    mean, var = getattr(module, "running_mean", None), getattr(module, "running_var", None)
-    frozen = not isinstance(module, _BatchNorm)
-    return batch_norm_state(
-        getattr(module, "num_features", None),
-        (weight, bias, mean, var),
-        eps=float(getattr(module, "eps", 1e-5)),
-        momentum=getattr(module, "momentum", 0.1),
-        frozen=frozen,
-        synchronized=isinstance(module, nn.SyncBatchNorm),
-        batches=getattr(module, "num_batches_tracked", None),
-    )
-
-
-def batch_norm_state(
-    num_features: int | None,
-    tensors: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
-    **options: Any,
-) -> BatchNormState:
-    """Return the state of a norm with the given (γ, β, μ, var), each None where the norm has none."""
-    weight, bias, mean, var = tensors
-    like = next((t for t in tensors if t is not None), None)
-    size = num_features if like is None else like.numel()
-    device = None if like is None else like.device
-    dtype = torch.get_default_dtype() if like is None else like.dtype
-    trainable = any(isinstance(t, nn.Parameter) and t.requires_grad for t in (weight, bias))
-    return BatchNormState(
-        torch.ones(size or 0, device=device, dtype=dtype) if weight is None else weight.detach(),
-        torch.zeros(size or 0, device=device, dtype=dtype) if bias is None else bias.detach(),
-        None if mean is None or var is None else mean.detach(),
-        None if mean is None or var is None else var.detach(),
-        trainable=trainable,
-        **options,
-    )
+__all__ = ["after_norm"]
 
 
 # Note [After the norm]
@@ -125,7 +44,6 @@ _ACTIVATIONS: dict[Any, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
     F.dropout: (nn.Dropout, ("p",)),
     F.dropout2d: (nn.Dropout2d, ("p",)),
 }
-_OWN_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 
 
 def after_norm(module: nn.Module) -> tuple[nn.Module, ...] | str:
@@ -134,8 +52,8 @@ def after_norm(module: nn.Module) -> tuple[nn.Module, ...] | str:
     The result is () for torch's own BatchNorms; for a subclass with an activation it is that activation, the very
     submodule where there is one (Note [After the norm]).
     """
-    forward = class_of(module).forward
-    if forward in _OWN_FORWARDS and "forward" not in module.__dict__:
+    norm = norm_of(module)
+    if norm is None or norm.only_normalizes(module):
         return ()
     name = class_of(module).__name__
     with untouched(module):
@@ -147,7 +65,7 @@ def after_norm(module: nn.Module) -> tuple[nn.Module, ...] | str:
     after = _tail(module, graph)
     if isinstance(after, str):
         return f"the forward of {name} {after}"
-    if module.__dict__.get("forward") is not None or not _is_affine_then(module, after):
+    if module.__dict__.get("forward") is not None or not _is_affine_then(module, norm.read(module), after):
         return f"the forward of {name} does more than normalize with its statistics and then activate"
     return after
 
@@ -185,9 +103,8 @@ def _rank(norm: nn.Module) -> int:
     return next((r for cls, r in ((nn.BatchNorm1d, 3), (nn.BatchNorm3d, 5)) if isinstance(norm, cls)), 4)
 
 
-def _is_affine_then(module: nn.Module, after: tuple[nn.Module, ...]) -> bool:
+def _is_affine_then(module: nn.Module, state: NormState, after: tuple[nn.Module, ...]) -> bool:
     """Run the norm on noise and compare it with its affine map followed by ``after``; trusted where nothing can run."""
-    state = read_batch_norm(module)
     if state.gamma.is_meta or state.mean is None or state.var is None:
         return True
     axes = _rank(module)

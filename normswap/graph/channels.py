@@ -25,10 +25,10 @@ from normswap.graph.after_norm import after_norm
 from normswap.graph.channel_rules import MODULES, RULES, VALUE_FREE, Value, reads_attribute, values_in
 from normswap.graph.dataflow import Dataflow
 from normswap.graph.linearity import is_torchs_own
-from normswap.graph.ops import is_norm
 from normswap.graph.symbolic import Capture, Trace
 from normswap.nn import FilterLayout
 from normswap.nn.kinds import class_of, is_layer
+from normswap.norms import is_convertible
 
 __all__ = ["FIXED", "Channels", "find_channels"]
 
@@ -143,7 +143,7 @@ class _Numbering:
         """Return what a module gives for ``x``, its only argument, None where it has others."""
         if is_layer(module):
             return self._layer(fqn, module, x)
-        if is_norm(module):
+        if is_convertible(module):
             return self._norm(fqn, module, x)
         return _applied(self, module, x)
 
@@ -246,7 +246,7 @@ def _shown(capture: Capture) -> frozenset[str]:
                 shown |= {fqn} if closed else set()
     wholes = called - set(capture.opaque)  # a call of what holds a module is one of it, too
     for fqn, module in capture.modules.items():
-        if (is_layer(module) or is_norm(module)) and not any(name in wholes for name in _outwards(fqn)):
+        if (is_layer(module) or is_convertible(module)) and not any(name in wholes for name in _outwards(fqn)):
             return frozenset()
     return frozenset(shown)
 

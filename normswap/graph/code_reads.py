@@ -21,9 +21,10 @@ from typing import Any
 
 from torch import fx, nn
 
-from normswap.graph.ops import is_leaf, is_norm
+from normswap.graph.ops import is_leaf
 from normswap.graph.symbolic import Capture
 from normswap.nn.kinds import class_of
+from normswap.norms import is_convertible
 
 __all__ = ["reads_in_code"]
 
@@ -57,7 +58,7 @@ def reads_in_code(capture: Capture) -> dict[str, str]:
     """Return the norms whose attributes some forward reads, or may read, by fqn, each with the reason."""
     below: dict[str, list[tuple[str, str]]] = {}  # by a module's fqn: the path to each norm inside, and its first fqn
     for name, first in capture.aliases.items():
-        if is_norm(capture.modules[first]):
+        if is_convertible(capture.modules[first]):
             parent = name
             while parent:
                 parent = parent.rpartition(".")[0]

@@ -17,13 +17,15 @@ from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from normswap.graph.functional import FunctionalNorm, read_functional_norm
+from normswap.graph.functional import read_functional_norm
 from normswap.graph.linearity import scales_with_its_parameters
 from normswap.graph.ops import LAYER_CALLS, is_functional_norm, is_leaf, norm_argument, passes_through, rank_of
 from normswap.graph.recorded import changed_in_place, untracked
 from normswap.graph.symbolic import Capture, Trace, has_optional_arguments, hook_barrier
-from normswap.nn import ChannelAffine, FilterLayout
+from normswap.nn import FilterLayout
 from normswap.nn.kinds import class_of, is_layer
+from normswap.norms import norm_of
+from normswap.norms.functional import FunctionalNorm
 
 __all__ = ["Dataflow", "Finding"]
 
@@ -190,10 +192,9 @@ class Dataflow:
     def rank(self, key: str, shape: tuple[int, int] | None = None) -> int | None:
         """Return the number of axes of the input of ``key``: by its class, by the shape seen, or by the graph."""
         module = self.capture.modules.get(key)
-        if isinstance(module, nn.BatchNorm2d):
-            return 4
-        if isinstance(module, nn.BatchNorm3d):
-            return 5
+        norm = None if module is None else norm_of(module)
+        if module is not None and norm is not None and (known := norm.rank_of(module)) is not None:
+            return known
         if shape:
             return shape[0]
         ranks: set[int | None] = set()
@@ -307,7 +308,7 @@ class Dataflow:
         layer = self.capture.modules[fqn]
         if reason := self.why_shared(fqn):
             return reason
-        if isinstance(layer, ChannelAffine):
+        if not is_layer(layer):
             return None
         own = FilterLayout.of(layer).out_channels(FilterLayout.weight(layer))
         if own != channels:

@@ -9,24 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.export._unlift import GuardsFn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 
 from normswap.nn.kinds import class_of, is_layer
+from normswap.norms import norm_of
 
 __all__ = [
     "LAYER_CALLS",
     "STATISTICS_CALLS",
     "is_functional_norm",
     "is_leaf",
-    "is_norm",
-    "is_other_norm",
     "norm_argument",
     "passes_through",
     "rank_of",
 ]
 
-_OTHER_NORMS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm, _InstanceNorm)
 aten = torch.ops.aten
 LAYER_CALLS: frozenset[Any] = frozenset(
     {
@@ -61,29 +57,12 @@ _BATCH_NORM_PARAMETERS = (
 _ATEN_PARAMETERS = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps")
 
 
-def is_norm(module: nn.Module) -> bool:
-    """Tell whether ``module`` is a BatchNorm, a subclass of one, or a frozen one that only has a BatchNorm's buffers.
-
-    Frozen BatchNorms (torchvision's, detectron2's, timm's) share no base class: they are known by ``BatchNorm`` in
-    the class's name and the four tensors.
-    """
-    if isinstance(module, _BatchNorm):
-        return True
-    tensors = ("weight", "bias", "running_mean", "running_var")
-    return "BatchNorm" in class_of(module).__name__ and all(name in module._buffers for name in tensors)
-
-
-def is_other_norm(module: nn.Module) -> bool:
-    """Tell whether ``module`` normalizes, but is no BatchNorm."""
-    return isinstance(module, _OTHER_NORMS)
-
-
 def is_leaf(module: nn.Module) -> bool:
     """Tell whether a call of ``module`` is one step of the dataflow: a layer, a norm or another module of torch.nn.
 
     So is a program's check of its inputs' sizes.
     """
-    if is_layer(module) or is_norm(module) or isinstance(module, GuardsFn):
+    if is_layer(module) or norm_of(module) is not None or isinstance(module, GuardsFn):
         return True
     cls = class_of(module)
     containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)

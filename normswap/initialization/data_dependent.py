@@ -24,7 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _WeightNorm
 
-from normswap.errors import InitializationError, InputError
+from normswap.errors import InitializationError
 from normswap.graph.linearity import scales_with_its_parameters
 from normswap.nn import FilterLayout, FilterWeightNorm, MeanOnlyBatchNorm, WeightStandardization
 from normswap.nn.kinds import is_layer
@@ -43,7 +43,6 @@ def initialize(
     model: nn.Module,
     batch: Any,
     *,
-    method: str = "data-dependent",
     fresh: bool = False,
     seed: int = 0,
 ) -> InitReport:
@@ -56,7 +55,6 @@ def initialize(
     Args:
         model: The model; left as it was if anything fails.
         batch: A minibatch: a tensor, a tuple or dict of inputs, or an iterable of which the first is taken.
-        method: ``"data-dependent"``, the only one.
         fresh: Whether to draw the weights anew first, from N(0, 0.05²).
         seed: The seed of that draw.
 
@@ -66,8 +64,6 @@ def initialize(
 
     Source: T. Salimans, D. Kingma, *Weight Normalization*, 2016, section 3.
     """
-    if method != "data-dependent":
-        raise InputError(f"method={method!r} is unknown", code="unknown-method", hint="give 'data-dependent'")
     inputs = next(bind_batches(model, batch))
     layers = {name: module for name, module in model.named_modules() if is_layer(module)}
     modes = [(module, module.training) for module in model.modules()]
@@ -101,7 +97,7 @@ def initialize(
     missed = [
         InitRow(name, "not initialized", ("the batch never reached it",)) for name in layers if name not in run.found
     ]
-    return InitReport(method, (*rows, *missed))
+    return InitReport("data-dependent", (*rows, *missed))
 
 
 @dataclass

@@ -28,10 +28,10 @@ from normswap.nn import FilterLayout
 from normswap.nn.kinds import class_of
 from normswap.runs.calling import Batch, first_input, run_on, run_on_data
 from normswap.runs.guard import set_mode, untouched
+from normswap.runs.statistics import Statistics
 
 __all__ = [
     "Moments",
-    "Statistics",
     "centre",
     "input_moments",
     "measure_statistics",
@@ -324,37 +324,6 @@ def _as_natural_images(x: Tensor) -> Tensor:
     axes = list(range(2, x.ndim))
     x = torch.fft.ifftn(torch.fft.fftn(x, dim=axes) / frequency.clamp(min=lowest) ** _SLOPE, dim=axes).real
     return x / x.std()
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """What reaches a norm on data: per channel ``(C,)``, in float64.
-
-    Args:
-        mean: E[x].
-        var: E[(x − E[x])²].
-        values: How many values of a channel these are of.
-        samples: Of how many samples.
-    """
-
-    mean: Tensor
-    var: Tensor
-    values: int
-    samples: int
-
-    @classmethod
-    def of(cls, x: Tensor) -> Statistics:
-        """Return the statistics of ``(N, C, …)``."""
-        x = x if x.dtype == torch.float64 else x.float()
-        var, mean = torch.var_mean(x, [0, *range(2, x.ndim)], correction=0)
-        return cls(mean.double(), var.double(), x[:, 0].numel(), len(x))
-
-    def __add__(self, other: Statistics) -> Statistics:
-        values = self.values + other.values
-        share = other.values / values
-        step = other.mean - self.mean
-        var = (1 - share) * self.var + share * other.var + share * (1 - share) * step.square()
-        return Statistics(self.mean + share * step, var, values, self.samples + other.samples)
 
 
 def measure_statistics(model: nn.Module, norms: Sequence[str], batches: Iterable[Batch]) -> dict[str, Statistics]:

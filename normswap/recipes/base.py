@@ -7,8 +7,10 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
 from normswap.errors import InputError
-from normswap.recipes.parts import Groups, NormPart, WeightPart
+from normswap.norms import Norm
+from normswap.norms.group import Groups
 from normswap.records import Site
+from normswap.weights import PlainWeight, Weight
 
 __all__ = ["AUTO_GROUPS", "DEFAULT_GROUP_SIZE", "GroupedRecipe", "Recipe"]
 
@@ -23,7 +25,7 @@ class Recipe:
     """What replaces a Conv-BatchNorm site. A recipe is a frozen dataclass whose fields are its options.
 
     To add one, subclass this in a file of its own, set the class attributes, and implement :meth:`weight` and
-    :meth:`norm` out of :mod:`normswap.recipes.parts` (or parts of your own). Recipes in this folder are found by
+    :meth:`norm` out of :mod:`normswap.weights` and :mod:`normswap.norms` (or of your own). Recipes in this folder are found by
     name; a recipe elsewhere is passed as an instance.
     """
 
@@ -47,15 +49,20 @@ class Recipe:
         """Return why this recipe cannot be used at ``site``, or None."""
         return None
 
-    def weight(self, site: Site) -> WeightPart | None:
-        """Return the parametrization of the site's layer; asked only where the site has a layer."""
-        return None
+    def weight(self, site: Site) -> Weight:
+        """Return the form of the site's layer's weight; it counts only where the site has a layer."""
+        return PlainWeight()
 
     def groups_at(self, site: Site) -> int | None:
         """Return the group count at ``site``, None where the norm has no groups."""
         return None
 
-    def norm(self, site: Site, num_groups: int | None) -> NormPart:
+    @property
+    def least_group(self) -> int | None:
+        """The fewest channels of a group, where the group counts are left to the data; None where they are not."""
+        return None
+
+    def norm(self, site: Site, num_groups: int | None) -> Norm:
         """Return what stands where the norm stood."""
         raise NotImplementedError
 
@@ -124,6 +131,10 @@ class GroupedRecipe(Recipe):
         sizes = [s for s in range(smallest, channels + 1) if channels % s == 0]
         return channels // min(sizes, key=lambda s: abs(math.log(s / target)))
 
-    def norm(self, site: Site, num_groups: int | None) -> NormPart:
+    @property
+    def least_group(self) -> int | None:
+        return (self.group_size or 2) if self.num_groups == AUTO_GROUPS else None
+
+    def norm(self, site: Site, num_groups: int | None) -> Norm:
         assert num_groups is not None
         return Groups(num_groups, site.eps if self.eps is None else self.eps)

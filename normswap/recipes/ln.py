@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from normswap.errors import InputError
+from normswap.norms import Norm
+from normswap.norms.group import Groups
+from normswap.norms.layer import LayerNormChannels
 from normswap.recipes.base import Recipe
-from normswap.recipes.parts import Groups, LayerNormChannels, NormPart
 from normswap.records import Site
 
 __all__ = ["LayerNormalization"]
@@ -50,6 +52,6 @@ class LayerNormalization(Recipe):
     def groups_at(self, site: Site) -> int | None:
         return 1 if self.axes == "all" else None
 
-    def norm(self, site: Site, num_groups: int | None) -> NormPart:
+    def norm(self, site: Site, num_groups: int | None) -> Norm:
         eps = site.eps if self.eps is None else self.eps
         return Groups(1, eps) if self.axes == "all" else LayerNormChannels(eps)
