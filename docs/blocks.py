@@ -3,9 +3,9 @@
     python docs/blocks.py          # run every `$ normswap …` of the pages and update what stands below it
     python docs/blocks.py --check  # only say which blocks are out of date
 
-Three kinds of blocks are on the pages. ```` ```python ```` runs in tests/test_docs.py. ```` ```console ```` holds commands
-behind ``$`` and what they print. ```` ```text ```` is output whose command stands in the paragraph or comment in front of it.
-Commands run in a folder that holds the demo's network as ``digits.pt`` and ``digits.pt2`` and 300 digits as ``digits.npy``.
+Three kinds of blocks are on the pages. A ``python`` block runs in tests/test_docs.py. A ``console`` block holds commands
+behind ``$`` and what they print. A ``text`` block is output whose command stands in the paragraph or comment in front.
+Commands run in a folder with the demo's network as ``digits.pt`` and ``digits.pt2`` and 300 digits as ``digits.npy``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import argparse
 import os
 import re
 import shlex
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -78,15 +77,20 @@ def prepare(folder: Path) -> None:
 
 def run(command: str, folder: Path) -> str:
     """Return what ``normswap …`` prints to a pipe, notes included; one that fails is an error."""
-    program = [sys.executable, "-m", *shlex.split(command)]
-    paths = filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH")))
-    settings = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "COLUMNS": "100", "PYTHONUTF8": "1"}
-    done = subprocess.run(
-        program, cwd=folder, env={**os.environ, **settings}, capture_output=True, encoding="utf-8", check=False
-    )
-    if done.returncode:
-        raise RuntimeError(f"{command} failed:\n{done.stderr}")
-    return (done.stderr + done.stdout).replace("Usage: python -m normswap", "Usage: normswap").strip("\n")
+    from typer.testing import CliRunner
+
+    from normswap.cli import app
+
+    app.rich_markup_mode = None  # as in a pipe: no boxes around the help
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        done = CliRunner().invoke(app, shlex.split(command)[1:], prog_name="normswap", env={"COLUMNS": "100"})
+    finally:
+        os.chdir(before)
+    if done.exit_code:
+        raise RuntimeError(f"{command} failed:\n{done.output}")
+    return str(done.output).strip("\n")
 
 
 def agree(shown: str, printed: str) -> bool:
