@@ -21,14 +21,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
-from normswap.graph.after_norm import after_norm
 from normswap.graph.channel_rules import MODULES, RULES, VALUE_FREE, Value, reads_attribute, values_in
 from normswap.graph.dataflow import Dataflow
 from normswap.graph.linearity import is_torchs_own
 from normswap.graph.symbolic import Capture, Trace
 from normswap.nn import FilterLayout
 from normswap.nn.kinds import class_of, is_layer
-from normswap.norms import is_convertible
+from normswap.norms import is_convertible, norm_of
 
 __all__ = ["FIXED", "Channels", "find_channels"]
 
@@ -51,21 +50,21 @@ class Channels:
     outputs: Mapping[str, Tensor]
 
 
-def find_channels(capture: Capture, norms: Sequence[str], layers: Sequence[str]) -> Channels:
+def find_channels(flow: Dataflow, norms: Mapping[str, Sequence[nn.Module]], layers: Sequence[str]) -> Channels:
     """Number the channels of a model.
 
     Args:
-        capture: The model's graphs.
-        norms: The norms whose γ and β may be changed.
+        flow: The model's dataflow.
+        norms: The norms whose γ and β may be changed, by fqn, with what each does after normalizing.
         layers: The layers in front of them.
     """
-    return _Numbering(capture, frozenset(norms), frozenset(layers)).run()
+    return _Numbering(flow, norms, frozenset(layers)).run()
 
 
 @dataclass
 class _Numbering:
-    capture: Capture
-    norms: frozenset[str]
+    flow: Dataflow
+    norms: Mapping[str, Sequence[nn.Module]]
     layers: frozenset[str]
     count: int = 1
     inputs: dict[str, Tensor] = field(default_factory=dict)
@@ -74,7 +73,7 @@ class _Numbering:
 
     def run(self) -> Channels:
         """Follow all graphs and return what they tie together."""
-        self.flow = Dataflow(self.capture)
+        self.capture = self.flow.capture
         self.shown = _shown(self.capture)
         self.storages = _storages(self.capture)
         values: dict[fx.Node, Any] = {}  # of all graphs: what a module keeps of one trace may come up in another
@@ -169,9 +168,8 @@ class _Numbering:
 
     def _norm(self, fqn: str, norm: nn.Module, x: Any) -> Value | None:
         self.fix(x)
-        after = after_norm(norm) if fqn in self.norms else ""
         weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
-        if isinstance(after, str) or not isinstance(weight, Tensor) or not isinstance(bias, Tensor):
+        if fqn not in self.norms or not isinstance(weight, Tensor) or not isinstance(bias, Tensor):
             return None
         if fqn not in self.outputs:
             self.outputs[fqn] = self.new(weight.numel())
@@ -179,7 +177,7 @@ class _Numbering:
                 self._fix(self.outputs[fqn])
         rank = self._rank(fqn, norm, x)
         value = None if x is None or rank is None else Value(self.outputs[fqn], rank)
-        for module in after:
+        for module in self.norms[fqn]:
             value = _applied(self, module, value)
         if value is None:
             self._fix(self.outputs[fqn])
@@ -188,7 +186,9 @@ class _Numbering:
     def _rank(self, fqn: str, norm: nn.Module, x: Any) -> int | None:
         seen = {rank for rank, _ in self.capture.shapes.get(fqn, ())}
         found = seen.pop() if len(seen) == 1 else getattr(x, "rank", None)
-        return next((rank for kind, rank in _RANKS.items() if isinstance(norm, kind)), found)
+        kind = norm_of(norm)
+        own = None if kind is None else kind.rank_of(norm)
+        return found if own is None else own
 
     def _is_free(self, fqn: str, module: nn.Module) -> bool:
         """Tell whether weight and bias are the module's own floating point tensors, and its calls are shown."""
@@ -279,4 +279,3 @@ def _storages(capture: Capture) -> Counter[int]:
 
 
 _UNKNOWN = object()
-_RANKS = {nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}

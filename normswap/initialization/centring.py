@@ -12,18 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from normswap.checks.self_check import eval_output, keeps_output
-from normswap.graph import Capture
-from normswap.graph.after_norm import read_batch_norm
 from normswap.graph.channels import Channels, find_channels
+from normswap.graph.dataflow import Dataflow
 from normswap.initialization.equalization import choose_scales, scale_channels
-from normswap.initialization.moments import Moments, Statistics, input_moments, noise_like
-from normswap.recipes import Recipe
-from normswap.recipes.parts import Takes
-from normswap.records import NormKind, Plan, Step
+from normswap.initialization.moments import Moments, input_moments, noise_like
+from normswap.norms import Takes
+from normswap.records import NormKind
+from normswap.runs.batches import sample_count, some_samples
 from normswap.runs.calling import Batch
 from normswap.runs.guard import copy_of
-from normswap.runs.inputs import Inputs, make_up_inputs, sample_count, some_samples
-from normswap.runs.side_by_side import tensors_of
+from normswap.runs.inputs import Inputs, make_up_inputs
+from normswap.runs.tensors import tensors_of
+from normswap.stages.bound import BoundPlan, BoundStep
 
 __all__ = ["SCALED", "moments_for", "scaled_for"]
 
@@ -36,12 +36,10 @@ _LARGE = 2**17  # values of a sample, which then has many positions
 
 
 def scaled_for(
-    plan: Plan,
-    recipe: Recipe,
-    captured: Capture,
+    bound: BoundPlan,
+    flow: Dataflow,
     batches: Sequence[Batch] | None,
     example: Inputs | None,
-    statistics: Mapping[str, Statistics],
 ) -> tuple[nn.Module, dict[str, Tensor]]:
     """Return a copy of the captured model, the same function, whose channels' scales suit standardized weights.
 
@@ -49,22 +47,20 @@ def scaled_for(
     gained, where it cannot be copied, or where its output would not stay.
 
     Args:
-        plan: What is going to be done.
-        recipe: The plan's recipe.
-        captured: The original's capture.
+        bound: What is going to be done.
+        flow: The original's dataflow.
         batches: Calibration data.
         example: Inputs that the copy is checked on.
-        statistics: Of the norms that store none, by fqn.
     """
-    model = captured.model
-    gains = dict(_gains(model, plan, recipe, statistics))
+    model = flow.capture.model
+    gains = dict(_gains(bound))
     if not gains or any(p.is_meta for p in model.parameters()):
         return model, {}
     inputs = example if example is not None else make_up_inputs(model)
     if inputs is None:
         return model, {}
-    modules = [step.site for step in plan.steps if step.site.kind == NormKind.MODULE]
-    channels = find_channels(captured, [site.norm for site in modules], [site.layer for site in modules if site.layer])
+    norms = {step.site.norm: tuple(one for _, one in step.source.after) for step in bound.modules}
+    channels = find_channels(flow, norms, [step.site.layer for step in bound.modules if step.site.layer])
     scales = _scales(model, gains, channels, batches, inputs)
     if scales is None:
         return model, {}
@@ -76,12 +72,11 @@ def scaled_for(
     result = keeps_output(eval_output(model, inputs), scaled, inputs)
     if result is not None and not result.ok:
         return model, {}
-    return scaled, {site.norm: scales[channels.outputs[site.norm]] for site in modules if site.norm in channels.outputs}
+    return scaled, {norm: scales[channels.outputs[norm]] for norm in norms if norm in channels.outputs}
 
 
 def moments_for(
-    plan: Plan,
-    recipe: Recipe,
+    bound: BoundPlan,
     model: nn.Module,
     batches: Sequence[Batch] | None,
     example: Inputs | None,
@@ -91,18 +86,13 @@ def moments_for(
     """Return the input moments of the layers whose filters are centred, by fqn, and what was assumed for them.
 
     Args:
-        plan: What is going to be done.
-        recipe: The plan's recipe.
+        bound: What is going to be done.
         model: The original.
         batches: Calibration data.
         example: Inputs of the model.
         fitted: Whether the sites are fitted to the data afterwards: a fit measures its own.
     """
-    layers = [
-        layer
-        for layer, step in _centred(plan, recipe)
-        if not (fitted and recipe.norm(step.site, step.num_groups).takes is Takes.NORMALIZATION)
-    ]
+    layers = [layer for layer, step in _centred(bound) if not (fitted and step.norm.takes is Takes.NORMALIZATION)]
     if not layers or any(p.is_meta for p in model.parameters()):
         return {}, ""
     if batches is not None:
@@ -143,23 +133,17 @@ def _scales(
     return None
 
 
-def _gains(
-    model: nn.Module, plan: Plan, recipe: Recipe, statistics: Mapping[str, Statistics]
-) -> Iterator[tuple[str, Tensor]]:
+def _gains(bound: BoundPlan) -> Iterator[tuple[str, Tensor]]:
     """Yield the layers whose filters are centred, each with γ and σ of the norm behind it. ``(2, C)``"""
-    for layer, step in _centred(plan, recipe):
-        site = step.site
-        if site.kind == NormKind.MODULE:
-            state = read_batch_norm(model.get_submodule(site.norm))
-            var = statistics[site.norm].var if site.norm in statistics else state.var
-            if var is not None:
-                yield layer, torch.stack([state.gamma.double(), (var.double() + state.eps).sqrt()])
+    for layer, step in _centred(bound):
+        state = step.state
+        if step.site.kind == NormKind.MODULE and state.var is not None:
+            yield layer, torch.stack([state.gamma.double(), (state.var.double() + state.eps).sqrt()])
 
 
-def _centred(plan: Plan, recipe: Recipe) -> Iterator[tuple[str, Step]]:
-    for step in plan.steps:
-        part = recipe.weight(step.site) if step.site.layer else None
-        if part is not None and part.centres and step.site.layer:
+def _centred(bound: BoundPlan) -> Iterator[tuple[str, BoundStep]]:
+    for step in bound.steps:
+        if step.site.layer is not None and step.weight.centres:
             yield step.site.layer, step
 
 

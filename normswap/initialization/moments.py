@@ -21,20 +21,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from normswap.errors import InitializationError
-from normswap.graph.after_norm import read_batch_norm
-from normswap.graph.ops import is_norm
+from normswap.errors import InitializationError, InputError
 from normswap.nn import FilterLayout
 from normswap.nn.kinds import class_of
+from normswap.norms import norm_of
 from normswap.runs.calling import Batch, first_input, run_on, run_on_data
 from normswap.runs.guard import set_mode, untouched
 from normswap.runs.statistics import Statistics
+from normswap.stages.bound import BoundPlan
 
 __all__ = [
     "Moments",
     "centre",
     "input_moments",
     "measure_statistics",
+    "missing_statistics",
     "moments_of_covariance",
     "noise_like",
     "patches",
@@ -221,7 +222,7 @@ def watch_inputs(
             handles += [
                 m.register_forward_pre_hook(_shape_frozen)
                 for m in model.modules()
-                if is_norm(m) and read_batch_norm(m).frozen
+                if (norm := norm_of(m)) is not None and norm.frozen(m)
             ]
         try:
             for inputs in batches:
@@ -272,7 +273,9 @@ class _ShapedByStatistics(TorchFunctionMode):
 
 
 def _shape_frozen(norm: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    state = read_batch_norm(norm)
+    kind = norm_of(norm)
+    assert kind is not None
+    state = kind.read(norm)
     if state.mean is None or state.var is None:
         return args
     return (_shaped(args[0], state.mean, state.var), *args[1:])
@@ -343,3 +346,22 @@ def measure_statistics(model: nn.Module, norms: Sequence[str], batches: Iterable
         if not bool((one.mean + one.var).isfinite().all()):
             raise _not_finite(f"'{name}'")
     return found
+
+
+def missing_statistics(model: nn.Module, bound: BoundPlan, batches: Sequence[Batch] | None) -> Mapping[str, Statistics]:
+    """Return the statistics of the norms that store none, by fqn, measured on all batches.
+
+    Raises:
+        InputError: A norm stores none and there are no batches.
+        InitializationError: They are not finite.
+    """
+    missing = [step.site.norm for step in bound.steps if not step.site.has_statistics]
+    if not missing:
+        return {}
+    if batches is None:
+        raise InputError(
+            f"'{missing[0]}' stores no running statistics",
+            code="no-statistics",
+            hint="give calibration data, from which they are measured",
+        )
+    return measure_statistics(model, missing, batches)

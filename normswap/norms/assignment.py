@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["Assignment", "LinearOf", "NewValue", "apply", "named"]
+__all__ = ["Assignment", "LinearOf", "NewValue", "apply", "named", "of_present", "tensor_in"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,16 @@ def apply(assignment: Assignment, tensor: Callable[[str], Tensor]) -> None:
     with torch.no_grad():
         for name, new in assignment.items():
             tensor(name).copy_(new.value)
+
+
+def tensor_in(module: nn.Module, name: str) -> Tensor:
+    """Return the parameter or buffer of ``module`` that goes by a dotted name."""
+    path, _, leaf = name.rpartition(".")
+    holder = module.get_submodule(path)
+    tensor: Tensor | None = holder._parameters.get(leaf)
+    tensor = holder._buffers.get(leaf) if tensor is None else tensor
+    assert tensor is not None, f"there is no tensor {name}"
+    return tensor
 
 
 def of_present(terms: Iterable[LinearOf], present: Iterable[str]) -> tuple[LinearOf, ...]:

@@ -25,8 +25,8 @@ class Recipe:
     """What replaces a Conv-BatchNorm site. A recipe is a frozen dataclass whose fields are its options.
 
     To add one, subclass this in a file of its own, set the class attributes, and implement :meth:`weight` and
-    :meth:`norm` out of :mod:`normswap.weights` and :mod:`normswap.norms` (or of your own). Recipes in this folder are found by
-    name; a recipe elsewhere is passed as an instance.
+    :meth:`norm` with the classes of :mod:`normswap.weights` and :mod:`normswap.norms`, or with your own. Recipes in
+    this folder are found by name; a recipe elsewhere is passed as an instance.
     """
 
     name: ClassVar[str]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from normswap.recipes.base import GroupedRecipe
 from normswap.records import Site
-from normswap.weights import Weight, WeightStd
+from normswap.weights import PlainWeight, Weight, WeightStd
 
 __all__ = ["GroupNormalizationWeightStandardization"]
 

@@ -1,4 +1,4 @@
-"""A plan together with what it was made of: each norm's values and each site's parts, derived once and carried along."""
+"""A plan bound to a model: each norm's values and each site's parts, derived once and carried along."""
 
 from __future__ import annotations
 

@@ -34,6 +34,9 @@ class Weight:
     centres: bool = False
     """Whether a filter's mean is lost, so that the weight must be projected first."""
 
+    free_length: bool = False
+    """Whether the length of a stored filter is of no account for the weight."""
+
     def register(self, layer: nn.Module) -> None:
         """Parametrize ``layer``'s weight, whose values are then the originals'."""
         raise NotImplementedError

@@ -19,6 +19,7 @@ class WeightNorm(Weight):
     """``W = g v/‖v‖`` (Salimans & Kingma 2016, eq. 2)."""
 
     name = "wn"
+    free_length = True
 
     def register(self, layer: nn.Module) -> None:
         parametrize_weight_norm(layer)

@@ -31,6 +31,8 @@ class WeightStd(Weight):
     offset: bool = False
     eps: float = 1e-5
 
+    free_length = True
+
     @property
     def name(self) -> str:  # type: ignore[override]
         return "aws" if self.offset else "ws"
