@@ -3,7 +3,7 @@
     python docs/blocks.py          # run every `$ normswap …` of the pages and update what stands below it
     python docs/blocks.py --check  # only say which blocks are out of date
 
-Three kinds of blocks are on the pages. A ``python`` block runs in tests/test_docs.py. A ``console`` block holds commands
+Three kinds of blocks are on the pages. A ``python`` block runs in tests/test_docs.py. A ``console`` one holds commands
 behind ``$`` and what they print. A ``text`` block is output whose command stands in the paragraph or comment in front.
 Commands run in a folder with the demo's network as ``digits.pt`` and ``digits.pt2`` and 300 digits as ``digits.npy``.
 """
