@@ -77,7 +77,8 @@ def run_page(text: str, name: str, stand_ins: dict[str, Any]) -> None:
     namespace["model"] = copy.deepcopy(stand_ins["model"])
     for block in blocks(text):
         if block.language == "python":
-            exec(compile("\n" * (block.line - 1) + block.text, name, "exec"), namespace)
+            code = compile("\n" * (block.line - 1) + block.text, name, "exec", dont_inherit=True)
+            exec(code, namespace)
 
 
 def pages_with(language: str) -> list[str]:
@@ -253,6 +254,14 @@ def test_the_readme_is_short() -> None:
 def test_the_api_page_holds_every_public_name() -> None:
     shown = set(re.findall(r"^::: normswap\.(\w+)$", TEXTS["docs/api.md"], re.MULTILINE))
     assert shown == set(ns.__all__) - {"__version__"}
+
+
+def test_the_design_page_names_every_package() -> None:
+    table = TEXTS["docs/design.md"].partition("## The packages")[2].partition("\n## ")[0]
+    named = {name.rstrip("/") for row in re.findall(r"^\| (`.+?`) \|", table, re.MULTILINE) for name in row.split("`")}
+    package = Path(ns.__file__).parent
+    folders = {path.parent.name for path in package.glob("*/__init__.py")}
+    assert folders | {path.name for path in package.glob("[a-z]*.py")} <= named
 
 
 def test_the_recipes_of_the_readme_are_those_of_the_package() -> None:
