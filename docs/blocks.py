@@ -135,4 +135,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(REPOSITORY))  # this copy of normswap, also where another one is installed
     main()
