@@ -232,7 +232,7 @@ def deep_copy(case: Case) -> Cell:
 def state_dict(case: Case) -> Cell:
     """The state dict goes into the conversion of a network with other values, which then computes the same."""
     other = case.network.build(seed=2)
-    other = ns.convert(other, case.recipe, example_inputs=case.x, init="none", inplace=True).model
+    other = ns.convert(other, case.recipe, example_inputs=case.x, init="fresh", inplace=True).model
     other.load_state_dict(case.model.state_dict())
     return compare(case.model, other, case.x, SAME)
 

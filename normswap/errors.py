@@ -36,6 +36,7 @@ __all__ = [
     "full_cause",
     "function",
     "marked",
+    "parameter",
     "spelled",
 ]
 
@@ -45,7 +46,8 @@ class Term:
     """Something that front ends spell differently.
 
     Args:
-        kind: ``"argument"``, ``"function"``, or ``"cause"`` for where the exception behind an error is shown.
+        kind: ``"argument"`` (``calibration=``), ``"parameter"`` (its name alone), ``"function"``, or ``"cause"``: where
+            the exception behind an error is shown.
         name: Its name in Python.
         value: An argument's value, as a tuple of one; empty where the text names the argument alone.
     """
@@ -56,11 +58,13 @@ class Term:
 
     def marked(self) -> str:
         """Return the term as it stands in a text until a front end spells it."""
-        return f"\x02{json.dumps([self.kind, self.name, *self.value])}\x03"
+        return f"\x02{json.dumps([self.kind, self.name, *self.value], default=str)}\x03"
 
     def __str__(self) -> str:
         if self.kind == "function":
             return f"normswap.{self.name}(model)"
+        if self.kind == "parameter":
+            return self.name
         if self.kind == "cause":
             return "the exception's __cause__"
         return f"{self.name}={''.join(map(repr, self.value))}"
@@ -72,6 +76,11 @@ def argument(name: str, *value: Any) -> str:
     See Note [Texts that name arguments].
     """
     return Term("argument", name, value).marked()
+
+
+def parameter(name: str) -> str:
+    """Return the bare name of an argument, for use as a noun within a message."""
+    return Term("parameter", name).marked()
 
 
 def function(name: str) -> str:
@@ -88,8 +97,11 @@ def spelled(text: str, spell: Callable[[Term], str] = str) -> str:
     """Return ``text`` with each of its terms as ``spell`` writes it, by default as Python does."""
 
     def write(found: re.Match[str]) -> str:
-        kind, name, *value = json.loads(found[1])
-        return spell(Term(kind, name, tuple(value)))
+        try:
+            kind, name, *value = json.loads(found[1])
+        except (ValueError, TypeError):  # no mark of ours: a name from a file may hold anything
+            return found[0]
+        return spell(Term(str(kind), str(name), tuple(value)))
 
     return re.sub("\x02(.*?)\x03", write, marked(text))
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
-from normswap.errors import InputError, Text, argument
+from normswap.errors import InputError, Text, argument, parameter
 
 __all__ = ["Flag", "Meaning", "Options", "option"]
 
@@ -174,7 +174,7 @@ def _check_number(known: Field[Any], value: Any) -> None:
     if not number or not minimum <= value < math.inf:
         wanted = f"a whole number ≥ {minimum:g}" if whole else f"≥ {minimum:g} and finite"
         raise InputError(
-            f"{known.name} must be {wanted}, got {value!r}",
+            f"{parameter(known.name)} must be {wanted}, got {value!r}",
             code=known.name.replace("_", "-"),
             hint=f"the default is {known.default:g}",
         )

@@ -918,11 +918,11 @@ def test_calibration_matches_where_nothing_else_is_asked_for(calibrated: Path) -
     assert re.search(r"agreement +output on 8 held-out samples: relative error 0\.\d+, cosine 0\.9", shown)
     plain = ("convert", "model.pt", "--calibration", "data.npy", "--json", "-o")
     methods = {}
-    for how in ("match", "absorb", "tune", "none"):
+    for how in ("match", "absorb", "tune", "fresh"):
         steps = ("--tune-steps", "2") if how == "tune" else ()
         record = json.loads(succeed(*plain, f"{how}.safetensors", "--init", how, *steps).stdout)
         methods[how] = record["init"]["method"]
-        assert (record["init"]["agreement"] is None) == (how in ("absorb", "none"))
+        assert (record["init"]["agreement"] is None) == (how in ("absorb", "fresh"))
     assert methods == {how: how for how in methods}
     default, matched, absorbed = (ns.load(f"{how}.safetensors").state_dict() for how in ("out", "match", "absorb"))
     assert all(torch.equal(value, matched[name]) for name, value in default.items())
@@ -933,7 +933,7 @@ def test_an_inexact_recipe_without_calibration_is_told_to_be_measured(calibrated
     given = ("convert", "model.pt", "-o", "out.safetensors")
     told = "note: gn+ws without --calibration: measure how much accuracy is left"
     assert succeed(*given).stderr.startswith(told)
-    for silent in (["--to", "wn+mobn"], ["--calibration", "data.npy", "--init", "absorb"], ["--init", "none"]):
+    for silent in (["--to", "wn+mobn"], ["--calibration", "data.npy", "--init", "absorb"], ["--init", "fresh"]):
         assert succeed(*given, *silent).stderr == "", silent
     result = succeed(*given, "--json")
     assert json.loads(result.stdout)["init"]["method"] == "absorb"

@@ -171,7 +171,7 @@ def _should_be_checked(result: Conversion) -> bool:
     from normswap import all_recipes
 
     recipe = all_recipes().get(result.plan.recipe)
-    return recipe is not None and recipe.exact and result.init.method != "none"
+    return recipe is not None and recipe.exact and result.init.method != "fresh"
 
 
 def describe_check(check: Verification | None) -> str:

@@ -13,7 +13,7 @@ from normswap.checks.comparison import Verification, training_modules
 from normswap.checks.self_check import eval_output, keeps_output
 from normswap.deploy.affines import fuse_affines, put, ranks_on, standing_alone
 from normswap.deploy.rows import FoldRow
-from normswap.errors import FoldError, VerificationError, argument
+from normswap.errors import FoldError, Text, VerificationError, argument
 from normswap.nn.plain import make_plain
 from normswap.norms import Affine, Stays, deployed
 from normswap.records import text_table
@@ -141,7 +141,7 @@ def _in_place_of(module: nn.Module, affine: Affine, ranks: Mapping[int, int]) ->
         return None, "no layer may take it up"
     new = standing_alone(affine, affine.rank or ranks.get(id(module)), like=next(module.parameters()))
     if new is None:
-        return None, f"its input's number of axes is unknown: give {argument('example_inputs')}"
+        return None, Text(f"its input's number of axes is unknown: give {argument('example_inputs')}")
     if module._forward_hooks or module._forward_pre_hooks:
         return None, "a forward hook is on it"
     return new, ""

@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from normswap.errors import InputError
+from normswap.errors import InputError, argument
 from normswap.graph.recorded import capture_recorded
-from normswap.graph.symbolic import Capture, Trace, capture_symbolic
+from normswap.graph.records import Capture, Trace
+from normswap.graph.symbolic import capture_symbolic
 
 __all__ = ["Capture", "Trace", "capture", "capture_recorded", "capture_symbolic"]
 
@@ -39,7 +40,7 @@ def capture(
     if how == "symbolic" or (how == "auto" and example_inputs is None):
         return capture_symbolic(model, modes)
     if example_inputs is None:
-        raise InputError("a record needs a run", code="no-inputs", hint="give example_inputs")
+        raise InputError("a record needs a run", code="no-inputs", hint=f"give {argument('example_inputs')}")
     if how == "recorded":
         return capture_recorded(model, example_inputs, modes)
     traced = capture_symbolic(model, modes)

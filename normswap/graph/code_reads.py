@@ -21,8 +21,9 @@ from typing import Any
 
 from torch import fx, nn
 
+from normswap.errors import Text, argument
 from normswap.graph.ops import is_leaf
-from normswap.graph.symbolic import Capture
+from normswap.graph.records import Capture
 from normswap.nn.kinds import class_of
 from normswap.norms import is_convertible
 
@@ -103,7 +104,7 @@ def _reads_of(
         for path, norm in norms:
             if names & _WALKS or all(part.isdigit() or part in names for part in path.split(".")):
                 why = f"{whose} cannot be traced and reads the {seen[0]} of a module, perhaps of this one"
-                yield norm, f"{why}: give example inputs, which show of which"
+                yield norm, Text(f"{why}: give {argument('example_inputs')}, which show of which")
 
 
 def _codes(module: nn.Module, called: frozenset[str] = frozenset()) -> Iterator[tuple[_Code, bool]]:

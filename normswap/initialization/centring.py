@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.checks.self_check import eval_output, keeps_output
+from normswap.errors import Text, argument
 from normswap.graph.channels import Channels, find_channels
 from normswap.graph.dataflow import Dataflow
 from normswap.initialization.equalization import choose_scales, scale_channels
@@ -27,9 +28,9 @@ from normswap.stages.bound import BoundPlan, BoundStep
 
 __all__ = ["SCALED", "moments_for", "scaled_for"]
 
-SCALED = (
+SCALED = Text(
     "channels between layers were scaled, so that standardizing the weights takes less away: features taken from "
-    "within the model differ from the original's by a factor per channel (scale=False leaves them)"
+    f"within the model differ from the original's by a factor per channel ({argument('scale', False)} leaves them)"
 )
 _SAMPLES_TO_SCALE, _LARGE_SAMPLES_TO_SCALE = 128, 32
 _LARGE = 2**17  # values of a sample, which then has many positions
@@ -106,13 +107,15 @@ def moments_for(
         except Exception:  # a model may take no other batch size than the example's
             continue
     if len(moments) < len(layers):
-        return moments, (
-            "no data was given and no inputs could be made up that reach every layer: give example_inputs or, better, "
-            "calibration data; elsewhere the filters' means were removed evenly, which loses most of the model"
+        return moments, Text(
+            "no data was given and no inputs could be made up that reach every layer: give "
+            f"{argument('example_inputs')} or, better, {argument('calibration')}; elsewhere the filters' means were "
+            "removed evenly, which loses most of the model"
         )
-    return moments, (
+    return moments, Text(
         "no data was given: the filters' means were removed by the moments of noise that has, at each BatchNorm, the "
-        "recorded mean and variance; a few hundred unlabelled samples (calibration=) keep more of the model"
+        "recorded mean and variance; a few hundred unlabelled samples "
+        f"({argument('calibration')}) keep more of the model"
     )
 
 

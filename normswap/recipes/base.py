@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
-from normswap.errors import InputError
+from normswap.errors import InputError, Text, argument, parameter
 from normswap.norms import Norm
 from normswap.norms.group import Groups
 from normswap.records import Site
@@ -38,7 +38,9 @@ class Recipe:
     def __post_init__(self) -> None:
         eps = getattr(self, "eps", None)
         if eps is not None and not eps > 0:
-            raise InputError(f"eps={eps} is not positive", code="eps", hint="give a small number such as 1e-5")
+            raise InputError(
+                f"{parameter('eps')} must be > 0, got {eps}", code="eps", hint="give a small number such as 1e-5"
+            )
 
     def options(self) -> dict[str, Any]:
         """Return the options that differ from their defaults."""
@@ -92,7 +94,10 @@ class GroupedRecipe(Recipe):
         if site.num_features > groups:
             return None
         if site.rank is None:
-            return "a group of one channel may hold one value, which normalizes to zero: give example inputs"
+            return Text(
+                "a group of one channel may hold one value, which normalizes to zero: give "
+                f"{argument('example_inputs')}"
+            )
         if site.rank == 2 or site.spatial == 1:
             return "a group would hold one value, which normalizes to zero"
         return None
@@ -107,11 +112,14 @@ class GroupedRecipe(Recipe):
         if isinstance(self.num_groups, str):
             if self.num_groups != AUTO_GROUPS:
                 raise InputError(
-                    f"num_groups={self.num_groups!r} is no number", code="group-options", hint="give one, or 'auto'"
+                    f"{parameter('num_groups')} must be a whole number or 'auto', got {self.num_groups!r}",
+                    code="group-options",
+                    hint=f"{argument('num_groups', 'auto')} chooses by calibration data",
                 )
         elif self.num_groups is not None and self.group_size is not None:
             raise InputError(
-                f"num_groups={self.num_groups} and group_size={self.group_size} are both given",
+                f"{argument('num_groups', self.num_groups)} and "
+                f"{argument('group_size', self.group_size)} are both given",
                 code="group-options",
                 hint="give one of them",
             )
@@ -119,14 +127,20 @@ class GroupedRecipe(Recipe):
             if self.num_groups < 1 or channels % self.num_groups:
                 divisors = [d for d in range(1, channels + 1) if channels % d == 0]
                 raise InputError(
-                    f"num_groups={self.num_groups} does not divide the {channels} channels of '{site.norm}'",
+                    f"{argument('num_groups', self.num_groups)} does not divide the {channels} channels of "
+                    f"'{site.norm}'",
                     code="groups-do-not-divide",
-                    hint=f"give one of {divisors}, or group_size for the nearest size that divides at each norm",
+                    hint=f"give one of {divisors}, or {parameter('group_size')} for the nearest size that divides at "
+                    "each norm",
                 )
             return self.num_groups
         target = DEFAULT_GROUP_SIZE if self.group_size is None else self.group_size
         if target < 1:
-            raise InputError(f"group_size={target} is no size", code="group-options", hint="give 1 or more")
+            raise InputError(
+                f"{parameter('group_size')} must be ≥ 1, got {target}",
+                code="group-options",
+                hint=f"the default is {DEFAULT_GROUP_SIZE}",
+            )
         smallest = 1 if target == 1 or channels == 1 else 2
         sizes = [s for s in range(smallest, channels + 1) if channels % s == 0]
         return channels // min(sizes, key=lambda s: abs(math.log(s / target)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from normswap.errors import InputError
+from normswap.errors import InputError, Text, argument
 from normswap.norms import Norm
 from normswap.norms.group import Groups
 from normswap.norms.layer import LayerNormChannels
@@ -47,7 +47,9 @@ class LayerNormalization(Recipe):
             return None
         if self.axes == "channel" or site.rank == 2 or site.spatial == 1:
             return "the norm would see one value, which normalizes to zero"
-        return None if site.rank else "the norm may see one value, which normalizes to zero: give example inputs"
+        if site.rank:
+            return None
+        return Text(f"the norm may see one value, which normalizes to zero: give {argument('example_inputs')}")
 
     def groups_at(self, site: Site) -> int | None:
         return 1 if self.axes == "all" else None

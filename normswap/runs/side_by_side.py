@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normswap.errors import InitializationError
+from normswap.errors import InitializationError, argument
 from normswap.runs.calling import Batch, run_on
 from normswap.runs.guard import set_mode, untouched
 from normswap.runs.paired_sites import PairedSite, SiteBatch
@@ -159,7 +159,7 @@ def _check_undisturbed(model: nn.Module, inputs: Batch, output: Any) -> None:
         raise InitializationError(
             "the model gives another output when it is paused between its layers: its forward keeps state or is random",
             code="calibration-state",
-            hint="calibrate with one batch if it keeps state, or convert with init='absorb'",
+            hint=f"calibrate with one batch if it keeps state, or convert with {argument('init', 'absorb')}",
         )
 
 

@@ -7,19 +7,18 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from normswap.operations.table import TABLE, called_by, named
 from normswap.runs.calling import Batch, run_on_data
 
 __all__ = ["ADDITIONS", "Uses", "addends_of", "find_uses"]
 
 _IN_PLACE: frozenset[Any] = frozenset({Tensor.add_, Tensor.__iadd__})
-ADDITIONS: frozenset[Any] = _IN_PLACE | {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__}
-_RELUS: frozenset[Any] = frozenset({F.relu, F.relu_, F.relu6, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_})
-_CLAMPS: frozenset[Any] = frozenset({F.hardtanh, torch.clamp, torch.clamp_, Tensor.clamp, Tensor.clamp_})
+ADDITIONS = called_by(named("add"))
+_RELUS = frozenset[Any]().union(*(called_by(row) for row in TABLE.rows if row.floor == 0))
+_CLAMPS = frozenset[Any]().union(*(called_by(row) for row in TABLE.rows if isinstance(row.floor, str)))
 
 
 @dataclass(frozen=True)

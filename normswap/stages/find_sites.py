@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
-from normswap.errors import PlanError
+from normswap.errors import PlanError, Text, argument, marked
 from normswap.graph import Capture
 from normswap.graph.after_norm import after_norm
 from normswap.graph.code_reads import reads_in_code
@@ -230,7 +230,7 @@ def _close_gaps(
                 tail = (
                     "example inputs show that it does, or do not come there"
                     if example_inputs is not None
-                    else "give example inputs to have it checked"
+                    else f"give {argument('example_inputs')} to have it checked"
                 )
                 site = replace(
                     site,
@@ -239,7 +239,7 @@ def _close_gaps(
                     fan_in=0,
                     depthwise=False,
                     proof=Proof.NONE,
-                    reason=f"{gap}: {tail}",
+                    reason=Text(f"{marked(gap)}: {tail}"),
                 )
         closed.append(site)
     return closed

@@ -17,7 +17,7 @@ from torch import fx, nn
 from normswap.errors import PlanError
 from normswap.graph.functional import read_functional_norm
 from normswap.graph.ops import is_functional_norm, norm_argument
-from normswap.graph.symbolic import ScopeTracer
+from normswap.graph.tracer import ScopeTracer
 from normswap.norms.functional import FunctionalNorm
 from normswap.runs.guard import untouched
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
-from normswap.errors import InputError
+from normswap.errors import InputError, Text, argument, marked, parameter
 from normswap.options import Options
 from normswap.recipes import Recipe
 from normswap.records import Plan, Site, Skip
@@ -38,7 +38,9 @@ def make_plan(
             code, reason = refusal
             skips.append(Skip(site.norm, "norm", site.norm_type, code, reason))
             if site.layer is not None and site.layer_type is not None:
-                skips.append(Skip(site.layer, "layer", site.layer_type, code, f"its norm stays: {reason}"))
+                skips.append(
+                    Skip(site.layer, "layer", site.layer_type, code, Text(f"its norm stays: {marked(reason)}"))
+                )
             continue
         steps.append(BoundStep.at(site, recipe, recipe.groups_at(site), found.sources[site.norm]))
     plan = Plan(model_name, recipe.name, recipe.options(), tuple(step.step for step in steps), tuple(skips))
@@ -48,14 +50,14 @@ def make_plan(
 def _refusal(site: Site, recipe: Recipe, options: Options, has_data: bool) -> tuple[str, str] | None:
     names = (site.norm, *site.aliases)
     if options.include and not any(fnmatchcase(name, glob) for name in names for glob in options.include):
-        return "excluded", "no pattern of include matches it"
+        return "excluded", Text(f"no pattern of {parameter('include')} matches it")
     for glob in options.exclude:
         if any(fnmatchcase(name, glob) for name in names):
             return "excluded", f"the pattern {glob!r} excludes it"
     if not site.has_statistics and not has_data:
         return (
             "no-statistics",
-            "it stores no running statistics, so there is nothing to take over: give calibration data",
+            Text(f"it stores no running statistics, so there is nothing to take over: give {argument('calibration')}"),
         )
     reason = recipe.refuse(site)
     return None if reason is None else ("recipe-refuses", reason)
