@@ -154,7 +154,7 @@ class SiteRegression:
 
     def _agrees(self, batch: SiteBatch) -> bool:
         return len(batch.x) == len(batch.reference) and (
-            self.source(batch.x[:1]).shape[1:] == batch.reference.shape[1:]
+            self.site.channels(batch.x[:1]).shape[1:] == batch.reference.shape[1:]
         )
 
     @property
@@ -239,11 +239,11 @@ class SiteRegression:
     def _units(self) -> tuple[Tensor, Tensor]:
         """Return the mean and the mean square, per channel, of all that the norm takes one mean over. ``(n, C)``"""
         if self.placed is not None and self.placed.bound.norm.per_position:
-            z = self.sampling.outputs(self.source).train.values
+            z = self.sampling.outputs(self.site.channels).train.values
             return z, z.square()
         means, squares = [], []
         for chunk, held in self.sampling.chunks():
-            z = self.source(chunk.x)[~held].float()
+            z = self.site.channels(chunk.x)[~held].float()
             z = z.flatten(2) if z.ndim > 2 else z[..., None]
             means.append(z.mean(2))
             squares.append(z.square().mean(2))

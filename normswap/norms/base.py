@@ -275,9 +275,9 @@ class Norm:
         return True
 
     @classmethod
-    def rank_of(cls, module: nn.Module) -> int | None:
-        """Return the number of axes that such a norm takes, None where it takes several."""
-        return None
+    def axes(cls, module: nn.Module) -> tuple[int, ...]:
+        """Return how many axes the input of such a norm may have; nothing where that is not known."""
+        return ()
 
     @classmethod
     def deployed(cls, module: nn.Module) -> Affine | Stays | nn.Module:
@@ -297,6 +297,8 @@ class Norm:
     bias: ClassVar[Bias] = Bias.SET
     removes_mean: ClassVar[bool] = True
     """Whether it subtracts a mean of its own: then the signs and offsets of a group's channels may be chosen."""
+    leaves_nothing: ClassVar[bool] = False
+    """Whether no module stands in the old norm's place, so that what that was may go into the layer that reads it."""
     per_position: ClassVar[bool] = False
     """Whether one mean is over the channels of one position, and not over all positions of a sample."""
 

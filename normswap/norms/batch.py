@@ -63,8 +63,9 @@ class BatchNormalization(Norm):
         return torchs and "forward" not in module.__dict__
 
     @classmethod
-    def rank_of(cls, module: nn.Module) -> int | None:
-        return 4 if isinstance(module, nn.BatchNorm2d) else 5 if isinstance(module, nn.BatchNorm3d) else None
+    def axes(cls, module: nn.Module) -> tuple[int, ...]:
+        known = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
+        return next((axes for kind, axes in known.items() if isinstance(module, kind)), ())
 
     @classmethod
     def deployed(cls, module: nn.Module) -> Affine | Stays | nn.Module:

@@ -38,10 +38,6 @@ class MeanOnly(Norm):
         return "it is a mean-only BatchNorm already, from an earlier conversion"
 
     @classmethod
-    def rank_of(cls, module: nn.Module) -> int | None:
-        return _mean_only(module).rank
-
-    @classmethod
     def deployed(cls, module: nn.Module) -> Affine | Stays | nn.Module:
         norm = _mean_only(module)
         shift = norm.bias.detach().double() - norm.running_mean.double()

@@ -23,15 +23,11 @@ class Nothing(Norm):
 
     modules = (ChannelAffine,)
     takes = Takes.AFFINE
+    leaves_nothing = True
 
     @classmethod
     def why_kept(cls, module: nn.Module) -> str:
         return "it is a per-channel affine, from an earlier conversion"
-
-    @classmethod
-    def rank_of(cls, module: nn.Module) -> int | None:
-        assert isinstance(module, ChannelAffine)
-        return module.rank
 
     @classmethod
     def deployed(cls, module: nn.Module) -> Affine | Stays | nn.Module:

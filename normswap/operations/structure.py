@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from normswap.operations import channel_rules as rules
-from normswap.operations.axis_rules import flattened, viewed
+from normswap.operations.axis_rules import flattened, moved, permuted, permuted_axes, transposed, viewed
 from normswap.operations.operation import KEPT, Operation
 
 __all__ = ["STRUCTURE"]
@@ -142,6 +142,18 @@ _SHAPE = (
     Operation(
         "flatten", (torch.flatten,), ("flatten",), (nn.Flatten,), "input start_dim end_dim",
         defaults={"start_dim": 0, "end_dim": -1}, axes=flattened, channels=rules.flatten,
+    ),
+    Operation(
+        "transpose", (torch.transpose, torch.swapaxes, torch.swapdims, aten.transpose.int),
+        ("transpose", "swapaxes", "swapdims"), signature="input dim0 dim1", axes=KEPT, order=transposed,
+    ),
+    Operation(
+        "permute", (torch.permute, aten.permute.default), ("permute",), signature="input *dims",
+        axes=permuted_axes, order=permuted,
+    ),
+    Operation(
+        "movedim", (torch.movedim, torch.moveaxis), ("movedim", "moveaxis"), signature="input source destination",
+        axes=KEPT, order=moved,
     ),
     Operation("view", (torch.reshape,), ("view", "reshape"), signature="input *size", axes=viewed),
     Operation(
