@@ -20,7 +20,7 @@ from normswap.operations import table
 from normswap.operations.activations import ACTIVATIONS
 from normswap.operations.operation import Operation
 from normswap.operations.structure import STRUCTURE
-from normswap.operations.table import TABLE, Table, called_by, named, of_module
+from normswap.operations.table import TABLE, Table, called_by, named, of_module, written_by
 
 pytestmark = pytest.mark.filterwarnings("ignore:nn.functional")  # F.tanh and F.sigmoid are deprecated
 
@@ -431,6 +431,15 @@ def test_calls_are_those_that_a_run_shows() -> None:
     assert set(additions) <= called_by(named("add"))
     assert set(relus) <= called_by(named("relu")) | called_by(named("relu6"))
     assert Tensor.mul not in called_by(named("add"))
+
+
+@pytest.mark.parametrize("name", ["add", "subtract", "multiply", "multiply in place", "divide", "relu", "clamp"])
+def test_a_method_that_writes_to_its_tensor_is_known_by_its_name(name: str) -> None:
+    row = named(name)
+    for method in row.methods:
+        x = torch.tensor([-3.0, 5.0])
+        getattr(x, method)(*(() if name == "relu" else (2.0,)))
+        assert (getattr(Tensor, method) in written_by(row)) == (x.tolist() != [-3.0, 5.0]), method
 
 
 def test_layers_and_norms_of_programs_are_those_of_their_rows() -> None:

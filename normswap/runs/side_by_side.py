@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from normswap.errors import InitializationError
-from normswap.operations.table import TABLE, called_by, named
+from normswap.operations.table import TABLE, called_by, named, written_by
 from normswap.runs.calling import Batch, first_input, run_on, run_on_data
 from normswap.runs.guard import set_mode, untouched
 
@@ -50,7 +50,7 @@ THREAD = "normswap-lockstep"
 """The name of the threads that passes run in."""
 
 ADDITIONS = called_by(named("add"))
-_IN_PLACE: frozenset[Any] = frozenset({Tensor.add_, Tensor.__iadd__})
+_IN_PLACE = written_by(named("add"))
 _RELUS = frozenset[Any]().union(*(called_by(row) for row in TABLE.rows if row.floor == 0))
 _CLAMPS = frozenset[Any]().union(*(called_by(row) for row in TABLE.rows if isinstance(row.floor, str)))
 
