@@ -141,7 +141,7 @@ def initializing(repetitions: int) -> Iterator[Ratio]:
     """Data-dependent initialization against one forward pass of the same batch."""
     for name in ("BatchNorm", *RECIPES):
         model = resnet50()
-        model = model if name == "BatchNorm" else ns.swap_norms(model, name, init="none", inplace=True)
+        model = model if name == "BatchNorm" else ns.swap_norms(model, name, init="fresh", inplace=True)
         for side in (64, 112):
             batch = torch.randn(8, 3, side, side)
             work, forward = medians(
@@ -172,7 +172,7 @@ def training(repetitions: int) -> Iterator[Ratio]:
     """A training step's forward and backward, the weights' reparameterization with it, against BatchNorm's."""
     model = resnet50().train()
     batch = torch.randn(8, 3, 64, 64)
-    models = [model, *(ns.swap_norms(model, name, init="none") for name in RECIPES)]
+    models = [model, *(ns.swap_norms(model, name, init="fresh") for name in RECIPES)]
     works = [lambda m=m: lambda: m(batch).square().mean().backward() for m in models]  # type: ignore[misc]
     reference, *others = medians(repetitions, *works)
     for name, seconds in zip(RECIPES, others, strict=True):

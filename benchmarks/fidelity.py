@@ -48,7 +48,7 @@ COLUMNS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def fresh(model: nn.Module, to: str) -> nn.Module:
     """Return the model with norms as they are constructed, which is what other converters give."""
-    return ns.swap_norms(model, to, init="none")
+    return ns.swap_norms(model, to, init="fresh")
 
 
 def gamma_and_beta_copied(model: nn.Module, to: str) -> nn.Module:
@@ -161,7 +161,7 @@ def tune(count: int, steps: int) -> None:
     result = ns.convert(model, "gn+ws", calibration=batches, init="tune", tune_steps=steps)
     took = time.perf_counter() - start
     print(f"ResNet-20 {accuracy(model, test, labels):.2f}, gn+ws tuned on {count} images in {took:.0f} s: ", end="")
-    print(f"{accuracy(result.model, test, labels):.2f}; {'; '.join(result.init.assumptions)}")
+    print(f"{accuracy(result.model, test, labels):.2f}; {'; '.join(result.init.notes)}")
 
 
 def cost(names: list[str], count: int) -> None:
@@ -173,7 +173,7 @@ def cost(names: list[str], count: int) -> None:
     for name in names:
         torch.manual_seed(0)
         model = models.get_model(name, weights=None).eval()
-        other = ns.swap_norms(model, "gn+ws", init="none")
+        other = ns.swap_norms(model, "gn+ws", init="fresh")
         with _Peak() as plain:
             start = time.perf_counter()
             with torch.no_grad():

@@ -50,8 +50,8 @@ def main() -> None:
     print(f"converted in {time.perf_counter() - start:.1f} s")
     if conversion.check is not None:  # the recipe is exact, so it must have kept the outputs
         print(f"  the outputs moved by {conversion.check.max_rel:.0e} of their magnitude")
-    for assumption in conversion.init.assumptions:
-        print(f"  note: {assumption}")
+    for note in conversion.init.notes:
+        print(f"  note: {note}")
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"

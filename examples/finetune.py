@@ -92,7 +92,7 @@ def main() -> None:
     seen = load_calibration()  # unlabelled digits of the kind that the network was trained on
     contestants = {
         "BatchNorm": load_network(),
-        "gn, fresh": ns.swap_norms(load_network(), "gn", init="none"),  # what other converters give
+        "gn, fresh": ns.swap_norms(load_network(), "gn", init="fresh"),  # what other converters give
         "gn": ns.swap_norms(load_network(), "gn"),
         "gn+ws, calibrated": ns.swap_norms(load_network(), "gn+ws", calibration=seen),
         "wn+mobn": ns.swap_norms(load_network(), "wn+mobn"),

@@ -44,7 +44,7 @@ Images = tuple[Tensor, Tensor]
 
 def naive_group_norm(model: nn.Module) -> nn.Module:
     """Return the model with GroupNorms in its BatchNorms' places that have their γ and β."""
-    converted = ns.swap_norms(model, "gn", init="none")
+    converted = ns.swap_norms(model, "gn", init="fresh")
     for name, norm in model.named_modules():
         if isinstance(norm, _BatchNorm):
             new = next(m for m in converted.get_submodule(name).modules() if isinstance(m, nn.GroupNorm))

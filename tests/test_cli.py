@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import fcntl
 import json
 import logging
@@ -17,6 +18,7 @@ import sys
 import termios
 import types
 from collections import OrderedDict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +33,17 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import normswap as ns
-from normswap.cli import app, console, deploying, options, reporting
-from normswap.cli import sources as files
+from normswap import errors, options
+from normswap.cli import app, boundary, console, converting, deploying, flags, reporting
+from normswap.cli.flags import DataFlags, InputFlags
+from normswap.cli.inputs import calibration_batches, example_inputs
+from normswap.cli.spelling import FLAGS, PYTHON_ONLY, flag_of, spell
+from normswap.cli.values import read_recipe_options, read_shapes
 from normswap.deploy.folding import FoldRow
-from normswap.errors import InputError
+from normswap.errors import InputError, Text, argument, function
 from normswap.loading import load_model
 from normswap.loading.architectures import build
+from normswap.options import Flag, Options
 from normswap.storage.writing import staged
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -283,7 +290,7 @@ def test_calibration_is_read_in_batches_without_its_labels(folder: Path) -> None
     np.savez("data.npz", np.random.default_rng(0).normal(size=(10, 3, 12, 12)).astype("float32"), np.arange(10))
     result = succeed("convert", "model.pt", "--calibration", "data.npz", "--batch-size", "4", "-o", "out.safetensors")
     assert "noted      of each batch's 2 entries the first was used" in result.stdout
-    batches = files.calibration_batches(make_model(), Path("data.npz"), 4)
+    batches = calibration_batches(make_model(), DataFlags(Path("data.npz"), 4))
     assert batches is not None
     assert [len(x) for x, _ in batches] == [4, 4, 2]
 
@@ -596,7 +603,7 @@ def test_a_detector_without_torchvisions_operators_is_explained(text: str) -> No
             raise RuntimeError(text)
 
     with pytest.raises(InputError) as caught:
-        files.example_inputs(Detects(), ((1, 3, 8, 8),), None)
+        example_inputs(Detects(), InputFlags(["1x3x8x8"]))
     assert ("install the torchvision" in caught.value.hint) == (text != "other")
     assert ("forward takes (x" in caught.value.hint) == (text == "other")
 
@@ -611,7 +618,7 @@ def test_data_with_names_that_the_model_has_not_is_refused_with_the_one_it_takes
         "  hint: name the one with the inputs 'input', or give it alone, as one tensor or array\n",
     )
     np.savez("data.npz", input=images, labels=np.arange(4))  # what the hint asks for
-    assert files.calibration_batches(make_model(), Path("data.npz"), 4) is not None
+    assert calibration_batches(make_model(), DataFlags(Path("data.npz"), 4)) is not None
 
 
 def test_both_kinds_of_inputs_at_once_are_refused(folder: Path) -> None:
@@ -648,8 +655,93 @@ def test_an_unexpected_exception_is_one_line_and_a_traceback_on_request(
     assert result.stderr.splitlines()[-1] == "error[unexpected]: ZeroDivisionError: seven"
 
 
-def test_messages_name_options_in_place_of_python_arguments() -> None:
-    assert console._spelled("pass dynamic_batch=False") == "pass --no-dynamic-batch"
+# Words: what messages name, and the flags that come from options
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (f"pass {argument('dynamic_batch', False)}", "pass --no-dynamic-batch"),
+        (f"give {argument('calibration')}", "give --calibration"),
+        (f"{argument('num_groups', 'auto')}, {errors.parameter('group_size')}", "--num-groups auto, --group-size"),
+        (f"give {argument('trust', ['a', 'b.py'])}", "give --trust a --trust b.py"),
+        (f"give {argument('example_inputs')}", "give --input-shape or --input-file"),
+        (f"give {argument('inplace', True)}", "give inplace=True in Python"),
+        (f"first: {function('fold')}", "first: normswap fold MODEL"),
+    ],
+)
+def test_a_message_names_arguments_as_the_command_line_does(text: str, shown: str) -> None:
+    assert spell(text) == spell(Text(text)) == shown
+
+
+def named_terms(source: str) -> list[tuple[str, bool]]:
+    """Return the arguments that texts in ``source`` name, each with whether something renders the text."""
+    found: list[tuple[str, bool]] = []
+
+    def walk(node: ast.AST, rendered: bool) -> None:
+        if isinstance(node, ast.Call):
+            name = getattr(node.func, "id", getattr(node.func, "attr", ""))
+            if name in ("argument", "parameter") and isinstance(node.args[0], ast.Constant):
+                found.append((node.args[0].value, rendered))
+            rendered = rendered or name.endswith("Error") or name in ("Text", "option")
+        for child in ast.iter_child_nodes(node):
+            walk(child, rendered)
+
+    walk(ast.parse(source), False)
+    return found
+
+
+def test_every_argument_that_a_message_names_is_a_flag_of_some_command() -> None:
+    group: Any = typer.main.get_command(app)
+    known = {
+        flag for command in group.commands.values() for p in command.params for flag in (*p.opts, *p.secondary_opts)
+    }
+    named = {
+        name for path in (REPOSITORY / "normswap").rglob("*.py") for name, _ in named_terms(path.read_text("utf-8"))
+    }
+    assert {"calibration", "example_inputs", "init", "trust", "num_groups"} <= named  # they are found
+    assert {flag for name in named - PYTHON_ONLY for flag in flag_of(name).split(" or ")} <= known
+    assert not [name for name in PYTHON_ONLY if flag_of(name) in known]
+    assert {flag for flags in FLAGS.values() for flag in flags.split(" or ")} <= known
+    assert flag_of("calibratoin") not in known  # the negative control
+
+
+def test_a_new_option_is_a_flag_with_help_that_reaches_convert(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass(frozen=True)
+    class More(Options):
+        warmth: float = options.option(0.5, "How warm the norms are", minimum=0.25, flag=Flag(metavar="X"))
+        cool: bool = options.option(True, "Cool them afterwards")
+        places: tuple[str, ...] = options.option((), "Where it is warm", flag=Flag(metavar="GLOB"))
+        hidden: int = options.option(3, "Only in Python", flag=Flag(commands=()))
+
+    reached: list[dict[str, Any]] = []
+
+    def convert(*_: Any, **given: Any) -> None:
+        reached.append(given)
+        raise InputError("far enough", code="stop")
+
+    monkeypatch.setattr(flags, "Options", More)
+    monkeypatch.setattr(ns, "convert", convert, raising=False)
+    fresh = typer.Typer(cls=boundary.ErrorBoundary, rich_markup_mode=None)
+    fresh.callback()(lambda debug=False: None)
+    fresh.command("convert")(flags.flattened("convert")(converting.convert_model.__wrapped__))
+    shown = " ".join(CliRunner().invoke(fresh, ["convert", "--help"]).output.split())
+    assert re.search(r"--warmth X how warm the norms are \(0\.5\)", shown)
+    assert "--cool / --no-cool cool them afterwards" in shown
+    assert "--places GLOB where it is warm; repeatable" in shown
+    assert "hidden" not in shown
+    CliRunner().invoke(fresh, ["convert", "model.pt", "--warmth", "2", "--no-cool", "--places", "a", "--places", "b"])
+    given = {name: reached[0].get(name) for name in ("warmth", "cool", "places")}
+    assert given == {"warmth": 2.0, "cool": False, "places": ("a", "b")}
+    refused = CliRunner().invoke(fresh, ["convert", "model.pt", "--warmth", "inf"])
+    assert "--warmth must be ≥ 0.25 and finite, got inf" in refused.output
+    CliRunner().invoke(fresh, ["convert", "model.pt"])
+    assert not {"warmth", "cool", "places"} & set(reached[1])  # the defaults are left to Python
+
+
+def test_the_former_name_of_fresh_is_told(folder: Path) -> None:
+    result = succeed("convert", "model.pt", "--init", "none", "-o", "out.safetensors")
+    assert result.stderr == "note: --init none is now called --init fresh\n"
 
 
 # What is written
@@ -840,9 +932,9 @@ def test_ctrl_c_ends_with_130_and_leaves_nothing(folder: Path) -> None:
 def test_a_signal_that_is_ignored_stays_ignored_and_handlers_are_put_back() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with console._ended_by_signals():
+        with boundary._ended_by_signals():
             assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-            with pytest.raises(console.Ended):
+            with pytest.raises(boundary.Ended):
                 signal.raise_signal(signal.SIGTERM)
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     finally:
@@ -873,37 +965,37 @@ def test_made_up_inputs_are_told(folder: Path) -> None:
     ("text", "shape"), [("1x3x8x8", (1, 3, 8, 8)), ("4", (4,)), ("2×3", (2, 3)), ("2,30", (2, 30)), ("2X3", (2, 3))]
 )
 def test_a_shape_is_read(text: str, shape: tuple[int, ...]) -> None:
-    assert options.read_shapes([text]) == (shape,)
+    assert read_shapes([text]) == (shape,)
 
 
 @pytest.mark.parametrize("text", ["", "0x3", "1x", "x3", "1x-3", "1.5x3", "1 3"])
 def test_what_is_no_shape_is_refused(text: str) -> None:
     with pytest.raises(InputError, match="is no shape"):
-        options.read_shapes([text])
+        read_shapes([text])
 
 
 def test_a_recipes_options_get_their_own_types() -> None:
     texts = ["eps=1e-3", "group-size=4", "num_groups=none", "gain=no"]
-    found = options.read_recipe_options("gn+ws", {}, texts)
+    found = read_recipe_options("gn+ws", {}, texts)
     assert found == {"eps": 1e-3, "group_size": 4, "num_groups": None, "gain": False}
     for wrong in ("group_size=4.5", "eps=small", "gain=2", "gain", "=3"):
         with pytest.raises(InputError):
-            options.read_recipe_options("gn+ws", {}, [wrong])
+            read_recipe_options("gn+ws", {}, [wrong])
     with pytest.raises(InputError, match="eps is given twice"):
-        options.read_recipe_options("gn+ws", {"eps": 1e-3}, ["eps=1e-4"])
+        read_recipe_options("gn+ws", {"eps": 1e-3}, ["eps=1e-4"])
 
 
 def test_noise_has_the_models_dtype_and_the_same_values_each_time() -> None:
     model = nn.Linear(4, 2).double()
-    first, second = (files.example_inputs(model, ((3, 4),), None) for _ in range(2))
+    first, second = (example_inputs(model, InputFlags(["3x4"])) for _ in range(2))
     assert first[0].dtype == torch.float64
     assert isinstance(first[0], Tensor)
     assert torch.equal(first[0], second[0])
 
 
 def test_the_root_of_usage_errors_is_the_one_that_typer_raises() -> None:
-    assert issubclass(typer.BadParameter, console.UsageError)
-    assert console.UsageError.__name__ == "ClickException"
+    assert issubclass(typer.BadParameter, boundary.UsageError)
+    assert boundary.UsageError.__name__ == "ClickException"
 
 
 @pytest.fixture
@@ -918,11 +1010,11 @@ def test_calibration_matches_where_nothing_else_is_asked_for(calibrated: Path) -
     assert re.search(r"agreement +output on 8 held-out samples: relative error 0\.\d+, cosine 0\.9", shown)
     plain = ("convert", "model.pt", "--calibration", "data.npy", "--json", "-o")
     methods = {}
-    for how in ("match", "absorb", "tune", "none"):
+    for how in ("match", "absorb", "tune", "fresh"):
         steps = ("--tune-steps", "2") if how == "tune" else ()
         record = json.loads(succeed(*plain, f"{how}.safetensors", "--init", how, *steps).stdout)
         methods[how] = record["init"]["method"]
-        assert (record["init"]["agreement"] is None) == (how in ("absorb", "none"))
+        assert (record["init"]["agreement"] is None) == (how in ("absorb", "fresh"))
     assert methods == {how: how for how in methods}
     default, matched, absorbed = (ns.load(f"{how}.safetensors").state_dict() for how in ("out", "match", "absorb"))
     assert all(torch.equal(value, matched[name]) for name, value in default.items())
@@ -933,7 +1025,7 @@ def test_an_inexact_recipe_without_calibration_is_told_to_be_measured(calibrated
     given = ("convert", "model.pt", "-o", "out.safetensors")
     told = "note: gn+ws without --calibration: measure how much accuracy is left"
     assert succeed(*given).stderr.startswith(told)
-    for silent in (["--to", "wn+mobn"], ["--calibration", "data.npy", "--init", "absorb"], ["--init", "none"]):
+    for silent in (["--to", "wn+mobn"], ["--calibration", "data.npy", "--init", "absorb"], ["--init", "fresh"]):
         assert succeed(*given, *silent).stderr == "", silent
     result = succeed(*given, "--json")
     assert json.loads(result.stdout)["init"]["method"] == "absorb"
@@ -988,9 +1080,10 @@ def test_the_spread_the_scales_and_the_number_of_groups_are_chosen(calibrated: P
     ("arguments", "expected"),
     [
         (["--num-groups", "auto"], "--num-groups auto chooses by calibration data"),
-        (["--num-groups", "many"], "num_groups='many' is no number"),
+        (["--num-groups", "many"], "--num-groups must be a whole number or 'auto', got 'many'"),
         (["--init", "match"], "fits to data and none was given"),
-        (["--init", "magic"], "init='magic' is unknown"),
+        (["--init", "magic"], "--init magic is unknown"),
+        (["--spread", "inf"], "--spread must be ≥ 0 and finite, got inf"),
         (["--report", "nowhere/page.html"], "cannot write"),
     ],
 )
@@ -1010,7 +1103,7 @@ def test_inspect_ranks_the_sites_by_what_their_swap_costs(calibrated: Path) -> N
     assert sum(row["share"] for row in record) == pytest.approx(1)
     shown = succeed(*command).stdout
     assert f"{record[0]['error']:.4f}" in shown
-    assert shown.splitlines()[-1].endswith(f" --exclude {record[0]['norm']}")  # the dearest
+    assert shown.splitlines()[-1].endswith(f" --exclude {record[0]['norm']}")  # the largest error
     assert "is exact" in run("inspect", "model.pt", "--calibration", "data.npy", "--to", "wn").stderr
 
 

@@ -112,7 +112,7 @@ def decayed(model: nn.Module) -> tuple[set[str], set[str]]:
 def test_weight_decay_is_for_the_directions_of_the_layers_weights_alone(
     recipe: str, weight: str, others: list[str]
 ) -> None:
-    model = ns.swap_norms(load_network(), recipe, init="none")
+    model = ns.swap_norms(load_network(), recipe, init="fresh")
     with_decay, without = decayed(model)
     convolutions = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
     assert len(convolutions) == 9

@@ -785,7 +785,7 @@ def test_frozen_parameters_and_the_modes_of_modules_are_carried_over(name: str, 
     for index, module in enumerate(model.modules()):
         module.training = bool(index % 2)
     modes = {n: m.training for n, m in model.named_modules(remove_duplicate=False)}
-    converted = ns.convert(model, plan=known.plan, init="none", check=False).model
+    converted = ns.convert(model, plan=known.plan, init="fresh", check=False).model
     assert not [n for n, p in converted.named_parameters() if p.requires_grad]
     found = {n: m.training for n, m in converted.named_modules(remove_duplicate=False)}
     assert {n: found[n] for n in modes.keys() & found.keys()} == {n: modes[n] for n in modes.keys() & found.keys()}

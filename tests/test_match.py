@@ -22,7 +22,7 @@ from normswap.checks.agreement import agreement
 from normswap.errors import InitializationError, InputError
 from normswap.pipeline import Conversion
 from normswap.records import Plan
-from normswap.runs.side_by_side import THREAD
+from normswap.runs.pausing import THREAD
 
 C = 8
 
@@ -44,8 +44,9 @@ def images(n: int = 40, *, seed: int = 1, channels: int = 3, axes: int = 2) -> T
 
 
 def vectors(n: int = 40, *, seed: int = 1) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n, 6, generator=generator) @ torch.randn(6, 6) + 1
+    """Correlated vectors; other seeds are other samples, of the same covariance."""
+    mixing = torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
+    return torch.randn(n, 6, generator=torch.Generator().manual_seed(seed)) @ mixing + 1
 
 
 def settled(model: nn.Module, data: Callable[..., Any]) -> nn.Module:
@@ -324,7 +325,7 @@ def test_labels_in_the_loader_are_ignored() -> None:
     found = []
     for labels in (torch.zeros(40), torch.randint(0, 5, (40,))):
         result = convert(residual(), data=DataLoader(TensorDataset(images(), labels), batch_size=10))
-        assert any("entries the first" in note for note in result.init.assumptions)
+        assert any("entries the first" in note for note in result.init.notes)
         found.append(values(result.model))
     assert same(*found)
     assert same(found[0], values(convert(residual(), data=list(images().split(10))).model))
@@ -532,13 +533,13 @@ def test_tune_lowers_the_held_out_error_or_keeps_the_match(monkeypatch: pytest.M
     batches = list(data(160).split(16))
     matched = convert(model, "gn+ws", batches)
     tuned = convert(model, "gn+ws", batches, init="tune", tune_steps=40)
-    note = tuned.init.assumptions[-1]
+    note = tuned.init.notes[-1]
     assert note.startswith("40 gradient steps took the held-out error from")
     assert tuned.init.agreement.relative_error < matched.init.agreement.relative_error
     assert distance(model, tuned.model, data(100, seed=7)) < distance(model, matched.model, data(100, seed=7))
     monkeypatch.setattr("normswap.initialization.tune._RATE", 10.0)
     kept = convert(model, "gn+ws", batches, init="tune", tune_steps=3)
-    assert "the matched values were kept" in kept.init.assumptions[-1]
+    assert "the matched values were kept" in kept.init.notes[-1]
     assert same(values(kept.model), values(matched.model))
 
 

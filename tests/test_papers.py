@@ -697,7 +697,7 @@ def test_data_dependent_initialization_is_equations_5_and_6(parametrization: str
     parameters, activations = oracles.data_dependent_initialization(before, array(x), PHIS)
     with pytest.raises(AssertionError):
         assert_initialized(outputs_of(model, layers, x))
-    report = normswap.initialize(model, x, method="data-dependent")
+    report = normswap.initialize(model, x)
     assert [row.name for row in report.rows] == [name for name, m in model.named_modules() if m in layers]
     found = outputs_of(model, layers, x)
     assert_initialized(found)

@@ -124,7 +124,7 @@ def test_what_comes_from_the_model_is_escaped(conversion: ns.Conversion, tmp_pat
     changed = dataclasses.replace(
         conversion,
         plan=dataclasses.replace(conversion.plan, model=nasty, options={"x": nasty}, skips=skips),
-        init=dataclasses.replace(conversion.init, rows=rows, assumptions=(nasty,)),
+        init=dataclasses.replace(conversion.init, rows=rows, notes=(nasty,)),
     )
     page = page_of(changed, tmp_path)
     assert "script" not in {tag for tag, _ in page.tags}

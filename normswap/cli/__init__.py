@@ -10,10 +10,12 @@ from typing import Annotated
 import typer
 
 from normswap import __version__
+from normswap.cli.boundary import ErrorBoundary
 from normswap.cli.checking import show_demo, show_recipes, verify_pair
-from normswap.cli.console import ErrorBoundary, survive_any_encoding
-from normswap.cli.converting import convert_model, inspect_model
+from normswap.cli.console import survive_any_encoding
+from normswap.cli.converting import convert_model
 from normswap.cli.deploying import export_model, fold_model
+from normswap.cli.inspecting import inspect_model
 
 __all__ = ["app", "main"]
 

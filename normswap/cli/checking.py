@@ -11,19 +11,21 @@ from typing import Annotated, Any
 import typer
 
 import normswap as ns
-from normswap.cli import options
-from normswap.cli import sources as files
 from normswap.cli.console import fits, note, print_json, say, table, working
+from normswap.cli.flags import InputFlags, Json, Reading, flattened
+from normswap.cli.inputs import example_inputs, required_inputs, stated_inputs
 from normswap.cli.reporting import show_check
+from normswap.cli.sources import Source
 
 __all__ = ["show_demo", "show_recipes", "verify_pair"]
 
 
+@flattened("verify")
 def verify_pair(
+    *,
     a: Annotated[Path, typer.Argument(metavar="A", help="the reference: a model file or an .onnx file")],
     b: Annotated[Path, typer.Argument(metavar="B", help="what is compared with it")],
-    input_shape: options.InputShape = None,
-    input_file: options.InputFile = None,
+    given: InputFlags,
     rtol: Annotated[
         float | None,
         typer.Option(
@@ -32,25 +34,22 @@ def verify_pair(
             help="allowed difference, relative to the output's magnitude (by the dtype: 2e-5 for float32)",
         ),
     ] = None,
-    trust: options.Trust = None,
-    arch: options.Arch = None,
-    arch_kwargs: options.ArchKwargs = None,
-    as_json: options.Json = False,
+    reading: Reading,
+    as_json: Json = False,
 ) -> None:
     """Compare the outputs of two models or ONNX files.
 
     Both run on the same inputs: random ones of --input-shape, those of --input-file or, without either, random ones of
     the sizes that an ONNX file states. The exit code is 0 where they agree, 1 where they differ.
     """
-    shapes = options.read_shapes(input_shape)
-    source = dataclasses.replace(files.Source.of(trust, arch, arch_kwargs), arch_if_needed=True)
+    source = Source.of(reading, arch_if_needed=True)
     sides: list[Any] = [path if path.suffix == ".onnx" else source.open(path).eval() for path in (a, b)]
     network = next((side for side in sides if not isinstance(side, Path)), None)
-    inputs = files.example_inputs(network, shapes, input_file)
+    inputs = example_inputs(network, given)
     if inputs is None:
-        inputs = files.stated_inputs(network, [side for side in sides if isinstance(side, Path)])
+        inputs = stated_inputs(network, [side for side in sides if isinstance(side, Path)])
     if inputs is None:
-        inputs = files.required_inputs(network, (), None)
+        inputs = required_inputs(network, given)
     with working("comparing"):
         check = dataclasses.replace(ns.verify(sides[0], sides[1], inputs, rtol=rtol), a=str(a), b=str(b))
     if as_json:
@@ -67,7 +66,7 @@ def verify_pair(
         raise typer.Exit(1)
 
 
-def show_recipes(as_json: options.Json = False) -> None:
+def show_recipes(as_json: Json = False) -> None:
     """List what a BatchNorm can be swapped for.
 
     gn+ws, gn+aws, gn and ln normalize each sample by itself: batches of any size train alike. wn+mobn and mobn take the
@@ -108,7 +107,7 @@ def show_recipes(as_json: options.Json = False) -> None:
 
 def show_demo(
     output: Annotated[Path, typer.Option(metavar="DIR", help="where the ONNX files go")] = Path("normswap-demo"),
-    as_json: options.Json = False,
+    as_json: Json = False,
 ) -> None:
     """Run every recipe on a small trained network, to ONNX files.
 

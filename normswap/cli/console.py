@@ -8,27 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
 import shutil
-import signal
 import sys
 import textwrap
-import threading
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TextIO, cast
+from typing import Any, TextIO
 
 import typer
-from typer.core import TyperGroup
 
-from normswap.errors import NormswapError
+from normswap.cli.spelling import spell
 from normswap.records import text_table
 
 __all__ = [
-    "ErrorBoundary",
     "facts",
     "fits",
+    "fitted",
     "note",
     "print_json",
     "progressing",
@@ -38,103 +33,12 @@ __all__ = [
     "working",
 ]
 
-# typer has a copy of click since 0.20 and click itself before: the base of the usage errors in either is this one.
-UsageError = cast("type[Exception]", typer.BadParameter.__mro__[2])
-
-SPELLED = {
-    "dynamic_batch=False": "--no-dynamic-batch",
-    "dynamic_spatial=False": "--no-dynamic-spatial",
-    "normswap.fold(model)": "normswap fold MODEL",
-    "the whole reason is the exception's __cause__": "`normswap --debug …` shows the whole reason",
-    "calibration=": "--calibration",
-    "give calibration data": "give calibration data (--calibration FILE)",
-    "num_groups='auto'": "--num-groups auto",
-    "init='absorb'": "--init absorb",
-    "scale=False": "--no-scale",
-    "or group_size for": "or --group-size for",
-    "give example_inputs": "give --input-shape",
-    "give example inputs": "give --input-shape",
-}
-"""Arguments of the Python functions, as they stand in messages, and how the command line writes them."""
-
-
 GAP = 2
 """Columns between the cells of a table on a terminal."""
 
 
-class Ended(KeyboardInterrupt):
-    """The process was asked to end, and cleans up on its way out as after Ctrl+C."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.number = number
-
-
-@contextlib.contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Let what ends a process (``kill``, ``timeout``, a closed terminal) raise, so that hidden files are removed."""
-    if threading.current_thread() is not threading.main_thread():  # Python lets no other set a handler
-        yield
-        return
-
-    def end(number: int, _: object) -> None:
-        raise Ended(number)
-
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    ours = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]  # nohup ignores its own
-    try:
-        for number in ours:
-            signal.signal(number, end)
-        yield
-    finally:
-        for number in ours:
-            signal.signal(number, signal.SIG_DFL)
-
-
-class ErrorBoundary(TyperGroup):
-    """The one place that catches errors: it prints them and ends with their exit code."""
-
-    def invoke(self, ctx: Any) -> Any:
-        """Run the command; see ``NormswapError.exit_code``, 2 for an unexpected error, 128 + n after a signal n."""
-        try:
-            with _ended_by_signals(), _notes_shown():
-                return super().invoke(ctx)
-        except (BrokenPipeError, UsageError, typer.Exit, typer.Abort):
-            raise
-        except Ended as signalled:
-            typer.echo("ended by a signal", err=True)
-            raise typer.Exit(128 + signalled.number) from None
-        except KeyboardInterrupt:
-            typer.echo("interrupted", err=True)
-            raise typer.Exit(130) from None
-        except NormswapError as error:
-            _show_traceback(ctx)
-            typer.echo(_fitted(_spelled(str(error)), sys.stderr), err=True)
-            raise typer.Exit(error.exit_code) from None
-        except Exception as error:
-            _show_traceback(ctx)
-            lines = str(error).strip().splitlines()
-            text = f"error[unexpected]: {type(error).__name__}" + (f": {lines[0]}" if lines else "")
-            if not ctx.params["debug"]:
-                text += "\n  hint: report this, with the traceback that `normswap --debug …` shows"
-            typer.echo(text, err=True)
-            raise typer.Exit(2) from None
-
-
-def _show_traceback(ctx: Any) -> None:
-    if ctx.params["debug"]:
-        typer.echo(traceback.format_exc(), err=True)
-
-
-def _spelled(text: str) -> str:
-    """Return a message of the package in the words of the command line."""
-    for python, option in SPELLED.items():
-        text = text.replace(python, option)
-    return text
-
-
-def _fitted(text: str, stream: TextIO) -> str:
-    """Break the lines between words where ``stream`` is a terminal; elsewhere they stay whole."""
+def fitted(text: str, stream: TextIO) -> str:
+    """Return ``text`` with its lines broken between words where ``stream`` is a terminal; elsewhere they stay whole."""
     if not stream.isatty():
         return text
     wrap = textwrap.TextWrapper(
@@ -214,36 +118,14 @@ def progressing(what: str, *, quiet: bool = False) -> Iterator[Callable[[str, in
         yield show
 
 
-class _Notes(logging.Handler):
-    """Shows what the package logs."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        note(record.getMessage())
-
-
-@contextlib.contextmanager
-def _notes_shown() -> Iterator[None]:
-    logger, handler = logging.getLogger("normswap"), _Notes(logging.INFO)
-    level, propagate = logger.level, logger.propagate
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-        logger.propagate = propagate
-
-
 def note(text: str) -> None:
     """Tell on stderr what a person should know and did not ask for."""
-    typer.echo(_fitted(f"note: {_spelled(text)}", sys.stderr), err=True)
+    typer.echo(fitted(f"note: {spell(text)}", sys.stderr), err=True)
 
 
 def say(text: str = "") -> None:
     """Print a line of the result, in the words of the command line."""
-    typer.echo(_fitted(_spelled(text), sys.stdout))
+    typer.echo(fitted(spell(text), sys.stdout))
 
 
 def print_json(text: str) -> None:
@@ -262,7 +144,7 @@ def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     """Print a table; on a terminal the columns with one value alone stand in a line above it."""
     if not rows:
         return
-    cells = [tuple(map(_spelled, row)) for row in rows]
+    cells = [tuple(map(spell, row)) for row in rows]
     if not sys.stdout.isatty():
         typer.echo(text_table(header, cells))
         return
@@ -309,6 +191,7 @@ def facts(pairs: Sequence[tuple[str, str]]) -> None:
     """Print labelled lines; on a terminal they wrap beside their label."""
     if not pairs:
         return
+    pairs = [(label, spell(text)) for label, text in pairs]
     width = max(len(label) for label, _ in pairs)
     if not sys.stdout.isatty():
         for label, text in pairs:
@@ -321,7 +204,7 @@ def facts(pairs: Sequence[tuple[str, str]]) -> None:
     grid.add_column(width=width + 2, style="bold")
     grid.add_column(overflow="fold")
     for label, text in pairs:
-        grid.add_row(f"  {label}", _literal(_spelled(text)))
+        grid.add_row(f"  {label}", _literal(text))
     Console(highlight=False).print(grid)
 
 

@@ -12,21 +12,25 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import normswap as ns
-from normswap.cli import options
-from normswap.cli import sources as files
 from normswap.cli.console import facts, note, print_json, say, table, working
+from normswap.cli.flags import OUTPUT, InputFlags, Json, Model, Opset, Reading, flattened
+from normswap.cli.inputs import example_inputs, required_inputs
+from normswap.cli.outputs import save_whole
 from normswap.cli.reporting import describe_check, show_artifact, written
+from normswap.cli.sources import Source
 from normswap.errors import InputError
 from normswap.storage.writing import staged
 
 if TYPE_CHECKING:
-    from normswap.deploy.folding import FoldRow
+    from normswap.deploy.rows import FoldRow
 
 __all__ = ["export_model", "fold_model"]
 
 
+@flattened("fold")
 def fold_model(
-    model: options.Model,
+    *,
+    model: Model,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -34,15 +38,12 @@ def fold_model(
             "--output",
             metavar="FILE",
             help="a .pt file, or a .pt2 program, which needs no class (default: MODEL.folded.pt)",
-            rich_help_panel=options.OUTPUT,
+            rich_help_panel=OUTPUT,
         ),
     ] = None,
-    input_shape: options.InputShape = None,
-    input_file: options.InputFile = None,
-    trust: options.Trust = None,
-    arch: options.Arch = None,
-    arch_kwargs: options.ArchKwargs = None,
-    as_json: options.Json = False,
+    given: InputFlags,
+    reading: Reading,
+    as_json: Json = False,
 ) -> None:
     """Turn reparameterized weights into plain ones, for deployment.
 
@@ -50,22 +51,21 @@ def fold_model(
     merged into their layers. The output loads where normswap is not installed: a .pt file has MODEL's own class and
     torch.nn's modules, a .pt2 program needs no class.
     """
-    shapes = options.read_shapes(input_shape)
     program = model.suffix == ".pt2"
     target = output or model.with_name(f"{model.stem}.folded.pt{2 if program else ''}")
     if target.suffix not in (".pt", ".pth", ".pt2"):
         raise InputError(
             f"a folded model is not written to {target}", code="output-kind", hint=f"write {target.stem}.pt"
         )
-    source = files.Source.of(trust, arch, arch_kwargs)
+    source = Source.of(reading)
     with staged(target, inputs=(model,)) as place:
         network = source.open(model).eval()
-        take = files.required_inputs if target.suffix == ".pt2" else files.example_inputs
-        inputs = take(network, shapes, input_file)
+        take = required_inputs if target.suffix == ".pt2" else example_inputs
+        inputs = take(network, given)
         with working("folding"):
             folding = ns.fold_with_report(network, example_inputs=inputs)
         with working(f"writing {target}"):
-            files.save_whole(folding.model, place(target), inputs)
+            save_whole(folding.model, place(target), inputs)
     if as_json:
         record = {
             "rows": [dataclasses.asdict(row) for row in folding.rows],
@@ -102,8 +102,10 @@ def _what_became(rows: Sequence[FoldRow]) -> str:
     return ", ".join(counted) or "nothing: its weights were plain"
 
 
+@flattened("export")
 def export_model(
-    model: options.Model,
+    *,
+    model: Model,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -111,37 +113,33 @@ def export_model(
             "--output",
             metavar="FILE",
             help="an .onnx file (default: MODEL.onnx)",
-            rich_help_panel=options.OUTPUT,
+            rich_help_panel=OUTPUT,
         ),
     ] = None,
-    input_shape: options.InputShape = None,
-    input_file: options.InputFile = None,
-    opset: options.Opset = 18,
+    given: InputFlags,
+    opset: Opset = 18,
     dynamic_batch: Annotated[
-        bool, typer.Option(help="whether the file takes any batch size", rich_help_panel=options.OUTPUT)
+        bool, typer.Option(help="whether the file takes any batch size", rich_help_panel=OUTPUT)
     ] = True,
     dynamic_spatial: Annotated[
-        bool, typer.Option(help="whether the file takes any height and width", rich_help_panel=options.OUTPUT)
+        bool, typer.Option(help="whether the file takes any height and width", rich_help_panel=OUTPUT)
     ] = False,
-    trust: options.Trust = None,
-    arch: options.Arch = None,
-    arch_kwargs: options.ArchKwargs = None,
-    as_json: options.Json = False,
+    reading: Reading,
+    as_json: Json = False,
 ) -> None:
     """Write a folded model to an ONNX file and verify that file.
 
     MODEL is what `normswap fold` or `normswap convert --fold` wrote. The file is kept only where onnxruntime computes
     with it, on two batch sizes, what torch does.
     """
-    shapes = options.read_shapes(input_shape)
     target = output or model.with_suffix(".onnx")
     if target.suffix != ".onnx":
         raise InputError(f"{target} does not end with .onnx", code="output-kind", hint=f"write {target.stem}.onnx")
-    source = files.Source.of(trust, arch, arch_kwargs)
+    source = Source.of(reading)
     with staged(target, inputs=(model,)) as place:
         network = source.open(model).eval()
-        inputs = files.required_inputs(
-            network, shapes, input_file, use="" if dynamic_spatial else ", and the file takes no other height and width"
+        inputs = required_inputs(
+            network, given, use="" if dynamic_spatial else ", and the file takes no other height and width"
         )
         from normswap.runs.recorded_inputs import has_fixed_batch
 

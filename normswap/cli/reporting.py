@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from normswap.cli.console import facts, say, table
+from normswap.cli.spelling import spell
 from normswap.records import InitReport, Plan, SiteCost, Skip
 
 if TYPE_CHECKING:
@@ -62,27 +63,29 @@ def show_plan(plan: Plan) -> None:
 def show_norms(header: tuple[str, ...], rows: Sequence[tuple[str, ...]], notes: Sequence[Sequence[str]]) -> None:
     """Print a line for each norm, with its notes beside it or, on a terminal, which is too narrow for that, below."""
     if not sys.stdout.isatty():
-        table((*header, "notes"), [(*row, "; ".join(texts)) for row, texts in zip(rows, notes, strict=True)])
+        table(
+            (*header, "notes"), [(*row, "; ".join(map(spell, texts))) for row, texts in zip(rows, notes, strict=True)]
+        )
         return
     table(header, rows)
     about: dict[str, list[str]] = defaultdict(list)
     for row, texts in zip(rows, notes, strict=True):
         for text in texts:
-            about[text].append(row[0])
+            about[spell(text)].append(row[0])
     if about:
         say()
         facts([("noted", f"{_counted(names, 'norm')}: {text}") for text, names in _alike(about)])
 
 
 def show_costs(costs: Sequence[SiteCost], model: str, recipe: str) -> None:
-    """Print what the swap of each site costs by itself, the dearest first."""
+    """Print what the swap of each site costs by itself, largest error first."""
     say(f"{model} → {recipe}: the error of each site's swap by itself, as a share of its output's variance\n")
     table(
         ("site", "error", "before the match", "layer", "share"),
         [(c.norm, f"{c.error:.4f}", f"{c.absorbed:.4f}", c.layer or "–", f"{100 * c.share:.1f} %") for c in costs],
     )
     if costs:
-        say(f"\nto leave a site as it is, the dearest first: normswap convert … --exclude {costs[0].norm}")
+        say(f"\nto leave the site of the largest error as it is: normswap convert … --exclude {costs[0].norm}")
 
 
 def costs_as_record(costs: Sequence[SiteCost]) -> str:
@@ -97,7 +100,7 @@ def _grouped(skips: Sequence[Skip]) -> list[tuple[tuple[str, str], list[str]]]:
         groups: dict[str, list[str]] = defaultdict(list)
         for skip in skips:
             if skip.what == what:
-                groups[skip.reason].append(skip.name)
+                groups[spell(skip.reason)].append(skip.name)
         found += [((what, reason), names) for reason, names in _alike(groups)]
     return found
 
@@ -141,7 +144,7 @@ def show_conversion(result: Conversion, artifact: ExportArtifact | None, outputs
         lines.append(("checked", describe_check(result.check)))
     if result.init.agreement is not None:
         lines.append(("agreement", str(result.init.agreement)))
-    lines += [("noted", text) for text in result.init.assumptions]
+    lines += [("noted", text) for text in result.init.notes]
     if artifact is not None and artifact.verification is not None:
         lines.append(
             ("verified", f"the ONNX file against the converted model: {describe_check(artifact.verification)}")
@@ -158,10 +161,10 @@ def _noted(plan: Plan, init: InitReport) -> list[str]:
     names: dict[str, list[str]] = defaultdict(list)
     for step in plan.steps:
         for text in (*step.site.remarks, *step.notes):
-            names[text].append(step.site.norm)
+            names[spell(text)].append(step.site.norm)
     for row in init.rows:
         for text in row.notes:
-            names[text].append(row.name)
+            names[spell(text)].append(row.name)
     lines = [f"{_counted(which, 'norm')}: {text}" for text, which in _alike(names)]
     more = [f"{len(lines) - MOST_NOTES} more; --dry-run shows them"] if len(lines) > MOST_NOTES else []
     return [*lines[:MOST_NOTES], *more]
@@ -171,7 +174,7 @@ def _should_be_checked(result: Conversion) -> bool:
     from normswap import all_recipes
 
     recipe = all_recipes().get(result.plan.recipe)
-    return recipe is not None and recipe.exact and result.init.method != "none"
+    return recipe is not None and recipe.exact and result.init.method != "fresh"
 
 
 def describe_check(check: Verification | None) -> str:

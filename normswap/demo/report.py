@@ -196,7 +196,7 @@ def run_demo(
     with _threads(THREADS):
         results = [_measure(REFERENCE, network, None, folder, images, labels, say)]
         for name in names:
-            fresh = swap_norms(network, name, init="none", example_inputs=images[:2])
+            fresh = swap_norms(network, name, init="fresh", example_inputs=images[:2])
             before = _top1(fresh(images), labels)
             swapped = swap_norms(network, name, example_inputs=images[:2])
             results.append(_measure(name, swapped, before, folder, images, labels, say))

@@ -37,7 +37,17 @@ from normswap.checks.comparison import (
     verify,
 )
 from normswap.checks.self_check import own_rounding
-from normswap.errors import ExportError, InputError, VerificationError, first_line
+from normswap.errors import (
+    ExportError,
+    InputError,
+    VerificationError,
+    argument,
+    first_line,
+    full_cause,
+    function,
+    marked,
+    parameter,
+)
 from normswap.nn import ChannelLayerNorm
 from normswap.storage.writing import check_target, reported, staged
 
@@ -211,14 +221,14 @@ def _refuse(model: nn.Module, path: Path, opset: int) -> None:
             raise ExportError(
                 f"{fqn!r} is not folded: {why}",
                 code="export-unfolded",
-                hint="fold it first: normswap.fold(model)",
+                hint=f"fold it first: {function('fold')}",
             )
     newest = onnx.defs.onnx_opset_version()
     if not OLDEST_OPSET <= opset <= newest:
         raise ExportError(
             f"opset {opset} cannot be written (this torch and onnx: {OLDEST_OPSET} to {newest})",
             code="export-opset",
-            hint="leave opset at its default, 18, which runs fastest in onnxruntime",
+            hint=f"leave {parameter('opset')} at its default, 18, which runs fastest in onnxruntime",
         )
     if path.suffix != ".onnx":
         raise ExportError(f"{str(path)!r} does not end with .onnx", code="export-path", hint=f"write {path.stem}.onnx")
@@ -268,7 +278,7 @@ def _batch_size(inputs: Any) -> int:
             "the inputs have no common batch size on axis 0: "
             + (", ".join(f"{name} {size}" for name, size in sizes.items()) or "no axis at all"),
             code="export-batch",
-            hint="pass dynamic_batch=False",
+            hint=f"pass {argument('dynamic_batch', False)}",
         )
     return next(iter(sizes.values()))
 
@@ -356,15 +366,15 @@ def _to_onnx(model: nn.Module, inputs: dict[str, Any], dims: Any, opset: int) ->
         raise ExportError(
             f"torch cannot export {type(model).__name__}: {first_line(origin)}",
             code="export-failed",
-            hint=("pass dynamic_batch=False if it fixes the size; " if dynamic else "")
-            + "the whole reason is the exception's __cause__",
+            hint=(f"pass {argument('dynamic_batch', False)} if it fixes the size; " if dynamic else "")
+            + f"the whole reason: {full_cause()}",
         ) from origin
     assert program is not None  # only without dynamo
     if (got := program.model.opset_imports[""]) != opset:
         raise ExportError(
             f"torch wrote opset {got} and cannot convert it to {opset}",
             code="export-opset",
-            hint=f"pass opset={got}",
+            hint=f"pass {argument('opset', got)}",
         )
     return program
 
@@ -382,7 +392,7 @@ def _check_dims(program: torch.onnx.ONNXProgram, dims: Any) -> None:
                 raise ExportError(
                     f"the model fixes axis {axis} of {value.name!r} to {size}",
                     code="export-batch" if axis == 0 else "export-spatial",
-                    hint=f"pass dynamic_{'batch' if axis == 0 else 'spatial'}=False",
+                    hint=f"pass {argument('dynamic_batch' if axis == 0 else 'dynamic_spatial', False)}",
                 )
             if size.value is not None and size.value != name and size.value.isidentifier():
                 renamed[size.value] = name
@@ -477,7 +487,7 @@ def _fold_weights(model: ir.Model) -> None:
         raise ExportError(
             f"{len(left)} weights are computed in the graph; the first: {left[0]}",
             code="export-weight-arithmetic",
-            hint="make each weight a plain parameter first: normswap.fold(model)",
+            hint=f"make each weight a plain parameter first: {function('fold')}",
         )
 
 
@@ -510,7 +520,8 @@ def _write(model: ir.Model, path: Path) -> None:
 def _verified(model: nn.Module, path: Path, trials: dict[str, Any], rtol: float | None) -> Verification:
     """Return one record of the comparisons on all trials; the path in it is the final one."""
     rows = []
-    fixed = "pass dynamic_batch=False or dynamic_spatial=False if the model needs a certain size"
+    sizes = f"{argument('dynamic_batch', False)} or {argument('dynamic_spatial', False)}"
+    fixed = f"pass {sizes} if the model needs a certain size"
     for trial, inputs in trials.items():
         where = f" ({trial})" if trial else ""
         try:
@@ -519,7 +530,7 @@ def _verified(model: nn.Module, path: Path, trials: dict[str, Any], rtol: float 
                 found = verify(model, path, inputs, rtol=own)  # the model itself is no more precise
         except InputError as cause:
             raise ExportError(
-                f"the export cannot be verified{where}: {cause.message}",
+                f"the export cannot be verified{where}: {marked(cause.message)}",
                 code="export-unverified",
                 hint=fixed if trial else cause.hint,
             ) from cause

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from normswap.errors import InputError
+from normswap.errors import InputError, argument
 from normswap.graph.recorded import capture_recorded
 from normswap.graph.records import Capture, Trace
 from normswap.graph.symbolic import capture_symbolic
@@ -40,7 +40,8 @@ def capture(
     if how == "symbolic" or (how == "auto" and example_inputs is None):
         return capture_symbolic(model, modes)
     if example_inputs is None:
-        raise InputError("recording needs inputs to run the model on", code="no-inputs", hint="give example_inputs")
+        hint = f"give {argument('example_inputs')}"
+        raise InputError("recording needs inputs to run the model on", code="no-inputs", hint=hint)
     if how == "recorded":
         return capture_recorded(model, example_inputs, modes)
     traced = capture_symbolic(model, modes)

@@ -1,110 +1,26 @@
-"""What a BatchNorm computes, however it is written: its statistics, and what its class does after normalizing."""
+"""What a BatchNorm's class does after normalizing, such as an activation."""
 
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import fx, nn
 
-from normswap.errors import PlanError
 from normswap.graph.ops import is_functional_norm
 from normswap.graph.tracer import ScopeTracer
 from normswap.nn.kinds import class_of
+from normswap.norms import NormState, norm_of
 from normswap.operations.table import of_call
 from normswap.runs.guard import set_mode, untouched
 
-__all__ = ["BatchNormState", "after_norm", "read_batch_norm"]
-
-
-@dataclass(frozen=True)
-class BatchNormState:
-    """``y = γ (x − μ)/sqrt(var + eps) + β`` with all its values, per channel.
-
-    Args:
-        gamma: γ, ones where the norm is not affine. ``(C,)``
-        beta: β, zeros where the norm is not affine. ``(C,)``
-        mean: μ, None where the norm stores no statistics. ``(C,)``
-        var: The variance, None where the norm stores no statistics. ``(C,)``
-        eps: Added to the variance.
-        momentum: How running statistics follow the batches; None is the plain average.
-        frozen: The stored statistics are used in training, too.
-        trainable: γ and β are parameters that take a gradient.
-        synchronized: Statistics are those of all processes (SyncBatchNorm).
-        batches: How many batches the statistics have seen.
-    """
-
-    gamma: Tensor
-    beta: Tensor
-    mean: Tensor | None
-    var: Tensor | None
-    eps: float
-    momentum: float | None
-    frozen: bool = False
-    trainable: bool = True
-    synchronized: bool = False
-    batches: Tensor | None = None
-
-    @property
-    def num_features(self) -> int:
-        """C."""
-        return self.gamma.numel()
-
-    @property
-    def inverse_std(self) -> Tensor:
-        """1/σ = 1/sqrt(var + eps), in float64. ``(C,)``"""
-        if self.var is None:
-            raise PlanError("the norm stores no statistics", code="no-statistics", hint="give calibration data")
-        return (self.var.double() + self.eps).rsqrt()
-
-
-def read_batch_norm(module: nn.Module) -> BatchNormState:
-    """Return what ``module``, a BatchNorm by :func:`normswap.graph.ops.is_norm`, computes. Tensors are not copied."""
-    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-    mean, var = getattr(module, "running_mean", None), getattr(module, "running_var", None)
-    frozen = not isinstance(module, _BatchNorm)
-    return batch_norm_state(
-        getattr(module, "num_features", None),
-        (weight, bias, mean, var),
-        eps=float(getattr(module, "eps", 1e-5)),
-        momentum=getattr(module, "momentum", 0.1),
-        frozen=frozen,
-        synchronized=isinstance(module, nn.SyncBatchNorm),
-        batches=getattr(module, "num_batches_tracked", None),
-    )
-
-
-def batch_norm_state(
-    num_features: int | None,
-    tensors: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
-    **options: Any,
-) -> BatchNormState:
-    """Return the state of a norm with the given (γ, β, μ, var), each None where the norm has none."""
-    weight, bias, mean, var = tensors
-    like = next((t for t in tensors if t is not None), None)
-    size = num_features if like is None else like.numel()
-    device = None if like is None else like.device
-    dtype = torch.get_default_dtype() if like is None else like.dtype
-    trainable = any(isinstance(t, nn.Parameter) and t.requires_grad for t in (weight, bias))
-    return BatchNormState(
-        torch.ones(size or 0, device=device, dtype=dtype) if weight is None else weight.detach(),
-        torch.zeros(size or 0, device=device, dtype=dtype) if bias is None else bias.detach(),
-        None if mean is None or var is None else mean.detach(),
-        None if mean is None or var is None else var.detach(),
-        trainable=trainable,
-        **options,
-    )
+__all__ = ["after_norm"]
 
 
 # Note [After the norm]
 # timm's BatchNormAct2d and its like normalize, drop and activate in one forward: what follows the normalization must
 # survive. The forward is traced and its end taken apart: submodules and plain activations, up to the normalization
 # itself, and whether that part is the affine map of the statistics is checked by running it. What fails is refused.
-
-_OWN_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 
 
 def after_norm(module: nn.Module) -> tuple[nn.Module, ...] | str:
@@ -113,8 +29,8 @@ def after_norm(module: nn.Module) -> tuple[nn.Module, ...] | str:
     The result is () for torch's own BatchNorms; for a subclass with an activation it is that activation, the very
     submodule where there is one (Note [After the norm]).
     """
-    forward = class_of(module).forward
-    if forward in _OWN_FORWARDS and "forward" not in module.__dict__:
+    norm = norm_of(module)
+    if norm is None or norm.only_normalizes(module):
         return ()
     name = class_of(module).__name__
     with untouched(module):
@@ -127,7 +43,7 @@ def after_norm(module: nn.Module) -> tuple[nn.Module, ...] | str:
     if isinstance(after, str):
         return f"the forward of {name} {after}"
     try:
-        known = module.__dict__.get("forward") is None and _is_affine_then(module, after)
+        known = module.__dict__.get("forward") is None and _is_affine_then(module, norm.read(module), after)
     except Exception as cause:
         return f"the forward of {name} cannot be run on noise ({type(cause).__name__}), so what it does is unknown"
     return after if known else f"the forward of {name} does more than normalize with its statistics and then activate"
@@ -165,9 +81,8 @@ def _rank(norm: nn.Module) -> int:
     return next((r for cls, r in ((nn.BatchNorm1d, 3), (nn.BatchNorm3d, 5)) if isinstance(norm, cls)), 4)
 
 
-def _is_affine_then(module: nn.Module, after: tuple[nn.Module, ...]) -> bool:
+def _is_affine_then(module: nn.Module, state: NormState, after: tuple[nn.Module, ...]) -> bool:
     """Run the norm on noise and compare it with its affine map followed by ``after``; trusted where nothing can run."""
-    state = read_batch_norm(module)
     if state.gamma.is_meta or state.mean is None or state.var is None:
         return True
     axes = _rank(module)

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from torch import Tensor, fx
 from torch.nn.parameter import is_lazy
 
-from normswap.graph.functional import FunctionalNorm, read_functional_norm
+from normswap.graph.functional import read_functional_norm
 from normswap.graph.ops import LAYER_CALLS, is_functional_norm
 from normswap.graph.records import Capture, Trace, has_optional_arguments
+from normswap.norms.functional import FunctionalNorm
 
 __all__ = ["Call", "Calls"]
 

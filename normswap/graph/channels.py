@@ -21,13 +21,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
-from normswap.graph.after_norm import after_norm
 from normswap.graph.dataflow import Dataflow
 from normswap.graph.linearity import is_torchs_own
-from normswap.graph.ops import is_norm
 from normswap.graph.records import Capture, Trace
 from normswap.nn import FilterLayout
 from normswap.nn.kinds import is_layer
+from normswap.norms import is_convertible
 from normswap.operations.channel_rules import Value, values_in
 from normswap.operations.table import of_call, of_module, reads_no_value
 
@@ -52,21 +51,21 @@ class Channels:
     outputs: Mapping[str, Tensor]
 
 
-def find_channels(capture: Capture, norms: Sequence[str], layers: Sequence[str]) -> Channels:
+def find_channels(flow: Dataflow, norms: Mapping[str, Sequence[nn.Module]], layers: Sequence[str]) -> Channels:
     """Number the channels of a model.
 
     Args:
-        capture: The model's graphs.
-        norms: The norms whose γ and β may be changed.
+        flow: The model's dataflow.
+        norms: The norms whose γ and β may be changed, by fqn, with what each does after normalizing.
         layers: The layers in front of them.
     """
-    return _Numbering(capture, frozenset(norms), frozenset(layers)).run()
+    return _Numbering(flow, norms, frozenset(layers)).run()
 
 
 @dataclass
 class _Numbering:
-    capture: Capture
-    norms: frozenset[str]
+    flow: Dataflow
+    norms: Mapping[str, Sequence[nn.Module]]
     layers: frozenset[str]
     count: int = 1
     inputs: dict[str, Tensor] = field(default_factory=dict)
@@ -75,7 +74,7 @@ class _Numbering:
 
     def run(self) -> Channels:
         """Follow all graphs and return what they tie together."""
-        self.flow = Dataflow(self.capture)
+        self.capture = self.flow.capture
         self.shown = _shown(self.capture)
         self.storages = _storages(self.capture)
         values: dict[fx.Node, Any] = {}  # of all graphs: what a module keeps of one trace may come up in another
@@ -144,7 +143,7 @@ class _Numbering:
         """Return what a module gives for ``x``, its only argument, None where it has others."""
         if is_layer(module):
             return self._layer(fqn, module, x)
-        if is_norm(module):
+        if is_convertible(module):
             return self._norm(fqn, module, x)
         return _applied(self, module, x)
 
@@ -170,9 +169,8 @@ class _Numbering:
 
     def _norm(self, fqn: str, norm: nn.Module, x: Any) -> Value | None:
         self.fix(x)
-        after = after_norm(norm) if fqn in self.norms else ""
         weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
-        if isinstance(after, str) or not isinstance(weight, Tensor) or not isinstance(bias, Tensor):
+        if fqn not in self.norms or not isinstance(weight, Tensor) or not isinstance(bias, Tensor):
             return None
         if fqn not in self.outputs:
             self.outputs[fqn] = self.new(weight.numel())
@@ -180,7 +178,7 @@ class _Numbering:
                 self._fix(self.outputs[fqn])
         rank = self._rank(fqn, norm, x)
         value = None if x is None or rank is None else Value(self.outputs[fqn], rank)
-        for module in after:
+        for module in self.norms[fqn]:
             value = _applied(self, module, value)
         if value is None:
             self._fix(self.outputs[fqn])
@@ -250,7 +248,7 @@ def _shown(capture: Capture) -> frozenset[str]:
                 shown |= {fqn} if closed else set()
     wholes = called - set(capture.opaque)  # a call of what holds a module is one of it, too
     for fqn, module in capture.modules.items():
-        if (is_layer(module) or is_norm(module)) and not any(name in wholes for name in _outwards(fqn)):
+        if (is_layer(module) or is_convertible(module)) and not any(name in wholes for name in _outwards(fqn)):
             return frozenset()
     return frozenset(shown)
 

@@ -22,9 +22,11 @@ from typing import Any
 
 from torch import fx, nn
 
-from normswap.graph.ops import is_leaf, is_norm
+from normswap.errors import Text, argument
+from normswap.graph.ops import is_leaf
 from normswap.graph.records import Capture
 from normswap.nn.kinds import class_of
+from normswap.norms import is_convertible
 
 __all__ = ["reads_in_code"]
 
@@ -58,7 +60,7 @@ def reads_in_code(capture: Capture) -> dict[str, str]:
     """Return the norms whose attributes some forward reads, or may read, by fqn, each with the reason."""
     below: dict[str, list[tuple[str, str]]] = {}  # by a module's fqn: the path to each norm inside, and its first fqn
     for name, first in capture.aliases.items():
-        if is_norm(capture.modules[first]):
+        if is_convertible(capture.modules[first]):
             parent = name
             while parent:
                 parent = parent.rpartition(".")[0]
@@ -103,7 +105,7 @@ def _reads_of(
         for path, norm in norms:
             if names & _WALKS or all(part.isdigit() or part in names for part in path.split(".")):
                 why = f"{whose} cannot be traced and reads the {seen[0]} of a module, which may be this one"
-                yield norm, f"{why}: give example inputs, which show which one it is"
+                yield norm, Text(f"{why}: give {argument('example_inputs')}, which show which one it is")
 
 
 def _codes(module: nn.Module, called: frozenset[str] = frozenset()) -> Iterator[tuple[_Code, bool]]:

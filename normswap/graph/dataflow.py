@@ -16,13 +16,14 @@ from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from normswap.errors import Text, argument
 from normswap.graph.calls import Call, Calls
 from normswap.graph.linearity import scales_with_its_parameters
 from normswap.graph.ops import is_functional_norm, is_leaf, norm_argument, passes_through, rank_of
 from normswap.graph.recorder import changed_in_place, untracked
 from normswap.graph.records import Trace
 from normswap.graph.tracer import hook_barrier
-from normswap.nn import ChannelAffine, FilterLayout
+from normswap.nn import FilterLayout
 from normswap.nn.kinds import class_of, is_layer
 from normswap.operations.table import of_module
 
@@ -169,14 +170,15 @@ class Dataflow(Calls):
         layer = self.capture.modules[fqn]
         if reason := self.why_shared(fqn):
             return reason
-        if isinstance(layer, ChannelAffine):
+        if not is_layer(layer):
             return None
         own = FilterLayout.of(layer).out_channels(FilterLayout.weight(layer))
         if own != channels:
             return f"{fqn} has {own} output channels and the norm {channels}"
         if isinstance(layer, nn.Linear) and rank is None:
-            return (
-                f"whether the norm's channels are those of {fqn} depends on the rank of its input: give example inputs"
+            return Text(
+                f"whether the norm's channels are those of {fqn} depends on the rank of its input: "
+                f"give {argument('example_inputs')}"
             )
         if rank is not None and (rank == 2) != isinstance(layer, nn.Linear):
             return f"the norm's channels are not those of {fqn}: its input has {rank} axes"

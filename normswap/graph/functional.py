@@ -2,42 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from normswap.graph.after_norm import BatchNormState, batch_norm_state
-from normswap.graph.ops import STATISTICS_CALLS, is_norm, norm_argument
+from normswap.graph.ops import STATISTICS_CALLS, norm_argument
+from normswap.norms import is_convertible
+from normswap.norms.functional import FunctionalNorm
 
-__all__ = ["FunctionalNorm", "read_functional_norm"]
-
-
-@dataclass(frozen=True)
-class FunctionalNorm:
-    """One functional norm of a module.
-
-    Args:
-        name: Its name within the owning module: the child that holds its tensors where that is a BatchNorm, else
-            the attribute that holds its running mean.
-        holder: Whether ``name`` is such a child.
-        tensors: The attributes, within the owner, of (γ, β, μ, var); None for those not given.
-        training: The flag, as the forward gave it in this run.
-        momentum: The momentum.
-        eps: The eps.
-    """
-
-    name: str
-    holder: bool
-    tensors: tuple[str | None, str | None, str | None, str | None]
-    training: bool
-    momentum: float | None
-    eps: float
-
-    def state(self, owner: nn.Module, *, frozen: bool = False) -> BatchNormState:
-        """Return the norm's values, read from ``owner``."""
-        gamma, beta, mean, var = (None if name is None else _attribute(owner, name) for name in self.tensors)
-        return batch_norm_state(None, (gamma, beta, mean, var), eps=self.eps, momentum=self.momentum, frozen=frozen)
+__all__ = ["read_functional_norm"]
 
 
 def read_functional_norm(node: fx.Node, owner: nn.Module, prefix: str) -> FunctionalNorm | str:
@@ -74,7 +47,7 @@ def read_functional_norm(node: fx.Node, owner: nn.Module, prefix: str) -> Functi
     if mean is None or var is None:
         return "it stores no running statistics, so there is nothing to take over"
     child = mean.rpartition(".")[0]
-    holder = bool(child) and is_norm(owner.get_submodule(child))
+    holder = bool(child) and is_convertible(owner.get_submodule(child))
     return FunctionalNorm(
         child if holder else mean,
         holder,
@@ -83,11 +56,3 @@ def read_functional_norm(node: fx.Node, owner: nn.Module, prefix: str) -> Functi
         None if constants["momentum"] is None else float(constants["momentum"]),
         float(constants["eps"]),
     )
-
-
-def _attribute(owner: nn.Module, name: str) -> Tensor:
-    child, _, attribute = name.rpartition(".")
-    value = getattr(owner.get_submodule(child) if child else owner, attribute)
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is no tensor")
-    return value

@@ -8,10 +8,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.export._unlift import GuardsFn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 
 from normswap.nn.kinds import LAYERS, class_of, is_layer
+from normswap.norms import norm_of
 from normswap.operations.table import TABLE, lifted_from, named, of_call, of_module
 
 __all__ = [
@@ -19,14 +18,11 @@ __all__ = [
     "STATISTICS_CALLS",
     "is_functional_norm",
     "is_leaf",
-    "is_norm",
-    "is_other_norm",
     "norm_argument",
     "passes_through",
     "rank_of",
 ]
 
-_OTHER_NORMS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm, _InstanceNorm)
 _LAYERS = tuple(row for row in TABLE.rows if set(row.modules) & set(LAYERS))
 LAYER_CALLS: frozenset[Any] = lifted_from(*_LAYERS).union(*(row.functions for row in _LAYERS))
 """The functions that apply a convolution or a linear layer to a weight that they are given."""
@@ -49,29 +45,13 @@ _BATCH_NORM_PARAMETERS = (
 _ATEN_PARAMETERS = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps")
 
 
-def is_norm(module: nn.Module) -> bool:
-    """Tell whether ``module`` is a BatchNorm, a subclass of one, or a frozen one that only has a BatchNorm's buffers.
-
-    Frozen BatchNorms (torchvision's, detectron2's, timm's) share no base class: they are known by ``BatchNorm`` in
-    the class's name and the four tensors.
-    """
-    if isinstance(module, _BatchNorm):
-        return True
-    tensors = ("weight", "bias", "running_mean", "running_var")
-    return "BatchNorm" in class_of(module).__name__ and all(name in module._buffers for name in tensors)
-
-
-def is_other_norm(module: nn.Module) -> bool:
-    """Tell whether ``module`` normalizes, but is no BatchNorm."""
-    return isinstance(module, _OTHER_NORMS)
-
-
 def is_leaf(module: nn.Module) -> bool:
     """Tell whether a call of ``module`` is one step of the dataflow: a layer, a norm or another module of torch.nn.
 
     So is a module that the table of operations knows, and a program's check of its inputs' sizes.
     """
-    if is_layer(module) or is_norm(module) or of_module(module) is not None or isinstance(module, GuardsFn):
+    known = norm_of(module) is not None or of_module(module) is not None
+    if is_layer(module) or known or isinstance(module, GuardsFn):
         return True
     cls = class_of(module)
     containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)

@@ -27,8 +27,9 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from normswap.graph.ops import is_leaf, is_norm
+from normswap.graph.ops import is_leaf
 from normswap.graph.tracer import hook_barrier
+from normswap.norms import is_convertible
 from normswap.operations.table import TABLE, called_by
 from normswap.runs.calling import run_on
 from normswap.runs.guard import set_mode, untouched
@@ -114,7 +115,7 @@ class Recorder(TorchFunctionMode):
         return self.graph
 
     def _watch(self, fqn: str, module: nn.Module) -> None:
-        leaf, norm = is_leaf(module), is_norm(module)
+        leaf, norm = is_leaf(module), is_convertible(module)
         sees_input, sees_output = bool(module._forward_pre_hooks), bool(module._forward_hooks)
         own = frozenset(map(id, (*module.parameters(), *module.buffers()))) if leaf else frozenset()
 

@@ -14,85 +14,133 @@ single sample, or constant ones, cannot decide alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from normswap.graph.after_norm import BatchNormState
-from normswap.initialization.moments import Moments, Statistics, centre
+from normswap.initialization.base import Initializer, Outcome, Work
+from normswap.initialization.centring import moments_for
+from normswap.initialization.moments import Moments, centre
 from normswap.nn import FilterLayout
-from normswap.recipes.parts import Bias, Incoming, Takes
+from normswap.norms import Assignment, Bias, Incoming, LinearOf, NewValue, NormState, Takes, named, of_present
 from normswap.records import InitRow
+from normswap.runs.watching import Statistics, measure_statistics
+from normswap.stages.bound import BoundStep
 from normswap.stages.rewriting import Placed
 
-__all__ = ["absorb"]
+__all__ = ["Absorb", "Absorbed", "absorb"]
 
 
 _RECORDED_SAMPLES = 16  # that what the BatchNorm has recorded counts for, beside the data's
 
 
-def absorb(placed: Placed, moments: Mapping[str, Moments], data: Statistics | None = None) -> InitRow:
-    """Give one site's new parts their values.
+@dataclass(frozen=True)
+class Absorbed:
+    """The values of a site's new parts, ``layer.…``, ``affine.…`` and ``norm.…``, and the site's row of the report."""
+
+    values: Assignment
+    row: InitRow
+
+
+@dataclass(frozen=True)
+class _Handed:
+    """What the layer, or the affine, gets, and what it hands on to the norm.
 
     Args:
-        placed: What was put there.
+        values: Its new values, but for the bias.
+        excess: The factor by which its output exceeds the one asked for. ``(C,)``
+        mean: The mean of its output, before any bias and before ``excess`` and the factor asked for. ``(C,)``
+        notes: What a person should know.
+    """
+
+    values: Assignment
+    excess: Tensor
+    mean: Tensor
+    notes: tuple[str, ...] = ()
+
+
+def absorb(
+    step: BoundStep, layer: nn.Module | None, moments: Mapping[str, Moments], data: Statistics | None = None
+) -> Absorbed:
+    """Return the values of one site's new parts. Pure: nothing is changed.
+
+    Args:
+        step: What is done there.
+        layer: The site's layer as it is before the step, None where the site has none.
         moments: The input moments of layers whose weight is standardized, by fqn.
         data: What reaches the BatchNorm on data at hand.
     """
-    site, state, part = placed.step.site, placed.state, placed.norm_part
+    site, state, norm = step.site, step.state, step.norm
     if state.gamma.is_meta:
-        return InitRow(site.norm, "nothing", ("on the meta device: structure only",))
-    assert state.mean is not None
-    assert state.var is not None
-    gamma, beta, mean = state.gamma.double(), state.beta.double(), state.mean.double()
-    inverse_std = state.inverse_std
-    scale = {
-        Takes.NOTHING: torch.ones_like(gamma),
-        Takes.NORMALIZATION: inverse_std,
-        Takes.AFFINE: gamma * inverse_std,
-    }[part.takes]
+        return Absorbed({}, InitRow(site.norm, "nothing", ("on the meta device: structure only",)))
+    factor = _factor(norm.takes, state)
+    handed = _by_affine(step, factor) if layer is None else _by_layer(step, layer, factor, moments)
     level, ratio = _expected(state, data)
-    notes: list[str] = []
-    excess = torch.ones_like(gamma)
-    if placed.layer is not None:
-        assert placed.weight is not None
-        weight = placed.weight.double()
-        if placed.bias is not None and part.bias is not Bias.KEPT:
-            mean = mean - placed.bias.double()
-        if placed.weight_part is not None and placed.weight_part.centres:
-            known = moments.get(site.layer or "")
-            if known is None:
-                notes.append(
-                    "no inputs could be had: the filters' means were removed evenly, which loses most of the model"
-                )
-                known = _even(placed.layer, weight)
-            layout = FilterLayout.of(placed.layer)
-            if known.assumed:
-                own = state.mean.double() - (0 if placed.bias is None else placed.bias.double())
-                known = known.corrected(layout, weight, own)
-            weight, shift = centre(layout, weight, known)
-            mean = mean - shift
-        if placed.weight_part is not None:
-            excess = placed.weight_part.load(placed.layer, weight, scale)
-        else:
-            _copy(placed.layer.weight, FilterLayout.of(placed.layer).scale(weight, scale))
-    elif placed.affine is not None:
-        _copy(placed.affine.weight, scale)
-    incoming = Incoming(gamma, beta, level, ratio, excess * scale * mean, excess)
-    if part.bias is Bias.KEPT:
-        _follow(state, incoming)
-        bias = None if placed.bias is None else excess * placed.bias.double()
-    else:
-        bias = part.load(placed.norm, incoming)
+    total = handed.excess * factor
+    encoded = norm.encode(Incoming(state, level, ratio, total * handed.mean, handed.excess, total))
+    values = dict(handed.values) | named("norm", encoded.values)
+    bias = encoded.bias
+    old = None if layer is None else layer._parameters.get("bias")
+    if norm.bias is Bias.KEPT and old is not None:
+        bias = NewValue(handed.excess * old.detach().double(), (LinearOf("layer.bias", handed.excess),))
     if bias is not None:
-        _copy(placed.layer.bias if placed.layer is not None else placed.affine.bias, bias)  # type: ignore[union-attr]
-    _continue_count(placed)
-    method = "exact" if part.takes is Takes.AFFINE else "absorbed"
-    return InitRow(site.norm, method, tuple(notes))
+        values[f"{'affine' if layer is None else 'layer'}.bias"] = bias
+    method = "exact" if norm.takes is Takes.AFFINE else "absorbed"
+    present = _present(state, layer)
+    known = {name: NewValue(new.value, of_present(new.terms, present)) for name, new in values.items()}
+    return Absorbed(known, InitRow(site.norm, method, handed.notes))
 
 
-def _expected(state: BatchNormState, data: Statistics | None) -> tuple[Tensor, Tensor]:
+def _factor(takes: Takes, state: NormState) -> Tensor:
+    """Return what the layer's filters are multiplied with. ``(C,)`` float64"""
+    if takes is Takes.NOTHING:
+        return torch.ones_like(state.inverse_std)
+    return state.inverse_std if takes is Takes.NORMALIZATION else state.gamma.double() * state.inverse_std
+
+
+def _by_affine(step: BoundStep, factor: Tensor) -> _Handed:
+    state = step.state
+    assert state.mean is not None
+    terms = (LinearOf("norm.weight", state.inverse_std),) if step.norm.takes is Takes.AFFINE else ()
+    values = {"affine.weight": NewValue(factor, terms)}
+    return _Handed(values, torch.ones_like(factor), state.mean.double())
+
+
+def _by_layer(step: BoundStep, layer: nn.Module, factor: Tensor, moments: Mapping[str, Moments]) -> _Handed:
+    assert step.state.mean is not None
+    layout = FilterLayout.of(layer)
+    weight = FilterLayout.weight(layer).detach()
+    dtype, weight = weight.dtype, weight.double()
+    bias = layer._parameters.get("bias")
+    mean = step.state.mean.double()
+    if bias is not None and step.norm.bias is not Bias.KEPT:
+        mean = mean - bias.detach().double()
+    notes: tuple[str, ...] = ()
+    if step.weight.centres:
+        known = moments.get(step.site.layer or "")
+        if known is None:
+            notes = ("no inputs could be had: the filters' means were removed evenly, which loses most of the model",)
+            known = _even(layout, weight)
+        if known.assumed:
+            own = step.state.mean.double() - (0 if bias is None else bias.detach().double())
+            known = known.corrected(layout, weight, own)
+        weight, shift = centre(layout, weight, known)
+        mean = mean - shift
+    encoded = step.weight.encode(layout, weight, factor, dtype)
+    return _Handed(named("layer", encoded.values), encoded.excess, mean, notes)
+
+
+def _present(state: NormState, layer: nn.Module | None) -> frozenset[str]:
+    """Return the names of the old parameters that there are."""
+    names = {f"norm.{name}" for name, own in zip(("weight", "bias"), state.affine, strict=True) if own}
+    if layer is not None:
+        names |= {f"layer.{name}" for name, parameter in layer._parameters.items() if parameter is not None}
+    return frozenset(names)
+
+
+def _expected(state: NormState, data: Statistics | None) -> tuple[Tensor, Tensor]:
     """Return mean and variance of (x − μ)/σ."""
     assert state.mean is not None
     assert state.var is not None
@@ -106,32 +154,41 @@ def _expected(state: BatchNormState, data: Statistics | None) -> tuple[Tensor, T
     return level, square - level.square()
 
 
-def _copy(target: Tensor | nn.Module, value: Tensor) -> None:
-    assert isinstance(target, Tensor)
-    with torch.no_grad():
-        target.copy_(value)
-
-
-def _follow(state: BatchNormState, incoming: Incoming) -> None:
-    """Let a BatchNorm that stays follow its layer's new weight: its mean and, where no scale is kept, its variance."""
-    assert state.mean is not None
-    assert state.var is not None
-    var = state.var.double()
-    gain = (var * incoming.scale.square() + state.eps).sqrt() / (incoming.scale * (var + state.eps).sqrt())
-    _copy(state.mean, incoming.mean)
-    _copy(state.var, var * incoming.scale.square())
-    _copy(state.gamma, incoming.gamma * gain)
-
-
-def _continue_count(placed: Placed) -> None:
-    """Let a running mean go on where the old one was: with ``momentum=None`` the count is its weight."""
-    count = getattr(placed.norm, "num_batches_tracked", None)
-    if isinstance(count, Tensor) and placed.state.batches is not None and count is not placed.state.batches:
-        _copy(count, placed.state.batches)
-
-
-def _even(layer: nn.Module, weight: Tensor) -> Moments:
-    layout = FilterLayout.of(layer)
+def _even(layout: FilterLayout, weight: Tensor) -> Moments:
     fan_in = layout.fan_in(weight)
     uniform = weight.new_full((layout.groups, fan_in), 1 / fan_in)
     return Moments(torch.zeros_like(uniform), uniform)
+
+
+class Absorb(Initializer):
+    """Keep the model's function by what its BatchNorms know, at the statistics of the data where there is some."""
+
+    name = "absorb"
+
+    def __init__(self, work: Work) -> None:
+        super().__init__(work)
+        self.rows: dict[str, InitRow] = {}
+        self.moments, self.assumption = moments_for(
+            work.bound, work.source, work.enough, work.example, fitted=self.fits
+        )
+        self.data: Mapping[str, Statistics] = {}
+        if work.enough is not None and not work.bound.recipe.exact and not self.fits:  # a fit measures its own
+            norms = [step.site.norm for step in work.bound.modules]
+            self.data = measure_statistics(work.source, norms, work.enough)
+
+    def values(self, step: BoundStep) -> Assignment:
+        """Return the values that keep the site's function."""
+        site = step.site
+        layer = None if site.layer is None else self.work.source.get_submodule(site.layer)
+        found = absorb(step, layer, self.moments, self.data.get(site.norm))
+        self.rows[site.norm] = found.row
+        return found.values
+
+    def refine(self, target: nn.Module, placed: Sequence[Placed]) -> Outcome:
+        """Return what :meth:`values` has done: nothing is left to do."""
+        return Outcome(tuple(self.rows.values()), self.assumed)
+
+    @property
+    def assumed(self) -> tuple[str, ...]:
+        """What was assumed of data that was not given."""
+        return (self.assumption,) if self.assumption else ()

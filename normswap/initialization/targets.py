@@ -1,4 +1,4 @@
-"""What the original does at a site, and so what is wanted there of the converted network."""
+"""Regression target: what the original gives at a site, and so what the converted network is fitted to give."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from normswap.nn import FilterLayout
-from normswap.recipes.parts import WeightPart
-from normswap.runs.side_by_side import Visit
+from normswap.runs.paired_sites import SiteBatch
 from normswap.stages.rewriting import Placed
+from normswap.weights import PlainWeight, Weight
 
-__all__ = ["Goal"]
+__all__ = ["RegressionTarget"]
 
 _INVERSE_FLOOR = 1e-2  # of the mean |γ|: a channel with less is not asked to make good an error of y
 
 
 @dataclass(frozen=True)
-class Goal:
+class RegressionTarget:
     """What the original does at a site, per channel ``(C,)``: ``y = gain·t + shift``, ``t = (x − mean)·scale``.
 
-    ``anchor`` are the filters that give t on the original's own input, ``(C, fan_in)``; ``part`` is how the layer's
-    weight is parametrized. ``unit`` turns y into what the user's own model gives: 1 over the scale that a channel was
+    ``anchor`` are the filters that give t on the original's own input, ``(C, fan_in)``; ``weight`` is the form of the
+    layer's weight. ``unit`` turns y into what the user's own model gives: 1 over the scale that a channel was
     given (:mod:`normswap.initialization.equalization`); errors are told in its terms.
     """
 
@@ -31,29 +31,29 @@ class Goal:
     mean: Tensor
     scale: Tensor
     anchor: Tensor
-    part: WeightPart | None
+    weight: Weight
     unit: Tensor
 
     @classmethod
-    def at(cls, placed: Placed, original: nn.Module, scale: Tensor | None) -> Goal:
-        """Return the goal of what was placed in the stead of a norm of ``original``, whose channels have this scale."""
-        state = placed.state
+    def at(cls, placed: Placed, original: nn.Module, scale: Tensor | None) -> RegressionTarget:
+        """Return the target of a new norm: what ``original`` gives there, whose channels have this scale."""
+        state = placed.bound.state
         assert state.mean is not None
         anchor = state.inverse_std[:, None]
-        if placed.step.site.layer is not None:
-            layer = original.get_submodule(placed.step.site.layer)
+        if placed.bound.site.layer is not None:
+            layer = original.get_submodule(placed.bound.site.layer)
             anchor = FilterLayout.of(layer).flatten(FilterLayout.weight(layer).detach().double()) * anchor
         gain, shift, mean = state.gamma.float(), state.beta.float(), state.mean.float()
         unit = torch.ones_like(gain) if scale is None else (1 / scale).to(gain)
-        return cls(gain, shift, mean, state.inverse_std.float(), anchor, placed.weight_part, unit)
+        return cls(gain, shift, mean, state.inverse_std.float(), anchor, placed.bound.weight, unit)
 
     @classmethod
-    def of_layer(cls, layer: nn.Module) -> Goal:
-        """Return the goal of a layer that is fitted alone: to give what the original's gives."""
+    def of_layer(cls, layer: nn.Module) -> RegressionTarget:
+        """Return the target of a layer that is fitted alone: to give what the original's gives."""
         weight = FilterLayout.weight(layer).detach()
         anchor = FilterLayout.of(layer).flatten(weight.double())
         ones, zeros = (f(len(anchor), device=weight.device) for f in (torch.ones, torch.zeros))
-        return cls(ones, zeros, zeros, ones, anchor, None, ones)
+        return cls(ones, zeros, zeros, ones, anchor, PlainWeight(), ones)
 
     @property
     def inverse_gain(self) -> Tensor:
@@ -61,12 +61,12 @@ class Goal:
         floor = _INVERSE_FLOOR * self.gain.abs().mean()
         return self.gain / (self.gain.square() + floor.square()).clamp(min=1e-30)
 
-    def targets(self, visit: Visit) -> tuple[Tensor, Tensor]:
+    def targets(self, batch: SiteBatch) -> tuple[Tensor, Tensor]:
         """Return t, which the source is to give, and y, which the norm is to give, shaped as the original's output."""
-        shape = (1, -1, *(1,) * (visit.reference.ndim - 2))
-        t = (visit.reference.float() - self.mean.view(shape)) * self.scale.view(shape)
+        shape = (1, -1, *(1,) * (batch.reference.ndim - 2))
+        t = (batch.reference.float() - self.mean.view(shape)) * self.scale.view(shape)
         y = self.gain.view(shape) * t + self.shift.view(shape)
-        if visit.beside is not None:
-            error = visit.beside[0].float() - visit.beside[1].float()
+        if batch.shortcut is not None:
+            error = batch.shortcut[0].float() - batch.shortcut[1].float()
             t, y = t + error * self.inverse_gain.view(shape), y + error
         return t, y

@@ -1,4 +1,4 @@
-"""Build the model that ``--arch`` names: torchvision's, timm's, or the user's own."""
+"""Build the model that ``arch`` names: torchvision's, timm's, or the user's own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from normswap.errors import InputError
+from normswap.errors import InputError, argument, parameter
 from normswap.exported.program import from_exported
 from normswap.loading.files import expect_kind, kind_of, open_file
 from normswap.loading.importing import first_line, import_paths, import_quietly
@@ -40,7 +40,7 @@ def build(arch: str, kwargs: Mapping[str, object]) -> nn.Module:
         return _program(Path(arch))
     source, colon, name = arch.partition(":")
     if not colon or not source or not name:
-        raise InputError(f"--arch {arch!r} has no form that is known", code="arch-invalid", hint=f"give {FORMS}")
+        raise InputError(f"{argument('arch', arch)} has no known form", code="arch-invalid", hint=f"give {FORMS}")
     find = {"torchvision": _torchvision, "timm": _timm}.get(source)
     with import_paths(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # builders warn about the initial values that are replaced at once
@@ -52,7 +52,7 @@ def build(arch: str, kwargs: Mapping[str, object]) -> nn.Module:
             raise InputError(
                 f"{arch} cannot be built with ({given}): {type(error).__name__}: {first_line(error)}",
                 code="arch-failed",
-                hint="check the arguments in --arch-kwargs",
+                hint=f"check the arguments in {parameter('arch_kwargs')}",
             ) from error
     if not isinstance(model, nn.Module):
         raise InputError(
@@ -74,7 +74,7 @@ def _package(name: str) -> ModuleType:
         return import_quietly(name)
     except (Exception, SystemExit) as error:
         raise InputError(
-            f"--arch needs {name!r}, which cannot be imported: {first_line(error)}",
+            f"{parameter('arch')} needs {name!r}, which cannot be imported: {first_line(error)}",
             code="module-missing",
             hint=f"install {name.partition('.')[0]}, or run from the directory that holds it",
         ) from error
@@ -105,7 +105,7 @@ def _own(module_name: str, name: str) -> Callable[..., Any]:
             raise InputError(
                 f"{module_name!r} has no {name!r}",
                 code="arch-unknown",
-                hint=f"give --arch {module_name}:NAME with a class or function of that module",
+                hint=f"give {argument('arch', module_name + ':NAME')} with a class or function of that module",
             )
         found = getattr(found, part)
     if not callable(found):

@@ -9,7 +9,7 @@ from typing import BinaryIO
 import torch
 from torch import nn
 
-from normswap.errors import InputError
+from normswap.errors import InputError, argument
 from normswap.loading.admission import admit
 from normswap.loading.importing import first_line
 from normswap.loading.methods import Noted, bind
@@ -107,7 +107,7 @@ def _bent(path: Path, what: str) -> InputError:
     return InputError(
         f"{str(path)!r} does not hold a sound model: {what}",
         code="model-damaged",
-        hint="save it again, or save its state dict and give --arch",
+        hint=f"save it again, or save its state dict and give {argument('arch')}",
     )
 
 

@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 import torch
 
-from normswap.errors import InputError
+from normswap.errors import InputError, Text, parameter
 
 __all__ = ["expect_kind", "kind_of", "open_file"]
 
@@ -70,12 +70,12 @@ REFUSALS = {
     "npz": (
         "file-kind",
         "holds NumPy arrays",
-        "give the model first; arrays are for --calibration and --input-file",
+        Text(f"give the model first; arrays are inputs: {parameter('calibration')} or {parameter('example_inputs')}"),
     ),
     "npy": (
         "file-kind",
         "holds a NumPy array",
-        "give the model first; arrays are for --calibration and --input-file",
+        Text(f"give the model first; arrays are inputs: {parameter('calibration')} or {parameter('example_inputs')}"),
     ),
 }
 

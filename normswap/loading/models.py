@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from normswap.errors import InputError
+from normswap.errors import InputError, argument, parameter
 from normswap.exported.program import from_exported
 from normswap.loading.architectures import build
 from normswap.loading.checkpoints import check_finite, read_checkpoint
@@ -61,9 +61,9 @@ def load_model(
     if isinstance(found, nn.Module):
         if arch is not None:
             raise InputError(
-                f"{str(path)!r} holds a whole model, a {type(found).__name__}; --arch {arch} was given too",
+                f"{str(path)!r} holds a whole model, a {type(found).__name__}; {argument('arch', arch)} was given too",
                 code="arch-unused",
-                hint="leave --arch out, or give the state dict",
+                hint=f"leave {parameter('arch')} out, or give the state dict",
             )
         check_finite(found, path)
         return found
@@ -71,7 +71,7 @@ def load_model(
         raise InputError(
             f"{str(path)!r} is a state dict: {len(found)} tensors without the model that they belong to",
             code="arch-missing",
-            hint="give --arch torchvision:NAME, timm:NAME or package.module:callable (from Python arch=...)",
+            hint=f"name the architecture by {argument('arch')}: torchvision:NAME, timm:NAME or package.module:callable",
         )
     model = build(arch, arch_kwargs or {})
     fit(model, found, path, arch)

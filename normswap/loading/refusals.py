@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from normswap.errors import InputError
+from normswap.errors import InputError, argument
 from normswap.loading.scanning import Global, Scan
-from normswap.loading.trust import Trust, option_for, under
+from normswap.loading.trust import SCRIPT, Trust, entry_for, under
 
 __all__ = ["INSTEAD", "refuse_code", "refuse_hooks", "refuse_known", "refuse_names"]
 
 SHOWN = 10
-INSTEAD = "save model.state_dict() instead and give --arch"
+INSTEAD = f"save model.state_dict() instead and give {argument('arch')}"
 """What to do about a pickled model whose names are not trusted."""
 
 # The first that matches speaks: a compiled model, for one, also holds contexts, hooks and bound methods.
@@ -24,7 +24,7 @@ KNOWN = (
         "torch.fx",
         "graph-module",
         "the model is an fx GraphModule, which is saved as source code to be run",
-        "save the model from before the tracing, or its state dict with --arch",
+        f"save the model from before the tracing, or its state dict with {argument('arch')}",
     ),
     (
         "torch.jit",
@@ -42,7 +42,7 @@ KNOWN = (
         "torch.distributed",
         "distributed-model",
         "the model holds distributed parts",
-        "gather it on one process and save its full state dict, then give --arch",
+        f"gather it on one process and save its full state dict, then give {argument('arch')}",
     ),
     (
         "torch.nn.utils.weight_norm",
@@ -104,15 +104,17 @@ def refuse_code(found: Global) -> None:
 
 
 def _listed(names: set[Global]) -> tuple[str, str]:
-    """Return the names with their options, and what to do about them."""
-    options = {found: option_for(found) for found in sorted(names)}
-    lines = [f"{found.path} ({option or 'never admitted'})" for found, option in options.items()]
+    """Return the names with what would admit each, and what to do about them."""
+    entries = {found: entry_for(found) for found in sorted(names)}
+    lines = [
+        f"{found.path} ({argument('trust', [entry]) if entry else 'never admitted'})"
+        for found, entry in entries.items()
+    ]
     if len(lines) > SHOWN:
         lines = [*lines[:SHOWN], f"and {len(lines) - SHOWN} more"]
     advice = f"nothing of it was run; {INSTEAD}"
-    if None not in options.values():
-        flags = sorted({option for option in options.values() if option})
-        python = ", ".join(repr(flag.removeprefix("--trust ")) for flag in flags)
-        script = "; SCRIPT.py is the script that saved the model" if "--trust SCRIPT.py" in flags else ""
-        advice = f"where you trust the file: {' '.join(flags)} (from Python trust=[{python}]{script}); or {INSTEAD}"
+    if None not in entries.values():
+        trusted = sorted({entry for entry in entries.values() if entry})
+        script = f" ({SCRIPT} is the script that saved the model)" if SCRIPT in trusted else ""
+        advice = f"where you trust the file: {argument('trust', trusted)}{script}; or {INSTEAD}"
     return ", ".join(lines), advice

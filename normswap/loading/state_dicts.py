@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from normswap.errors import InputError
+from normswap.errors import InputError, parameter
 
 __all__ = ["choose_entry", "fit"]
 
@@ -127,7 +127,7 @@ def fit(model: nn.Module, state: dict[str, torch.Tensor], path: Path, arch: str)
         raise InputError(
             f"{str(path)!r} does not load into {arch}: {error}",
             code="state-dict-mismatch",
-            hint="check --arch",
+            hint=f"check {parameter('arch')}",
         ) from error
     missing = [f"{name} {wanted.get(name)}" for name in result.missing_keys if name not in names]
     extra = [f"{name} {_shape(state.get(name))}" for name in result.unexpected_keys]
@@ -144,7 +144,7 @@ def fit(model: nn.Module, state: dict[str, torch.Tensor], path: Path, arch: str)
         raise InputError(
             f"{str(path)!r} does not fit {arch}: {'; '.join(problems)}",
             code="state-dict-mismatch",
-            hint="check the architecture and its arguments, e.g. --arch-kwargs num_classes=10",
+            hint=f"check {parameter('arch')} and its arguments, {parameter('arch_kwargs')}, for instance num_classes",
         )
 
 

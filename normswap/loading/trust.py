@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from normswap.errors import InputError
+from normswap.errors import InputError, argument
 from normswap.loading.importing import first_line, import_paths, import_quietly, import_script
 from normswap.loading.scanning import Global
 
-__all__ = ["Trust", "option_for", "under"]
+__all__ = ["Trust", "entry_for", "under"]
 
+SCRIPT = "SCRIPT.py"
+"""Stands in messages for the script that saved a model."""
 # Of the standard library only what training scripts put beside their weights, and which opens no doors.
 STDLIB_DATA = {"argparse", "collections", "datetime", "decimal", "fractions", "pathlib", "uuid"}
 # numpy.save writes files, so that trusting NumPy means its arrays, scalars and dtypes.
@@ -38,14 +40,14 @@ def _can_be_trusted(root: str) -> bool:
     return root in STDLIB_DATA or root not in sys.stdlib_module_names
 
 
-def option_for(found: Global) -> str | None:
-    """Return the option that would admit `found`, or None where none does."""
+def entry_for(found: Global) -> str | None:
+    """Return what the user would trust to admit `found`, a package or ``SCRIPT``; None where nothing does."""
     root = found.module.partition(".")[0]
     if root == "__main__":
-        return "--trust SCRIPT.py"
+        return SCRIPT
     if "." in found.name or not _can_be_trusted(root):
         return None
-    return None if root == "numpy" and not _numpy_data(found) else f"--trust {root}"
+    return None if root == "numpy" and not _numpy_data(found) else root
 
 
 def _numpy_data(found: Global) -> bool:
@@ -61,7 +63,7 @@ class Trust:
 
     @classmethod
     def parse(cls, entries: Sequence[str]) -> Trust:
-        """Read the values of ``--trust``: a dotted package name, or a path that ends in ``.py``.
+        """Read the entries of ``trust``: a dotted package name, or a path that ends in ``.py``.
 
         Raises:
             InputError: an entry is neither, the script does not exist, or the package is one that runs what
@@ -78,22 +80,22 @@ class Trust:
             if entry.endswith(".py"):
                 if not Path(entry).is_file():
                     raise InputError(
-                        f"--trust {entry}: there is no such script",
+                        f"{argument('trust', [entry])}: there is no such script",
                         code="trust-invalid",
                         hint="check the path",
                     )
                 scripts.append(Path(entry))
             elif not all(part.isidentifier() for part in entry.split(".")) or entry == "__main__":
                 raise InputError(
-                    f"--trust {entry!r} is neither a package nor a script",
+                    f"{argument('trust', [entry])} is neither a package nor a script",
                     code="trust-invalid",
-                    hint="give a package (--trust PACKAGE) or the script that saved it (--trust train.py)",
+                    hint="give a package's name, or the script that saved it, such as train.py",
                 )
             elif not _can_be_trusted(entry.partition(".")[0]):
                 raise InputError(
-                    f"--trust {entry} would let the file run anything, and is never admitted",
+                    f"{argument('trust', [entry])} would let the file run anything, and is never admitted",
                     code="trust-unsafe",
-                    hint="save the model's state dict instead and give --arch",
+                    hint=f"save the model's state dict instead and give {argument('arch')}",
                 )
             else:
                 packages.append(entry)
@@ -124,7 +126,7 @@ class Trust:
                 raise InputError(
                     f"the file needs {found.path}, and {names} defines no {found.name!r}",
                     code="class-missing",
-                    hint="give the script that was run when the file was saved: --trust SCRIPT.py",
+                    hint=f"give the script that was run when the file was saved: {argument('trust', [SCRIPT])}",
                 )
         else:
             with import_paths(folders):

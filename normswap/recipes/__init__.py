@@ -12,7 +12,7 @@ from typing import Any
 from normswap.errors import InputError
 from normswap.recipes.base import Recipe
 
-__all__ = ["Recipe", "all_recipes", "make_recipe"]
+__all__ = ["Recipe", "all_recipes", "make_recipe", "option_names"]
 
 
 @cache
@@ -26,6 +26,15 @@ def all_recipes() -> Mapping[str, type[Recipe]]:
             if named and value.__module__ == contents["__name__"]:
                 found[value.name] = value
     return found
+
+
+def option_names(to: str | Recipe) -> tuple[str, ...]:
+    """Return the names of the options of the recipe that ``to`` names; none for an instance, which has its own.
+
+    Raises:
+        InputError: There is no such recipe.
+    """
+    return () if isinstance(to, Recipe) else tuple(f.name for f in fields(_type_of(to)))
 
 
 def make_recipe(to: str | Recipe, options: Mapping[str, Any] | None = None) -> Recipe:
@@ -43,14 +52,19 @@ def make_recipe(to: str | Recipe, options: Mapping[str, Any] | None = None) -> R
                 hint=f"write {type(to).__name__}({', '.join(f'{k}=...' for k in options)})",
             )
         return to
-    recipes = all_recipes()
-    if not isinstance(to, str) or to not in recipes:
-        raise InputError(f"there is no recipe {to!r}", code="unknown-recipe", hint=f"choose from {', '.join(recipes)}")
-    known = [f.name for f in fields(recipes[to])]
+    kind = _type_of(to)
+    known = [f.name for f in fields(kind)]
     if unknown := [name for name in options if name not in known]:
         raise InputError(
             f"recipe '{to}' has no option {unknown[0]!r}",
             code="unknown-option",
             hint=f"its options are {', '.join(known)}" if known else "it has no options",
         )
-    return recipes[to](**options)
+    return kind(**options)
+
+
+def _type_of(to: object) -> type[Recipe]:
+    recipes = all_recipes()
+    if not isinstance(to, str) or to not in recipes:
+        raise InputError(f"there is no recipe {to!r}", code="unknown-recipe", hint=f"choose from {', '.join(recipes)}")
+    return recipes[to]

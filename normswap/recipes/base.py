@@ -6,9 +6,11 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
-from normswap.errors import InputError
-from normswap.recipes.parts import Groups, NormPart, WeightPart
+from normswap.errors import InputError, Text, argument, parameter
+from normswap.norms import Norm
+from normswap.norms.group import Groups
 from normswap.records import Site
+from normswap.weights import PlainWeight, Weight
 
 __all__ = ["AUTO_GROUPS", "DEFAULT_GROUP_SIZE", "GroupedRecipe", "Recipe"]
 
@@ -23,8 +25,8 @@ class Recipe:
     """What replaces a Conv-BatchNorm site. A recipe is a frozen dataclass whose fields are its options.
 
     To add one, subclass this in a file of its own, set the class attributes, and implement :meth:`weight` and
-    :meth:`norm` out of :mod:`normswap.recipes.parts` (or parts of your own). Recipes in this folder are found by
-    name; a recipe elsewhere is passed as an instance.
+    :meth:`norm` with the classes of :mod:`normswap.weights` and :mod:`normswap.norms`, or with your own. Recipes in
+    this folder are found by name; a recipe elsewhere is passed as an instance.
     """
 
     name: ClassVar[str]
@@ -36,7 +38,9 @@ class Recipe:
     def __post_init__(self) -> None:
         eps = getattr(self, "eps", None)
         if eps is not None and not eps > 0:
-            raise InputError(f"eps={eps} is not positive", code="eps", hint="give a small number such as 1e-5")
+            raise InputError(
+                f"{parameter('eps')} must be > 0, got {eps}", code="eps", hint="give a small number such as 1e-5"
+            )
 
     def options(self) -> dict[str, Any]:
         """Return the options that differ from their defaults."""
@@ -47,15 +51,20 @@ class Recipe:
         """Return why this recipe cannot be used at ``site``, or None."""
         return None
 
-    def weight(self, site: Site) -> WeightPart | None:
-        """Return the parametrization of the site's layer; asked only where the site has a layer."""
-        return None
+    def weight(self, site: Site) -> Weight:
+        """Return the form of the site's layer's weight; it counts only where the site has a layer."""
+        return PlainWeight()
 
     def groups_at(self, site: Site) -> int | None:
         """Return the group count at ``site``, None where the norm has no groups."""
         return None
 
-    def norm(self, site: Site, num_groups: int | None) -> NormPart:
+    @property
+    def least_group(self) -> int | None:
+        """The fewest channels of a group, where the group counts are left to the data; None where they are not."""
+        return None
+
+    def norm(self, site: Site, num_groups: int | None) -> Norm:
         """Return what stands where the norm stood."""
         raise NotImplementedError
 
@@ -85,7 +94,10 @@ class GroupedRecipe(Recipe):
         if site.num_features > groups:
             return None
         if site.rank is None:
-            return "a group of one channel may hold one value, which normalizes to zero: give example inputs"
+            return Text(
+                "a group of one channel may hold one value, which normalizes to zero: give "
+                f"{argument('example_inputs')}"
+            )
         if site.rank == 2 or site.spatial == 1:
             return "a group would hold one value, which normalizes to zero"
         return None
@@ -100,11 +112,14 @@ class GroupedRecipe(Recipe):
         if isinstance(self.num_groups, str):
             if self.num_groups != AUTO_GROUPS:
                 raise InputError(
-                    f"num_groups={self.num_groups!r} is no number", code="group-options", hint="give one, or 'auto'"
+                    f"{parameter('num_groups')} must be a whole number or 'auto', got {self.num_groups!r}",
+                    code="group-options",
+                    hint=f"{argument('num_groups', 'auto')} chooses by calibration data",
                 )
         elif self.num_groups is not None and self.group_size is not None:
             raise InputError(
-                f"num_groups={self.num_groups} and group_size={self.group_size} are both given",
+                f"{argument('num_groups', self.num_groups)} and "
+                f"{argument('group_size', self.group_size)} are both given",
                 code="group-options",
                 hint="give one of them",
             )
@@ -112,18 +127,28 @@ class GroupedRecipe(Recipe):
             if self.num_groups < 1 or channels % self.num_groups:
                 divisors = [d for d in range(1, channels + 1) if channels % d == 0]
                 raise InputError(
-                    f"num_groups={self.num_groups} does not divide the {channels} channels of '{site.norm}'",
+                    f"{argument('num_groups', self.num_groups)} does not divide the {channels} channels of "
+                    f"'{site.norm}'",
                     code="groups-do-not-divide",
-                    hint=f"give one of {divisors}, or group_size for the nearest size that divides at each norm",
+                    hint=f"give one of {divisors}, or {parameter('group_size')} for the nearest size that divides at "
+                    "each norm",
                 )
             return self.num_groups
         target = DEFAULT_GROUP_SIZE if self.group_size is None else self.group_size
         if target < 1:
-            raise InputError(f"group_size={target} is no size", code="group-options", hint="give 1 or more")
+            raise InputError(
+                f"{parameter('group_size')} must be ≥ 1, got {target}",
+                code="group-options",
+                hint=f"the default is {DEFAULT_GROUP_SIZE}",
+            )
         smallest = 1 if target == 1 or channels == 1 else 2
         sizes = [s for s in range(smallest, channels + 1) if channels % s == 0]
         return channels // min(sizes, key=lambda s: abs(math.log(s / target)))
 
-    def norm(self, site: Site, num_groups: int | None) -> NormPart:
+    @property
+    def least_group(self) -> int | None:
+        return (self.group_size or 2) if self.num_groups == AUTO_GROUPS else None
+
+    def norm(self, site: Site, num_groups: int | None) -> Norm:
         assert num_groups is not None
         return Groups(num_groups, site.eps if self.eps is None else self.eps)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from normswap.recipes.base import GroupedRecipe
-from normswap.recipes.parts import WeightPart, WeightStd
 from normswap.records import Site
+from normswap.weights import PlainWeight, Weight, WeightStd
 
 __all__ = ["GroupNormalizationAffineWeightStandardization"]
 
@@ -27,8 +27,8 @@ class GroupNormalizationAffineWeightStandardization(GroupedRecipe):
     paper = "Qiao et al. 2019, Wu & He 2018"
     exact = False
 
-    def weight(self, site: Site) -> WeightPart | None:
-        return WeightStd(offset=True) if site.fan_in > 1 else None
+    def weight(self, site: Site) -> Weight:
+        return WeightStd(offset=True) if site.fan_in > 1 else PlainWeight()
 
     def notes(self, site: Site) -> tuple[str, ...]:
         return ("fan-in 1: the weight is not standardized",) if site.fan_in == 1 else ()

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from normswap.recipes.base import GroupedRecipe
-from normswap.recipes.parts import WeightPart, WeightStd
 from normswap.records import Site
+from normswap.weights import PlainWeight, Weight, WeightStd
 
 __all__ = ["GroupNormalizationWeightStandardization"]
 
@@ -35,9 +35,9 @@ class GroupNormalizationWeightStandardization(GroupedRecipe):
     paper = "Qiao et al. 2019, Wu & He 2018"
     exact = False
 
-    def weight(self, site: Site) -> WeightPart | None:
+    def weight(self, site: Site) -> Weight:
         plain = site.fan_in == 1 or (site.depthwise and not self.depthwise)
-        return None if plain else WeightStd(gain=self.gain)
+        return PlainWeight() if plain else WeightStd(gain=self.gain)
 
     def notes(self, site: Site) -> tuple[str, ...]:
         if site.fan_in == 1:

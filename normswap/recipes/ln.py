@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from normswap.errors import InputError
+from normswap.errors import InputError, Text, argument
+from normswap.norms import Norm
+from normswap.norms.group import Groups
+from normswap.norms.layer import LayerNormChannels
 from normswap.recipes.base import Recipe
-from normswap.recipes.parts import Groups, LayerNormChannels, NormPart
 from normswap.records import Site
 
 __all__ = ["LayerNormalization"]
@@ -45,11 +47,13 @@ class LayerNormalization(Recipe):
             return None
         if self.axes == "channel" or site.rank == 2 or site.spatial == 1:
             return "the norm would see one value, which normalizes to zero"
-        return None if site.rank else "the norm may see one value, which normalizes to zero: give example inputs"
+        if site.rank:
+            return None
+        return Text(f"the norm may see one value, which normalizes to zero: give {argument('example_inputs')}")
 
     def groups_at(self, site: Site) -> int | None:
         return 1 if self.axes == "all" else None
 
-    def norm(self, site: Site, num_groups: int | None) -> NormPart:
+    def norm(self, site: Site, num_groups: int | None) -> Norm:
         eps = site.eps if self.eps is None else self.eps
         return Groups(1, eps) if self.axes == "all" else LayerNormChannels(eps)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from normswap.norms import Norm
+from normswap.norms.mean_only import MeanOnly
+from normswap.norms.none import Nothing
 from normswap.recipes.base import Recipe
-from normswap.recipes.parts import MeanOnly, NormPart, Nothing
 from normswap.records import Site
 
 __all__ = ["MeanOnlyBatchNormalization"]
@@ -25,7 +27,7 @@ class MeanOnlyBatchNormalization(Recipe):
     paper = "Salimans & Kingma 2016"
     exact = True
 
-    def norm(self, site: Site, num_groups: int | None) -> NormPart:
+    def norm(self, site: Site, num_groups: int | None) -> Norm:
         return Nothing() if site.frozen else MeanOnly(site.momentum, site.synchronized)
 
     def notes(self, site: Site) -> tuple[str, ...]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from normswap.norms import Norm
+from normswap.norms.none import Nothing
 from normswap.recipes.base import Recipe
-from normswap.recipes.parts import NormPart, Nothing
 from normswap.records import Site
 
 __all__ = ["NoNorm"]
@@ -25,5 +26,5 @@ class NoNorm(Recipe):
     paper = "Jacob et al. 2018"
     exact = True
 
-    def norm(self, site: Site, num_groups: int | None) -> NormPart:
+    def norm(self, site: Site, num_groups: int | None) -> Norm:
         return Nothing()

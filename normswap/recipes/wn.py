@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from normswap.norms import Norm
+from normswap.norms.none import Nothing
 from normswap.recipes.base import Recipe
-from normswap.recipes.parts import NormPart, Nothing, WeightNorm, WeightPart
 from normswap.records import Site
+from normswap.weights import Weight, WeightNorm
 
 __all__ = ["WeightNormalization"]
 
@@ -23,8 +25,8 @@ class WeightNormalization(Recipe):
     paper = "Salimans & Kingma 2016"
     exact = True
 
-    def weight(self, site: Site) -> WeightPart:
+    def weight(self, site: Site) -> Weight:
         return WeightNorm()
 
-    def norm(self, site: Site, num_groups: int | None) -> NormPart:
+    def norm(self, site: Site, num_groups: int | None) -> Norm:
         return Nothing()

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from normswap.recipes.mobn import MeanOnlyBatchNormalization
-from normswap.recipes.parts import WeightNorm, WeightPart
 from normswap.records import Site
+from normswap.weights import Weight, WeightNorm
 
 __all__ = ["WeightNormMeanOnlyBatchNorm"]
 
@@ -25,5 +25,5 @@ class WeightNormMeanOnlyBatchNorm(MeanOnlyBatchNormalization):
     equation = "W = g v/‖v‖, then x − mean + β"
     paper = "Salimans & Kingma 2016"
 
-    def weight(self, site: Site) -> WeightPart:
+    def weight(self, site: Site) -> Weight:
         return WeightNorm()

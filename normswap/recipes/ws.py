@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from normswap.norms import Norm
+from normswap.norms.batch import BatchNormalization
 from normswap.recipes.base import Recipe
-from normswap.recipes.parts import Keep, NormPart, WeightPart, WeightStd
 from normswap.records import Site
+from normswap.weights import Weight, WeightStd
 
 __all__ = ["WeightStandardizationOnly"]
 
@@ -41,8 +43,8 @@ class WeightStandardizationOnly(Recipe):
             return "without its mean a depthwise filter is blind to what only it sees (depthwise=True does it)"
         return None
 
-    def weight(self, site: Site) -> WeightPart:
+    def weight(self, site: Site) -> Weight:
         return WeightStd(gain=self.gain)
 
-    def norm(self, site: Site, num_groups: int | None) -> NormPart:
-        return Keep()
+    def norm(self, site: Site, num_groups: int | None) -> Norm:
+        return BatchNormalization()

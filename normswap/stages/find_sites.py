@@ -1,110 +1,134 @@
-"""Match: every norm, convolution and linear layer of a captured model, each once, in a site or as a skip."""
+"""Sites: every norm, convolution and linear layer of a captured model, each once, in a site or as a skip."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
-from normswap.errors import PlanError
+from normswap.errors import PlanError, Text, argument, marked
 from normswap.graph import Capture
-from normswap.graph.after_norm import after_norm, read_batch_norm
+from normswap.graph.after_norm import after_norm
 from normswap.graph.code_reads import reads_in_code
 from normswap.graph.dataflow import Dataflow
-from normswap.graph.ops import is_norm, is_other_norm
 from normswap.graph.perturbation import confirm_feeds
 from normswap.nn import FilterLayout
 from normswap.nn.kinds import class_of, is_layer
+from normswap.norms import is_convertible, norm_of
 from normswap.records import FoundBy, NormKind, Proof, Site, Skip
+from normswap.runs.inputs import Inputs
+from normswap.stages.bound import NormSource
 from normswap.stages.forwards import trace_own_forward
 
-__all__ = ["Matches", "match"]
+__all__ = ["FoundSites", "find_sites"]
 
 
 @dataclass(frozen=True)
-class Matches:
-    """Every norm, convolution and linear layer of a model, each once: in a site or as a skip."""
+class FoundSites:
+    """Every norm, convolution and linear layer of a model, each once: in a site or as a skip.
+
+    Args:
+        sites: The sites, in execution order.
+        skips: What is none, each with the reason.
+        sources: The norm of each site, by its name in the plan.
+    """
 
     sites: tuple[Site, ...]
     skips: tuple[Skip, ...]
+    sources: Mapping[str, NormSource]
 
 
-def match(
-    capture: Capture,
-    example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
-    *,
-    has_data: bool = False,
-) -> Matches:
+def find_sites(flow: Dataflow, example_inputs: Inputs | None = None, *, has_data: bool = False) -> FoundSites:
     """Find the sites of a captured model, in execution order, and the reason for everything that is none.
 
     Args:
-        capture: The model's dataflow.
+        flow: The model's dataflow.
         example_inputs: Inputs of the model; with them, absorptions that the graph leaves open are checked by running.
         has_data: Whether the statistics of norms that store none will be measured.
     """
-    flow = Dataflow(capture)
-    sites: list[Site] = []
-    skips: list[Skip] = []
-    conditional: dict[str, str] = {}
-    named = reads_in_code(capture)
-    _refuse_unwritable(capture, flow)
-    holders = {key for key, (_, norm) in flow.functional.items() if norm.holder} | set(flow.refused)
-    for fqn, module in capture.modules.items():
-        if not is_norm(module) or fqn in holders:
-            continue
-        site_or_skip = _module_site(capture, flow, fqn, module, named)
-        if isinstance(site_or_skip, Skip):
-            skips.append(site_or_skip)
-        else:
-            sites.append(site_or_skip)
-    for key in flow.functional:
-        sites.append(_functional_site(capture, flow, key))
-    for key, why in flow.refused.items():
-        skips.append(Skip(key, "norm", "batch_norm", "functional-norm", why))
-
-    matched: list[Site] = []
+    capture = flow.capture
+    sites, skips, sources = _norms(flow)
+    found = [_with_layer(flow, site, has_data) for site in sites]
+    gaps = {one.site.norm: one.gap for one in found if one.gap}
     refused: dict[str, str] = {}
-    for site in sites:
-        if not (site.has_statistics or has_data):
-            matched.append(replace(site, reason="the norm stores no statistics"))
-            continue
-        found = flow.layer_feeding(site.norm, site.num_features, site.rank)
-        if found.recorded:
-            site = replace(site, found_by=FoundBy.RECORDED)
-        if found.reason or found.layer is None:
-            matched.append(replace(site, reason=found.reason))
-            if found.layer:
-                refused.setdefault(found.layer, found.reason or "")
-            continue
-        layer = capture.modules[found.layer]
-        layout, weight = FilterLayout.of(layer), FilterLayout.weight(layer)
-        matched.append(
-            replace(
-                site,
-                layer=found.layer,
-                layer_type=class_of(layer).__name__,
-                fan_in=layout.fan_in(weight),
-                depthwise=layout.groups == layout.in_channels(weight) > 1,
-                proof=Proof.PROVEN,
-            )
-        )
-        if found.gap:
-            conditional[site.norm] = found.gap
-    matched = _close_gaps(capture, matched, conditional, example_inputs)
-    matched.sort(key=lambda site: flow.order.get(site.norm, len(flow.order)))
-    skips.extend(_layer_skips(capture, flow, matched, refused))
-    skips.extend(
+    for one in found:
+        if one.refused:
+            refused.setdefault(one.refused, one.site.reason or "")
+    placed = _close_gaps(capture, [one.site for one in found], gaps, example_inputs)
+    placed.sort(key=lambda site: flow.order.get(site.norm, len(flow.order)))
+    skips += _layer_skips(flow, placed, refused)
+    skips += [
         Skip(fqn, "scope", class_of(capture.modules[capture.aliases[fqn]]).__name__, "opaque", why)
         for fqn, why in capture.opaque.items()
+    ]
+    return FoundSites(tuple(placed), tuple(skips), sources)
+
+
+def _norms(flow: Dataflow) -> tuple[list[Site], list[Skip], dict[str, NormSource]]:
+    """Return the sites of all norms that convert, still without a layer, a skip for each other, and what they are."""
+    sites: list[Site] = []
+    skips: list[Skip] = []
+    sources: dict[str, NormSource] = {}
+    named = reads_in_code(flow.capture)
+    _refuse_unwritable(flow)
+    holders = {key for key, (_, norm) in flow.functional.items() if norm.holder} | set(flow.refused)
+    for fqn, module in flow.capture.modules.items():
+        if not is_convertible(module) or fqn in holders:
+            continue
+        found = _module_site(flow, fqn, module, named)
+        if isinstance(found, Skip):
+            skips.append(found)
+        else:
+            site, sources[fqn] = found
+            sites.append(site)
+    for key in flow.functional:
+        site, sources[key] = _functional_site(flow, key)
+        sites.append(site)
+    skips += [Skip(key, "norm", "batch_norm", "functional-norm", why) for key, why in flow.refused.items()]
+    return sites, skips, sources
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """A site with its layer, and what is open.
+
+    Args:
+        site: The site.
+        gap: What is not proven about the layer, where a run may close it.
+        refused: The layer that feeds the norm and may not be changed.
+    """
+
+    site: Site
+    gap: str | None = None
+    refused: str | None = None
+
+
+def _with_layer(flow: Dataflow, site: Site, has_data: bool) -> _Placed:
+    if not (site.has_statistics or has_data):
+        return _Placed(replace(site, reason="the norm stores no statistics"))
+    found = flow.layer_feeding(site.norm, site.num_features, site.rank)
+    if found.recorded:
+        site = replace(site, found_by=FoundBy.RECORDED)
+    if found.reason or found.layer is None:
+        return _Placed(replace(site, reason=found.reason), refused=found.layer)
+    layer = flow.capture.modules[found.layer]
+    layout, weight = FilterLayout.of(layer), FilterLayout.weight(layer)
+    site = replace(
+        site,
+        layer=found.layer,
+        layer_type=class_of(layer).__name__,
+        fan_in=layout.fan_in(weight),
+        depthwise=layout.groups == layout.in_channels(weight) > 1,
+        proof=Proof.PROVEN,
     )
-    return Matches(tuple(matched), tuple(skips))
+    return _Placed(site, found.gap)
 
 
-def _refuse_unwritable(capture: Capture, flow: Dataflow) -> None:
+def _refuse_unwritable(flow: Dataflow) -> None:
     """Refuse the functional norms of forwards that were traced as a part of the model and cannot be rewritten."""
+    capture = flow.capture
     for fqn in {owner for owner, _ in flow.functional.values()}:
         owner = capture.modules[fqn]
         if isinstance(owner, fx.GraphModule):
@@ -118,10 +142,10 @@ def _refuse_unwritable(capture: Capture, flow: Dataflow) -> None:
 
 
 def _module_site(
-    capture: Capture, flow: Dataflow, fqn: str, module: nn.Module, named: Mapping[str, str]
-) -> Site | Skip:
+    flow: Dataflow, fqn: str, module: nn.Module, named: Mapping[str, str]
+) -> tuple[Site, NormSource] | Skip:
     """Return the site of a norm module, still without a layer, or why it is none."""
-    kind = class_of(module).__name__
+    capture, kind = flow.capture, class_of(module).__name__
 
     def skip(code: str, reason: str) -> Skip:
         return Skip(fqn, "norm", kind, code, reason)
@@ -138,9 +162,10 @@ def _module_site(
     after = after_norm(module)
     if isinstance(after, str):
         return skip("unknown-forward", after)
-    state = read_batch_norm(module)
+    source = NormSource.of(module, after)
+    state = source.state
     shape = _only(capture.shapes.get(fqn))
-    return Site(
+    site = Site(
         fqn,
         NormKind.MODULE,
         kind,
@@ -154,14 +179,16 @@ def _module_site(
         has_statistics=state.mean is not None,
         aliases=tuple(name for name in capture.names[fqn] if name != fqn),
     )
+    return site, source
 
 
-def _functional_site(capture: Capture, flow: Dataflow, key: str) -> Site:
+def _functional_site(flow: Dataflow, key: str) -> tuple[Site, NormSource]:
+    capture = flow.capture
     owner, norm = flow.functional[key]
-    state = norm.state(capture.modules[owner])
+    state = norm.read(capture.modules[owner], frozen=key in flow.frozen)
     mean = f"{owner}.{norm.tensors[2]}".lstrip(".")
     shape = _only(capture.shapes.get(mean))
-    return Site(
+    site = Site(
         key,
         NormKind.FUNCTIONAL,
         "batch_norm",
@@ -172,6 +199,7 @@ def _functional_site(capture: Capture, flow: Dataflow, key: str) -> Site:
         spatial=shape[1] if shape else None,
         frozen=key in flow.frozen,
     )
+    return site, NormSource(state, call=norm)
 
 
 def _only(shapes: frozenset[tuple[int, int]] | None) -> tuple[int, int] | None:
@@ -185,7 +213,7 @@ def _close_gaps(
     capture: Capture,
     sites: list[Site],
     conditional: dict[str, str],
-    example_inputs: tuple[Any, ...] | Mapping[str, Any] | None,
+    example_inputs: Inputs | None,
 ) -> list[Site]:
     """Decide the absorptions whose flow has a gap, by running the model; without inputs, absorb nothing there."""
     pairs = [(s.layer, s.norm) for s in sites if s.norm in conditional and s.layer and s.kind == NormKind.MODULE]
@@ -202,7 +230,7 @@ def _close_gaps(
                 tail = (
                     "example inputs show that it does, or do not come there"
                     if example_inputs is not None
-                    else "give example inputs to have it checked"
+                    else f"give {argument('example_inputs')} to have it checked"
                 )
                 site = replace(
                     site,
@@ -211,7 +239,7 @@ def _close_gaps(
                     fan_in=0,
                     depthwise=False,
                     proof=Proof.NONE,
-                    reason=f"{gap}: {tail}",
+                    reason=Text(f"{marked(gap)}: {tail}"),
                 )
         closed.append(site)
     return closed
@@ -223,14 +251,14 @@ _CAVEATS = {
 }
 
 
-def _layer_skips(capture: Capture, flow: Dataflow, sites: list[Site], refused: Mapping[str, str]) -> list[Skip]:
-    """Return a skip for each layer, and for each norm that is no BatchNorm, that no site holds."""
+def _layer_skips(flow: Dataflow, sites: list[Site], refused: Mapping[str, str]) -> list[Skip]:
+    """Return a skip for each layer, and for each norm that does not convert, that no site holds."""
     taken = {site.layer for site in sites}
     skips = []
-    for fqn, module in capture.modules.items():
-        kind = class_of(module).__name__
-        if is_other_norm(module):
-            skips.append(Skip(fqn, "norm", kind, "not-batch-norm", f"it is a {kind}, not a BatchNorm"))
+    for fqn, module in flow.capture.modules.items():
+        kind, norm = class_of(module).__name__, norm_of(module)
+        if norm is not None and not norm.converts:
+            skips.append(Skip(fqn, "norm", kind, "not-batch-norm", norm.why_kept(module)))
         elif is_layer(module) and fqn not in taken:
             hidden = flow.opaque_ancestor(fqn)
             if leaf := flow.enclosing_leaf(fqn):

@@ -1,4 +1,4 @@
-"""Rewrite: put a plan's modules into a model. Structure only; values come with initialization.
+"""Rewrite: put a plan's modules into a model, and write values into them.
 
 The user's classes stay: submodules are swapped in the module tree. Only a module whose own forward calls a norm
 functionally gets a rewritten forward, in a subclass of its class (:mod:`normswap.stages.forwards`).
@@ -7,132 +7,141 @@ functionally gets a rewritten forward, in a subclass of its class (:mod:`normswa
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from normswap.errors import PlanError
-from normswap.graph.after_norm import BatchNormState, after_norm, read_batch_norm
-from normswap.graph.functional import FunctionalNorm
-from normswap.graph.ops import is_norm
 from normswap.nn import ChannelAffine, FilterLayout
-from normswap.recipes import Recipe
-from normswap.recipes.parts import Bias, NormPart, WeightPart
-from normswap.records import NormKind, Plan, Step
-from normswap.stages.forwards import find_functional_norms, replace_functional_norms
+from normswap.norms import Assignment, Bias, apply, tensor_in
+from normswap.records import NormKind, Plan
+from normswap.stages.bound import BoundPlan, BoundStep, submodule
+from normswap.stages.forwards import replace_functional_norms
 
 __all__ = ["Placed", "rewrite"]
 
 
 @dataclass(frozen=True)
 class Placed:
-    """What one step put into the model, and what was there before.
+    """What one step put into the model.
 
     Args:
-        step: The step.
-        state: The BatchNorm's values; its tensors are the original's own.
+        bound: The step.
         layer: The layer that takes the statistics up, None where none does.
-        weight: The layer's weight before the step.
-        bias: The layer's bias before the step.
-        weight_part: The layer's parametrization.
-        norm_part: What the norm was replaced with.
         affine: The per-channel affine in front of the norm, where there is no layer.
         norm: The new norm, or the old one where it stays; None where there is none.
+        kept: The tensors of a norm that is a call and stays, by the names that they have in a BatchNorm.
     """
 
-    step: Step
-    state: BatchNormState
+    bound: BoundStep
     layer: nn.Module | None
-    weight: Tensor | None
-    bias: Tensor | None
-    weight_part: WeightPart | None
-    norm_part: NormPart
     affine: ChannelAffine | None
     norm: nn.Module | None
+    kept: Mapping[str, Tensor]
+
+    @property
+    def name(self) -> str:
+        """The site's name."""
+        return self.bound.site.norm
+
+    @property
+    def source(self) -> nn.Module | None:
+        """The module whose filters give the norm its channels: the layer or the affine."""
+        return self.layer if self.layer is not None else self.affine
+
+    @property
+    def parts(self) -> tuple[nn.Module, ...]:
+        """The modules that the step has touched."""
+        return tuple(part for part in (self.layer, self.affine, self.norm) if part is not None)
+
+    def tensor(self, name: str) -> Tensor:
+        """Return the tensor that an assignment calls ``layer.…``, ``affine.…`` or ``norm.…``."""
+        part, _, rest = name.partition(".")
+        if part == "norm" and rest in self.kept:
+            return self.kept[rest]
+        module = {"layer": self.layer, "affine": self.affine, "norm": self.norm}[part]
+        assert module is not None, f"nothing was placed that has a tensor {name}"
+        return tensor_in(module, rest)
 
 
-def rewrite(model: nn.Module, plan: Plan, recipe: Recipe) -> tuple[Placed, ...]:
-    """Carry ``plan`` out on ``model``, in place.
+def rewrite(
+    model: nn.Module, bound: BoundPlan, values: Callable[[BoundStep], Assignment] | None = None
+) -> tuple[Placed, ...]:
+    """Carry a plan out on ``model``, in place.
 
     The new parts have the dtype, device, train/eval mode, ``requires_grad`` and forward hooks of what they replace.
 
+    Args:
+        model: The model that the plan was bound to, or a copy of it.
+        bound: The plan.
+        values: Gives the values of a step's new parts; it is asked before the step changes anything. Without it the
+            new parts are as torch starts them.
+
     Raises:
-        PlanError: The plan was made for another architecture.
+        PlanError: The model is of another architecture, or sharded.
     """
     _refuse_distributed(model)
+    plan = bound.plan
     placed: list[Placed] = []
-    functional: dict[str, list[tuple[str, nn.Module]]] = defaultdict(list)
-    found: dict[str, dict[str, FunctionalNorm]] = {}
-    for step in plan.steps:
-        site = step.site
-        owner, _, name = site.norm.partition(":")
-        if site.kind == NormKind.MODULE:
-            old = _submodule(model, owner, plan)
-            if not is_norm(old):
-                raise _misfit(plan, f"'{owner}' is a {type(old).__name__} and no BatchNorm")
-            state, after = read_batch_norm(old), after_norm(old)
-            if isinstance(after, str):
-                raise _misfit(plan, after)
-        else:
-            if not name:  # the tensors lie in a child that is a BatchNorm
-                owner, _, name = owner.rpartition(".")
-            if owner not in found:
-                found[owner] = find_functional_norms(_submodule(model, owner, plan))
-            if name not in found[owner]:
-                raise _misfit(plan, f"the forward of '{owner}' calls no norm with '{name}'")
-            state = found[owner][name].state(_submodule(model, owner, plan), frozen=site.frozen)
-            old, after = None, ()
-        one, replacement = _place(model, plan, step, recipe, state, old, after)
+    functional: dict[str, list[tuple[BoundStep, nn.Module]]] = defaultdict(list)
+    for step in bound.steps:
+        assignment = {} if values is None else values(step)
+        one = _place(model, plan, step)
+        apply(assignment, one.tensor)
         placed.append(one)
-        if replacement is None:
+        if step.norm.bias is Bias.KEPT:
             continue
-        if old is not None:
+        site = step.site
+        if site.kind == NormKind.MODULE:
+            old = submodule(model, site.norm, plan)
+            replacement = _chain(one, step.source.after_in(old))
             _carry_over(old, replacement)
             for alias in (site.norm, *site.aliases):
                 parent, _, child = alias.rpartition(".")
-                _submodule(model, parent, plan)._modules[child] = replacement
+                submodule(model, parent, plan)._modules[child] = replacement
         else:
-            replacement.train(_submodule(model, owner, plan).training)
-            functional[owner].append((name, replacement))
+            owner = _owner(step)
+            replacement = _chain(one, step.source.after_in(None))
+            replacement.train(submodule(model, owner, plan).training)
+            functional[owner].append((step, replacement))
     for owner, replacements in functional.items():
-        replace_functional_norms(_submodule(model, owner, plan), dict(replacements), found[owner])
+        calls = {step.source.call.name: step.source.call for step, _ in replacements if step.source.call is not None}
+        new = {step.source.call.name: module for step, module in replacements if step.source.call is not None}
+        replace_functional_norms(submodule(model, owner, plan), new, calls)
     return tuple(placed)
 
 
-def _place(
-    model: nn.Module,
-    plan: Plan,
-    step: Step,
-    recipe: Recipe,
-    state: BatchNormState,
-    old: nn.Module | None,
-    after: tuple[nn.Module, ...],
-) -> tuple[Placed, nn.Module | None]:
-    """Change the layer of one step, and return what goes into the norm's place (None: the norm stays)."""
-    site = step.site
-    if site.num_features != state.num_features:
-        raise _misfit(plan, f"'{site.norm}' has {state.num_features} channels, the plan says {site.num_features}")
-    norm_part = recipe.norm(site, step.num_groups)
-    layer, weight, bias, weight_part, affine = None, None, None, None, None
+def _owner(step: BoundStep) -> str:
+    """Return the fqn of the module whose forward calls a step's functional norm."""
+    owner, _, name = step.site.norm.partition(":")
+    return owner if name else owner.rpartition(".")[0]
+
+
+def _place(model: nn.Module, plan: Plan, step: BoundStep) -> Placed:
+    """Change the layer of one step, and make what goes into the norm's place; the norm itself is still there."""
+    site, state = step.site, step.state
+    stays = step.norm.bias is Bias.KEPT
+    layer: nn.Module | None = None
+    affine: ChannelAffine | None = None
     if site.layer is not None:
-        layer = _submodule(model, site.layer, plan)
-        weight = FilterLayout.weight(layer).detach()
-        bias = None if layer._parameters["bias"] is None else layer._parameters["bias"].detach()
-        _prepare_bias(layer, norm_part.bias)
-        weight_part = recipe.weight(site)
-        if weight_part is not None:
-            weight_part.register(layer)
+        layer = submodule(model, site.layer, plan)
+        _prepare_bias(layer, step.norm.bias)
+        step.weight.register(layer)
+        if "parametrizations" in layer._modules:
             layer.get_submodule("parametrizations").train(layer.training)
-    elif norm_part.bias is not Bias.KEPT:
+    elif not stays:
         affine = ChannelAffine(state.num_features, site.rank, device=state.gamma.device, dtype=state.gamma.dtype)
-    norm = old if norm_part.bias is Bias.KEPT else norm_part.build(site, state.gamma)
-    one = Placed(step, state, layer, weight, bias, weight_part, norm_part, affine, norm)
-    if norm_part.bias is Bias.KEPT:
-        return one, None
-    for part in (affine, norm):
+    if stays:
+        owner = submodule(model, _owner(step), plan) if step.source.call is not None else None
+        kept = {} if owner is None or step.source.call is None else step.source.call.tensors_of(owner)
+        norm = submodule(model, site.norm, plan) if step.source.call is None else None
+        return Placed(step, layer, affine, norm, kept)
+    new = step.norm.build(site, state.gamma)
+    for part in (affine, new):
         if part is not None and not state.trainable:
             part.requires_grad_(False)
-    return one, _chain(affine, norm, after)
+    return Placed(step, layer, affine, new, {})
 
 
 def _prepare_bias(layer: nn.Module, bias: Bias) -> None:
@@ -144,8 +153,8 @@ def _prepare_bias(layer: nn.Module, bias: Bias) -> None:
         layer.register_parameter("bias", nn.Parameter(zeros, requires_grad=weight.requires_grad))
 
 
-def _chain(affine: nn.Module | None, norm: nn.Module | None, after: tuple[nn.Module, ...]) -> nn.Module:
-    named = [("affine", affine), ("norm", norm)]
+def _chain(placed: Placed, after: tuple[nn.Module, ...]) -> nn.Module:
+    named = [("affine", placed.affine), ("norm", placed.norm)]
     named += [(f"after{i}" if i else "after", module) for i, module in enumerate(after)]
     parts = OrderedDict((name, module) for name, module in named if module is not None)
     if not parts:
@@ -179,18 +188,3 @@ def _refuse_distributed(model: nn.Module) -> None:
                 code="sharded-model",
                 hint="convert first, shard afterwards",
             )
-
-
-def _submodule(model: nn.Module, fqn: str, plan: Plan) -> nn.Module:
-    try:
-        return model.get_submodule(fqn)
-    except AttributeError:
-        raise _misfit(plan, f"the model has no module '{fqn}'") from None
-
-
-def _misfit(plan: Plan, what: str) -> PlanError:
-    return PlanError(
-        f"the plan, made for a {plan.model}, does not fit this model: {what}",
-        code="plan-does-not-fit",
-        hint="replay a plan on a model of the same architecture, or make a new plan",
-    )

@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from normswap.errors import InputError, PlanError
+from normswap.errors import InputError, PlanError, argument, marked
 from normswap.loading.checkpoints import read_checkpoint
 from normswap.loading.files import expect_kind, kind_of, open_file
 from normswap.loading.importing import first_line, scripts_as_main
@@ -40,6 +40,7 @@ from normswap.loading.refusals import INSTEAD
 from normswap.loading.trust import Trust
 from normswap.recipes import Recipe, make_recipe
 from normswap.records import Plan
+from normswap.stages.bound import bind
 from normswap.stages.rewriting import rewrite
 from normswap.storage.contents import Contents, collect, differences, give
 from normswap.storage.origin import Origin, forget, origin_of, remember, skeleton_of, slots
@@ -126,7 +127,7 @@ def load(
         skeleton = _unpack(stored, path, trusted)
     elif origin_of(model) is not None:
         raise InputError(
-            f"the {type(model).__name__} given as model= was converted already",
+            f"the {type(model).__name__} given as {argument('model')} was converted already",
             code="storage-model",
             hint="give the model as it is before a conversion: load() converts it",
         )
@@ -187,7 +188,7 @@ def _replayed(skeleton: nn.Module, steps: Sequence[tuple[Plan, Recipe]]) -> nn.M
     """Carry the plans out on ``skeleton``, in place."""
     for plan, recipe in steps:
         origin = Origin(plan, recipe, skeleton_of(skeleton))
-        rewrite(skeleton, plan, recipe)
+        rewrite(skeleton, bind(plan, recipe, skeleton))
         remember(skeleton, origin)
     return skeleton
 
@@ -282,7 +283,7 @@ def _recipe(plan: Plan, custom: str, given: Recipe | None) -> Recipe:
         raise InputError(
             f"the model was converted by '{plan.recipe}', a recipe of its user ({custom}); {found}",
             code="storage-recipe",
-            hint="give the recipe: load(path, recipe=...)",
+            hint=f"give {argument('recipe')}",
         )
     return make_recipe(plan.recipe, plan.options)
 
@@ -321,7 +322,7 @@ def _read(path: Path) -> _Stored:
 
 
 def _damaged(path: Path, cause: Exception) -> InputError:
-    what = cause.message if isinstance(cause, PlanError) else f"{type(cause).__name__}: {first_line(cause)}"
+    what = marked(cause.message) if isinstance(cause, PlanError) else f"{type(cause).__name__}: {first_line(cause)}"
     return InputError(
         f"{str(path)!r} is damaged: {what}",
         code="file-truncated" if "incomplete" in str(cause).lower() else "file-damaged",
@@ -343,7 +344,7 @@ def _pack(skeleton: nn.Module) -> str | None:
 
 
 def _unpack(stored: _Stored, path: Path, trust: Trust) -> nn.Module:
-    fresh = "give a fresh model of the same architecture: --arch NAME (from Python load(path, model=...))"
+    fresh = f"give a fresh model of the same architecture: {argument('model')}"
     if stored.skeleton is None:
         raise InputError(
             f"{str(path)!r} holds the {stored.plans[0][0].model if stored.plans else 'model'}'s values and not its "
@@ -362,9 +363,9 @@ def _unpack(stored: _Stored, path: Path, trust: Trust) -> nn.Module:
         skeleton = read_checkpoint(io.BytesIO(data), path, trust)
     except InputError as cause:
         raise InputError(
-            f"the structure of the model in {str(path)!r} is not read: {cause.message}",
+            f"the structure of the model in {str(path)!r} is not read: {marked(cause.message)}",
             code=cause.code,
-            hint=cause.hint.replace(INSTEAD, fresh) if INSTEAD in cause.hint else fresh,
+            hint=hint.replace(INSTEAD, fresh) if INSTEAD in (hint := marked(cause.hint)) else fresh,
         ) from cause
     if not isinstance(skeleton, nn.Module):
         raise _damaged(path, ValueError(f"its skeleton is a {type(skeleton).__name__}"))

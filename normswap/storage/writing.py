@@ -10,7 +10,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from normswap.errors import InputError, NormswapError
+from normswap.errors import InputError, NormswapError, Text, marked
 
 __all__ = ["check_target", "reported", "staged"]
 
@@ -49,7 +49,7 @@ def staged(*outputs: Path, inputs: Sequence[Path] = ()) -> Iterator[Callable[[Pa
             yield places.__getitem__
         except NormswapError as error:
             for path, place in places.items():
-                error.message = error.message.replace(str(place), str(path))
+                error.message = Text(marked(error.message).replace(str(place), str(path)))
             raise
         for parent, (folder_, mode) in hidden.items():
             # The weights beside an .onnx file go first: it refers to them.

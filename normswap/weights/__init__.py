@@ -1,1 +1,8 @@
-"""Weights."""
+"""Weight parametrizations: how a layer's weight is written, one file each."""
+
+from normswap.weights.base import Weight, WeightEncoding
+from normswap.weights.plain import PlainWeight
+from normswap.weights.weight_norm import WeightNorm
+from normswap.weights.weight_standardization import WeightStd
+
+__all__ = ["PlainWeight", "Weight", "WeightEncoding", "WeightNorm", "WeightStd"]

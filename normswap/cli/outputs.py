@@ -1,0 +1,87 @@
+"""The files that the commands write, and plans that they read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from normswap.errors import InputError
+from normswap.storage.writing import reported
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["read_text", "save_whole", "store", "write_text"]
+
+
+def read_text(path: Path) -> str:
+    """Return a text file's content."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as cause:
+        why = (cause.strerror or str(cause)) if isinstance(cause, OSError) else "it is no text file"
+        raise InputError(f"cannot read {str(path)!r}: {why}", code="file-unreadable", hint="check the path") from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file."""
+    with reported(path):
+        path.write_text(text, encoding="utf-8")
+
+
+def store(model: nn.Module, path: Path, inputs: Any) -> None:
+    """Write a converted model by ``normswap.save``, or as a program where ``path`` is a .pt2 file."""
+    from normswap.storage import store as storage
+
+    if path.suffix == ".pt2":
+        _save_program(model, path, inputs)
+    else:
+        storage.save(model, path)
+
+
+def _save_program(model: nn.Module, path: Path, inputs: Any) -> None:
+    """Write a model, as it is in evaluation, as an exported program."""
+    import torch
+
+    from normswap.exported.program import to_exported
+    from normswap.runs.inputs import as_inputs
+
+    program = to_exported(model.eval(), as_inputs(inputs))
+    with reported(path):
+        torch.export.save(program, path)
+
+
+def save_whole(model: nn.Module, path: Path, inputs: Any) -> None:
+    """Write a folded model such that :func:`normswap.loading.load_model` reads it.
+
+    Args:
+        model: The model.
+        path: A .pt2 file becomes a program, exported with ``inputs``, any other a file by ``torch.save``.
+        inputs: Inputs of the model.
+    """
+    import torch
+    from torch import fx
+
+    from normswap.loading.importing import scripts_as_main
+
+    if path.suffix == ".pt2":
+        _save_program(model, path, inputs)
+        return
+    if isinstance(model, fx.GraphModule):
+        raise InputError(
+            f"the {type(model).__name__} comes from an exported program: it has no class that {path.name} could name",
+            code="output-kind",
+            hint=f"write {path.stem}.pt2",
+        )
+
+    try:
+        with scripts_as_main(), reported(path), path.open("wb") as file:
+            torch.save(model, file)
+    except InputError:
+        raise
+    except Exception as cause:
+        raise InputError(
+            f"the {type(model).__name__} cannot be pickled: {type(cause).__name__}: {cause}",
+            code="not-picklable",
+            hint="write the .onnx file instead (--onnx), or fold it in Python and save its state dict",
+        ) from cause

@@ -1,0 +1,128 @@
+"""What ``normswap convert`` is asked for: what becomes of the model, and which files are written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from normswap.cli.flags import OUTPUT, Chosen, Opset, RecipeFlags
+from normswap.cli.outputs import read_text
+from normswap.errors import InputError
+from normswap.records import Plan
+from normswap.report import require_packages
+
+__all__ = ["DEFAULT", "Files", "Request", "Writing"]
+
+DEFAULT = "gn+ws"
+"""The recipe where none is named."""
+
+
+@dataclass(frozen=True)
+class Writing:
+    """What is written, and where."""
+
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="FILE",
+            help="a .safetensors file, with --fold a .pt; or a .pt2 program (default: MODEL.RECIPE.safetensors)",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None
+    fold: Annotated[
+        bool, typer.Option("--fold", help="write plain weights, to deploy and not to train", rich_help_panel=OUTPUT)
+    ] = False
+    onnx: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="fold, export to this .onnx file, and verify it", rich_help_panel=OUTPUT),
+    ] = None
+    opset: Opset = 18
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="write a page of what the swap did to each site (.html)", rich_help_panel=OUTPUT
+        ),
+    ] = None
+    save_plan: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="write the plan (.json)", rich_help_panel=OUTPUT)
+    ] = None
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="show the plan; write nothing but --save-plan", rich_help_panel=OUTPUT)
+    ] = False
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to become of the model: a recipe with its options, or a plan to carry out; and how."""
+
+    recipe: str
+    recipe_options: dict[str, Any]
+    chosen: Chosen
+    plan: Plan | None
+
+    @classmethod
+    def of(cls, to: str | None, plan: Path | None, recipe: RecipeFlags, chosen: Chosen) -> Request:
+        """Return what the flags ask for."""
+        if plan is None:
+            return cls(to or DEFAULT, recipe.of(to or DEFAULT), chosen, None)
+        made = Plan.from_json(read_text(plan))
+        if to or recipe or "include" in chosen or "exclude" in chosen:
+            raise InputError(
+                "--plan says which norms become what; --to, --include, --exclude or an option is given beside it",
+                code="plan-options",
+                hint="leave them out, or make the plan anew",
+            )
+        return cls(made.recipe, {}, chosen, made)
+
+
+@dataclass(frozen=True)
+class Files:
+    """The files that a conversion writes, each None where it is not wanted."""
+
+    target: Path | None
+    onnx: Path | None
+    report: Path | None
+    plan: Path | None
+
+    @classmethod
+    def of(cls, model: Path, recipe: str, writing: Writing) -> Files:
+        """Return the files that the flags ask for."""
+        if writing.dry_run:
+            return cls(None, None, None, writing.save_plan)
+        if writing.report is not None:
+            require_packages()
+        return cls(_target(model, recipe, writing), writing.onnx, writing.report, writing.save_plan)
+
+    def all(self) -> list[Path]:
+        """Return the files that are wanted."""
+        return [path for path in (self.target, self.onnx, self.report, self.plan) if path is not None]
+
+
+def _target(model: Path, recipe: str, writing: Writing) -> Path | None:
+    """Return where the converted model goes; None where the ONNX file alone is wanted."""
+    output, fold, onnx = writing.output, writing.fold, writing.onnx
+    if onnx is not None and onnx.suffix != ".onnx":
+        raise InputError(f"--onnx {onnx} does not end with .onnx", code="output-kind", hint=f"write {onnx.stem}.onnx")
+    suffix = ".pt2" if model.suffix == ".pt2" else ".pt" if fold else ".safetensors"
+    if output is None:
+        return None if onnx is not None and not fold else model.with_name(f"{model.stem}.{recipe}{suffix}")
+    if output.suffix in ((".pt", ".pth", ".pt2") if fold else (".safetensors", ".pt2")):
+        return output
+    suffix = ".pt" if fold else ".safetensors"
+    hints = {
+        ".pt": f"add --fold for plain weights in a .pt, or write {output.stem}.safetensors",
+        ".pth": f"add --fold for plain weights in a .pth, or write {output.stem}.safetensors",
+        ".onnx": f"write --onnx {output.name}",
+        ".safetensors": f"a folded model is a plain module: write {output.stem}.pt, or leave --fold out",
+    }
+    what = "a folded model" if fold else "a converted model, which may be trained on,"
+    raise InputError(
+        f"{what} is not written to {output.suffix or 'a file without suffix'} ({output})",
+        code="output-kind",
+        hint=hints.get(output.suffix, f"write {output.stem}{suffix}"),
+    )

@@ -1,0 +1,105 @@
+"""How the values of flags are read: shapes, arguments of an architecture, options of a recipe."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from normswap.errors import InputError
+
+__all__ = ["Shapes", "read_arch_kwargs", "read_recipe_options", "read_shapes"]
+
+Shapes = tuple[tuple[int, ...], ...]
+
+
+def read_shapes(texts: Sequence[str] | None) -> Shapes:
+    """Read ``1x3x224x224`` (also with ``×`` or commas), one for each input of the model."""
+    shapes = []
+    for text in texts or ():
+        if not re.fullmatch(r"[1-9]\d*([xX×,][1-9]\d*)*", text):
+            raise InputError(
+                f"--input-shape {text!r} is no shape", code="input-shape", hint="write --input-shape 1x3x224x224"
+            )
+        shapes.append(tuple(map(int, re.split("[xX×,]", text))))
+    return tuple(shapes)
+
+
+def read_arch_kwargs(text: str | None) -> dict[str, Any]:
+    """Read ``{"num_classes": 10}`` or ``num_classes=10,width=0.5``."""
+    if text is None:
+        return {}
+    try:
+        found = json.loads(text) if text.lstrip().startswith("{") else dict(map(_assignment, text.split(",")))
+    except ValueError as cause:
+        raise InputError(
+            f"--arch-kwargs {text!r} cannot be read: {cause}",
+            code="arch-kwargs",
+            hint="""write --arch-kwargs num_classes=10 or --arch-kwargs '{"num_classes": 10}'""",
+        ) from None
+    return dict(found)
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    name, equals, value = text.strip().partition("=")
+    if not equals or not name.isidentifier():
+        raise ValueError(f"{text!r} is no NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, {"True": True, "False": False, "None": None}.get(value, value)
+
+
+def read_recipe_options(recipe: str, given: Mapping[str, Any], texts: Sequence[str] | None) -> dict[str, Any]:
+    """Return the recipe's options, each of the type that the recipe declares for it.
+
+    Args:
+        recipe: The recipe's name.
+        given: What options of their own gave; None was not given.
+        texts: The ``NAME=VALUE``s.
+    """
+    from normswap.recipes import all_recipes
+
+    cls = all_recipes().get(recipe)  # an unknown one is refused later, with the list of those there are
+    types = {field.name: str(field.type).split(" | ") for field in fields(cls)} if cls else {}
+    options = {
+        name: _typed(name, value, types.get(name, ["str"])) if isinstance(value, str) else value
+        for name, value in given.items()
+        if value is not None
+    }
+    for text in texts or ():
+        name, equals, value = text.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals or not name.isidentifier():
+            raise InputError(
+                f"--option {text!r} is no NAME=VALUE",
+                code="option-value",
+                hint="write --option axes=channel; `normswap recipes` lists the options",
+            )
+        if name in options:
+            raise InputError(f"{name} is given twice", code="option-value", hint="give it once")
+        options[name] = _typed(name, value.strip(), types.get(name, ["str"]))
+    return options
+
+
+def _typed(name: str, value: str, types: Sequence[str]) -> Any:
+    if "None" in types and value.lower() in ("none", "null"):
+        return None
+    if "bool" in types and value.lower() in ("true", "false", "yes", "no", "1", "0"):
+        return value.lower() in ("true", "yes", "1")
+    for kind in (int, float):
+        if kind.__name__ in types:
+            try:
+                return kind(value)
+            except ValueError:
+                continue
+    if "str" in types:
+        return value
+    wanted = {"bool": "true or false", "int": "a whole number", "float": "a number", "None": "none"}
+    raise InputError(
+        f"--option {name}={value} does not fit",
+        code="option-value",
+        hint=f"give {' or '.join(wanted.get(kind, kind) for kind in types)}",
+    )

@@ -1,0 +1,141 @@
+"""What an initializer is: one class for each value of ``init``, which gives a conversion's new parts their values."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from normswap.errors import InputError, argument
+from normswap.norms import Assignment
+from normswap.options import Options
+from normswap.recipes import Recipe
+from normswap.records import Agreement, InitRow
+from normswap.runs.calling import Batch
+from normswap.runs.inputs import Inputs
+from normswap.stages.bound import BoundPlan, BoundStep
+from normswap.stages.rewriting import Placed
+
+__all__ = ["Initializer", "Outcome", "Progress", "Work", "initializer_for", "initializers"]
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an initializer works on.
+
+    Args:
+        source: The original, or a copy of it with scaled channels; only read.
+        bound: What is done to it.
+        options: How.
+        example: Inputs of the model.
+        batches: Calibration data, all of it.
+        enough: Its first batches, which hold enough samples for closed forms.
+        scales: Of the channels that norms of ``source`` give, by fqn, where they were scaled.
+        least_group: The fewest channels of a group, where the data is to choose the group counts.
+        isolated: Whether the original's values go on after each site, so that its error is its own alone.
+        progress: Called with what is done, how much of it is, and how much there is.
+    """
+
+    source: nn.Module
+    bound: BoundPlan
+    options: Options
+    example: Inputs | None = None
+    batches: Sequence[Batch] | None = None
+    enough: Sequence[Batch] | None = None
+    scales: Mapping[str, Tensor] = field(default_factory=dict)
+    least_group: int | None = None
+    isolated: bool = False
+    progress: Progress | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an initializer has done.
+
+    Args:
+        rows: How each module got its values.
+        notes: What a person should know.
+        agreement: How far both networks' outputs agree, where there was data.
+        groups: The group counts that the data chose, by the norms' names.
+    """
+
+    rows: tuple[InitRow, ...]
+    notes: tuple[str, ...] = ()
+    agreement: Agreement | None = None
+    groups: Mapping[str, int] = field(default_factory=dict)
+
+
+class Initializer:
+    """A way to give the new parts their values. To add one, subclass this in a file of this folder.
+
+    The values that follow from the original alone are given while the model is rewritten, one site after the other
+    (:meth:`values`); what needs the converted network comes after (:meth:`refine`).
+    """
+
+    name: ClassVar[str]
+    """The value of ``init`` that chooses it."""
+    keeps_function: ClassVar[bool] = True
+    """Whether the converted model is meant to compute what the original does."""
+    fits: ClassVar[bool] = False
+    """Whether it fits the converted network to the original's values on data, and so needs both side by side."""
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+
+    def values(self, step: BoundStep) -> Assignment:
+        """Return the values of a step's new parts, which follow from the original alone; pure."""
+        raise NotImplementedError
+
+    def refine(self, target: nn.Module, placed: Sequence[Placed]) -> Outcome:
+        """Do to the rewritten model ``target`` what can only be done now, and say what was done in all."""
+        raise NotImplementedError
+
+
+@cache
+def initializers() -> Mapping[str, type[Initializer]]:
+    """Return every initializer of this folder by its name."""
+    import normswap.initialization as folder
+
+    found: dict[str, type[Initializer]] = {}
+    for module in pkgutil.iter_modules(folder.__path__):
+        contents = vars(importlib.import_module(f"{folder.__name__}.{module.name}"))
+        for value in contents.values():
+            named = isinstance(value, type) and issubclass(value, Initializer) and "name" in vars(value)
+            if named and value.__module__ == contents["__name__"]:
+                found[value.name] = value
+    return found
+
+
+def initializer_for(init: str | None, recipe: Recipe, has_data: bool) -> type[Initializer]:
+    """Return what gives the new parts their values.
+
+    Args:
+        init: The initializer's name; None for a match where there is data and the recipe is not exact, else absorb.
+        recipe: The recipe. Where it is exact nothing is left to fit.
+        has_data: Whether there is calibration data.
+
+    Raises:
+        InputError: There is no such initializer, or it needs data and there is none.
+    """
+    known = initializers()
+    if init is None:
+        init = "match" if has_data and not recipe.exact else "absorb"
+    if init not in known:
+        raise InputError(
+            f"{argument('init', init)} is unknown", code="unknown-init", hint=f"choose from {', '.join(known)}"
+        )
+    chosen = known[init]
+    if chosen.fits and not has_data:
+        raise InputError(
+            f"{argument('init', init)} fits to data and none was given",
+            code="no-calibration",
+            hint=f"give {argument('calibration')}, some hundred unlabelled samples",
+        )
+    return known["absorb"] if chosen.fits and recipe.exact else chosen

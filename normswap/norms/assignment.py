@@ -1,0 +1,71 @@
+"""New values of a converted model's parameters, and where each comes from: computed first, applied by one function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Assignment", "LinearOf", "NewValue", "apply", "named", "of_present", "tensor_in"]
+
+
+@dataclass(frozen=True)
+class LinearOf:
+    """A term of a new value that is linear in an old parameter: ``factor_c · old_c`` for each output channel c.
+
+    What follows a parameter in training, such as an optimizer's momentum, follows the same map.
+
+    Args:
+        old: The old parameter: ``layer.weight``, ``layer.bias``, ``norm.weight`` (γ) or ``norm.bias`` (β).
+        factor: One factor per output channel; None is 1. ``(C,)``
+    """
+
+    old: str
+    factor: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class NewValue:
+    """A value and the terms of it that are linear in old parameters; what is left of it is a constant.
+
+    Args:
+        value: The value, in any dtype; it is rounded to its parameter's.
+        terms: The terms, for old parameters that were there.
+    """
+
+    value: Tensor
+    terms: tuple[LinearOf, ...] = ()
+
+
+Assignment = Mapping[str, NewValue]
+"""New values by the name of the tensor that takes each, such as ``norm.weight``."""
+
+
+def named(part: str, values: Assignment) -> dict[str, NewValue]:
+    """Return ``values``, named within one part, with names that begin with the part's: ``norm.weight``."""
+    return {f"{part}.{name}": value for name, value in values.items()}
+
+
+def apply(assignment: Assignment, tensor: Callable[[str], Tensor]) -> None:
+    """Write an assignment's values into the tensors that they are for, which ``tensor`` gives by name."""
+    with torch.no_grad():
+        for name, new in assignment.items():
+            tensor(name).copy_(new.value)
+
+
+def tensor_in(module: nn.Module, name: str) -> Tensor:
+    """Return the parameter or buffer of ``module`` that goes by a dotted name."""
+    path, _, leaf = name.rpartition(".")
+    holder = module.get_submodule(path)
+    tensor: Tensor | None = holder._parameters.get(leaf)
+    tensor = holder._buffers.get(leaf) if tensor is None else tensor
+    assert tensor is not None, f"there is no tensor {name}"
+    return tensor
+
+
+def of_present(terms: Iterable[LinearOf], present: Iterable[str]) -> tuple[LinearOf, ...]:
+    """Return the terms of old parameters that were there."""
+    known = frozenset(present)
+    return tuple(term for term in terms if term.old in known)

@@ -1,0 +1,95 @@
+"""Batch normalization, as it stands in models: torch's, its subclasses, and frozen ones that share no base class."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from normswap.nn.kinds import class_of
+from normswap.norms.assignment import LinearOf, NewValue
+from normswap.norms.base import Affine, Bias, Encoding, Incoming, Norm, NormState, Stays, Takes
+from normswap.records import Site
+
+__all__ = ["BatchNormalization"]
+
+_TENSORS = ("weight", "bias", "running_mean", "running_var")
+
+
+@dataclass(frozen=True)
+class BatchNormalization(Norm):
+    """``y = γ (x − μ)/sqrt(var + eps) + β``, with the batch's statistics in training and stored ones in evaluation.
+
+    As a target it stays where it is, and its statistics follow the weight where that has changed.
+
+    Source: S. Ioffe, C. Szegedy, *Batch Normalization*, 2015.
+    """
+
+    modules = (_BatchNorm,)
+    converts = True
+    takes = Takes.NOTHING
+    bias = Bias.KEPT
+
+    @classmethod
+    def recognizes(cls, module: nn.Module) -> bool:
+        """Tell whether ``module`` is a frozen BatchNorm.
+
+        Those of torchvision, detectron2 and timm share no base class: they are known by ``BatchNorm`` in the class's
+        name and the four tensors.
+        """
+        return "BatchNorm" in class_of(module).__name__ and all(name in module._buffers for name in _TENSORS)
+
+    @classmethod
+    def read(cls, module: nn.Module) -> NormState:
+        weight, bias, mean, var = (getattr(module, name, None) for name in _TENSORS)
+        return NormState.of(
+            getattr(module, "num_features", None),
+            (weight, bias, mean, var),
+            eps=float(getattr(module, "eps", 1e-5)),
+            momentum=getattr(module, "momentum", 0.1),
+            frozen=cls.frozen(module),
+            synchronized=isinstance(module, nn.SyncBatchNorm),
+            batches=getattr(module, "num_batches_tracked", None),
+        )
+
+    @classmethod
+    def frozen(cls, module: nn.Module) -> bool:
+        return not isinstance(module, _BatchNorm)
+
+    @classmethod
+    def only_normalizes(cls, module: nn.Module) -> bool:
+        torchs = class_of(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+        return torchs and "forward" not in module.__dict__
+
+    @classmethod
+    def rank_of(cls, module: nn.Module) -> int | None:
+        return 4 if isinstance(module, nn.BatchNorm2d) else 5 if isinstance(module, nn.BatchNorm3d) else None
+
+    @classmethod
+    def deployed(cls, module: nn.Module) -> Affine | Stays | nn.Module:
+        state = cls.read(module)
+        if state.mean is None:
+            return module
+        scale = state.gamma.double() * state.inverse_std
+        return Affine(scale, state.beta.double() - scale * state.mean.double(), otherwise=module)
+
+    def build(self, site: Site, like: Tensor) -> None:
+        return None
+
+    def encode(self, incoming: Incoming) -> Encoding:
+        """Let the mean follow the layer's new weight and, where that keeps no scale, the variance and γ, too.
+
+        ``var' = var·excess²``, ``γ' = γ sqrt(var·excess² + eps)/(excess·sqrt(var + eps))``.
+        """
+        state, excess = incoming.state, incoming.excess
+        assert state.var is not None
+        var = state.var.double()
+        gain = (var * excess.square() + state.eps).sqrt() / (excess * (var + state.eps).sqrt())
+        values = {"running_mean": NewValue(incoming.mean), "running_var": NewValue(var * excess.square())}
+        if state.affine[0]:
+            values["weight"] = NewValue(incoming.gamma * gain, (LinearOf("norm.weight", gain),))
+        return Encoding(values)
+
+    def __str__(self) -> str:
+        return "itself"

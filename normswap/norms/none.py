@@ -1,0 +1,49 @@
+"""No norm at all, and what stands in a norm's place where no layer could take its scale: a per-channel affine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from normswap.nn import ChannelAffine
+from normswap.norms.assignment import LinearOf, NewValue
+from normswap.norms.base import Affine, Encoding, Incoming, Norm, Stays, Takes
+from normswap.records import Site
+
+__all__ = ["Nothing"]
+
+
+@dataclass(frozen=True)
+class Nothing(Norm):
+    """No norm: the layer's bias takes the rest, ``b' = β + γ(b − μ)/σ``.
+
+    Source: B. Jacob et al., *Quantization and Training of Neural Networks*, 2018, section 3.2.
+    """
+
+    modules = (ChannelAffine,)
+    takes = Takes.AFFINE
+
+    @classmethod
+    def why_kept(cls, module: nn.Module) -> str:
+        return "it is a per-channel affine, from an earlier conversion"
+
+    @classmethod
+    def rank_of(cls, module: nn.Module) -> int | None:
+        assert isinstance(module, ChannelAffine)
+        return module.rank
+
+    @classmethod
+    def deployed(cls, module: nn.Module) -> Affine | Stays | nn.Module:
+        assert isinstance(module, ChannelAffine)
+        return Affine(module.weight.detach().double(), module.bias.detach().double(), module.rank)
+
+    def build(self, site: Site, like: Tensor) -> None:
+        return None
+
+    def encode(self, incoming: Incoming) -> Encoding:
+        terms = (LinearOf("layer.bias", incoming.factor), LinearOf("norm.bias"))
+        return Encoding(bias=NewValue(incoming.beta - incoming.mean, terms))
+
+    def __str__(self) -> str:
+        return "nothing"

@@ -1,0 +1,137 @@
+"""A plan: what a conversion does at each site; prints as a table and turns to JSON and back."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from normswap.errors import PlanError
+from normswap.records.sites import Site, Skip
+from normswap.records.tables import text_table
+
+__all__ = ["Plan", "Step"]
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Step:
+    """What happens at one site.
+
+    Args:
+        site: The site.
+        weight: The layer's weight parametrization, ``wn``, ``ws`` or ``aws``; None leaves the weight plain.
+        norm: What replaces the norm, in words (``GroupNorm(4 groups of 16)``).
+        num_groups: The group count, where the norm has groups.
+        notes: What a person should know about it.
+    """
+
+    site: Site
+    weight: str | None
+    norm: str
+    num_groups: int | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a conversion will do to one architecture; prints as a table, turns to JSON, replays.
+
+    Args:
+        model: The model's class.
+        recipe: The recipe's name.
+        options: The recipe's options.
+        steps: One step per site, in execution order.
+        skips: Every norm, layer and opaque scope that is in no step.
+    """
+
+    model: str
+    recipe: str
+    options: Mapping[str, Any]
+    steps: tuple[Step, ...]
+    skips: tuple[Skip, ...]
+
+    def __str__(self) -> str:
+        head = f"{self.model} → {self.recipe}"
+        if self.options:
+            head += " (" + ", ".join(f"{k}={v}" for k, v in self.options.items()) + ")"
+        rows = [
+            (
+                step.site.norm,
+                step.site.norm_type,
+                step.site.layer or "–",
+                step.weight or "–",
+                step.norm,
+                step.site.evidence,
+                "; ".join((*step.site.remarks, *step.notes)),
+            )
+            for step in self.steps
+        ]
+        parts = [head]
+        if rows:
+            parts.append(text_table(("norm", "type", "layer", "weight", "becomes", "proof", "notes"), rows))
+        if self.skips:
+            reasons = Counter((skip.what, skip.reason) for skip in self.skips)
+            named = {(s.what, s.reason): s.name for s in reversed(self.skips)}
+            parts.append(
+                text_table(
+                    ("skipped", "what", "first", "reason"),
+                    [(str(n), what, named[what, why], why) for (what, why), n in reasons.items()],
+                )
+            )
+        return "\n\n".join([*parts, self.summary()])
+
+    def summary(self) -> str:
+        """Return one line: how many norms convert, how many layers take part, what is skipped."""
+        norms = len(self.steps)
+        kept = sum(skip.what == "norm" and skip.code != "not-batch-norm" for skip in self.skips)
+        absorbed = sum(step.site.layer is not None for step in self.steps)
+        return f"{norms} of {norms + kept} BatchNorms convert, {absorbed} together with their layer"
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """Return the plan as JSON, which :meth:`from_json` reads back to an equal plan."""
+        record = {
+            "normswap_plan": _FORMAT,
+            "model": self.model,
+            "recipe": self.recipe,
+            "options": dict(self.options),
+            "steps": [asdict(step) for step in self.steps],
+            "skips": [asdict(skip) for skip in self.skips],
+        }
+        return json.dumps(record, indent=indent, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read a plan.
+
+        Raises:
+            PlanError: The text is no plan of this format.
+        """
+        try:
+            record = json.loads(text)
+            if record["normswap_plan"] != _FORMAT:
+                raise PlanError(
+                    f"the plan has format {record['normswap_plan']}, this version reads {_FORMAT}",
+                    code="plan-format",
+                    hint="make the plan anew with this version",
+                )
+            steps = tuple(_read(Step, {**step, "site": _read(Site, step["site"])}) for step in record["steps"])
+            skips = tuple(_read(Skip, skip) for skip in record["skips"])
+            return cls(record["model"], record["recipe"], record["options"], steps, skips)
+        except (ValueError, KeyError, TypeError) as cause:
+            raise PlanError(
+                f"not a plan: {type(cause).__name__}: {cause}",
+                code="plan-unreadable",
+                hint="give the JSON that Plan.to_json() or 'normswap convert --dry-run --json' wrote",
+            ) from cause
+
+
+def _read(cls: type[Any], record: Mapping[str, Any]) -> Any:
+    """Build a record from its JSON form, whose tuples came back as lists."""
+    names = {f.name for f in fields(cls)}
+    if unknown := set(record) - names:
+        raise KeyError(f"{cls.__name__} has no field {sorted(unknown)[0]!r}")
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in record.items()})

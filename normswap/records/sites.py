@@ -1,0 +1,115 @@
+"""A site: a norm with the layer that it normalizes, how both were found, and what is at no site."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["FoundBy", "NormKind", "Proof", "Site", "Skip"]
+
+
+class NormKind:
+    """How a site's norm is written in the model."""
+
+    MODULE = "module"
+    """A submodule that is a BatchNorm, a subclass of one or a frozen one."""
+    FUNCTIONAL = "functional"
+    """A call of ``batch_norm`` in the forward of the user's own module."""
+
+
+class Proof:
+    """How sure it is that a site's layer feeds its norm and nothing else."""
+
+    PROVEN = "proven"
+    """The graph shows it."""
+    CHECKED = "checked"
+    """The graph has a gap there, or is the record of a run; a numeric check on example inputs closed it."""
+    NONE = "none"
+    """Nothing is absorbed at this site; ``Site.reason`` says why."""
+
+
+class FoundBy:
+    """What shows that a site's norm is where it is."""
+
+    SYMBOLIC = "symbolic"
+    """A graph that was traced, in train and in eval mode."""
+    RECORDED = "recorded"
+    """Runs on example inputs: what is absorbed on their strength has passed a numeric check."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A norm and, where that is proven, the one layer whose output it normalizes.
+
+    Args:
+        norm: The norm's fqn; for a functional norm ``owner:running_mean``, the owning module's fqn and the name of
+            the buffer (or, without one, of the call).
+        kind: A :class:`NormKind`.
+        norm_type: The norm's class, or ``batch_norm``.
+        num_features: The norm's channels, C.
+        eps: The norm's eps.
+        momentum: The norm's momentum.
+        layer: The fqn of the layer that takes the norm's statistics up; None where none may.
+        layer_type: The layer's class.
+        fan_in: Values in each of the layer's filters, 0 without a layer.
+        depthwise: Whether each of the layer's filters sees one input channel of several.
+        rank: The number of axes of the norm's input where it is known.
+        spatial: The number of positions per sample and channel (1 for a vector) where it is known.
+        frozen: Whether the norm uses its stored statistics in training, too.
+        synchronized: Whether the norm's statistics are those of all processes.
+        has_statistics: Whether the norm stores a mean and a variance.
+        proof: A :class:`Proof`.
+        reason: Why there is no layer, or None.
+        aliases: Further fqns of the same norm.
+        found_by: A :class:`FoundBy`.
+        caveat: What the numeric check of a layer could not reach, or None.
+    """
+
+    norm: str
+    kind: str
+    norm_type: str
+    num_features: int
+    eps: float = 1e-5
+    momentum: float | None = 0.1
+    layer: str | None = None
+    layer_type: str | None = None
+    fan_in: int = 0
+    depthwise: bool = False
+    rank: int | None = None
+    spatial: int | None = None
+    frozen: bool = False
+    synchronized: bool = False
+    has_statistics: bool = True
+    proof: str = Proof.NONE
+    reason: str | None = None
+    aliases: tuple[str, ...] = ()
+    found_by: str = FoundBy.SYMBOLIC
+    caveat: str | None = None
+
+    @property
+    def evidence(self) -> str:
+        """The grade of proof, and that a record is behind it where one is: ``checked, recorded``."""
+        return f"{self.proof}, {self.found_by}" if self.found_by == FoundBy.RECORDED else self.proof
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Why there is no layer, and what the check of the layer could not reach."""
+        return tuple(text for text in (self.reason, self.caveat) if text)
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A norm, layer or scope that no site holds, and why.
+
+    Args:
+        name: Its fqn.
+        what: ``norm``, ``layer`` or ``scope``.
+        type: Its class.
+        code: A stable slug of the reason.
+        reason: The reason, in words that a person can act on.
+    """
+
+    name: str
+    what: str
+    type: str
+    code: str
+    reason: str

@@ -1,0 +1,216 @@
+"""A plan bound to a model: each norm's values and each site's parts, derived once and carried along."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from normswap.errors import InitializationError, PlanError
+from normswap.graph.after_norm import after_norm
+from normswap.norms import Norm, NormState, is_convertible, norm_of
+from normswap.norms.functional import FunctionalNorm
+from normswap.recipes import Recipe
+from normswap.records import NormKind, Plan, Site, Step
+from normswap.runs.watching import Statistics
+from normswap.stages.forwards import find_functional_norms
+from normswap.weights import Weight
+
+__all__ = ["BoundPlan", "BoundStep", "NormSource", "bind", "misfit", "submodule"]
+
+
+@dataclass(frozen=True)
+class NormSource:
+    """A norm as it was found in a model.
+
+    Args:
+        state: Its values; the tensors are the model's own.
+        after: What its class does after normalizing: modules, by their names within the norm where they are its
+            submodules.
+        call: Where it is a call of ``batch_norm``, that call.
+    """
+
+    state: NormState
+    after: tuple[tuple[str | None, nn.Module], ...] = ()
+    call: FunctionalNorm | None = None
+
+    @classmethod
+    def of(cls, module: nn.Module, after: tuple[nn.Module, ...]) -> NormSource:
+        """Return the source that ``module``, a norm that converts, is."""
+        norm = norm_of(module)
+        assert norm is not None
+        names = {id(child): name for name, child in module.named_modules()}
+        return cls(norm.read(module), tuple((names.get(id(one)), one) for one in after))
+
+    def after_in(self, module: nn.Module | None) -> tuple[nn.Module, ...]:
+        """Return the modules that come after, those of a copy of the norm where they are its submodules."""
+        return tuple(
+            copy.deepcopy(one) if name is None or module is None else module.get_submodule(name)
+            for name, one in self.after
+        )
+
+
+@dataclass(frozen=True)
+class BoundStep:
+    """One step of a plan with its parts.
+
+    Args:
+        step: The step.
+        weight: The form that the layer's weight gets.
+        norm: What takes the norm's place.
+        source: The norm that stands there.
+    """
+
+    step: Step
+    weight: Weight
+    norm: Norm
+    source: NormSource
+
+    @property
+    def site(self) -> Site:
+        """The step's site."""
+        return self.step.site
+
+    @property
+    def state(self) -> NormState:
+        """The values of the norm that stands there."""
+        return self.source.state
+
+    @classmethod
+    def at(cls, site: Site, recipe: Recipe, groups: int | None, source: NormSource) -> BoundStep:
+        """Return what ``recipe`` does at ``site`` with so many groups, None where its norm has none."""
+        weight, norm = recipe.weight(site), recipe.norm(site, groups)
+        words = str(norm) if groups is None else f"{norm} of {site.num_features // groups}"
+        name = weight.name if site.layer is not None else None
+        return cls(Step(site, name, words, groups, recipe.notes(site)), weight, norm, source)
+
+    def with_state(self, state: NormState) -> BoundStep:
+        """Return the same at a norm of other values."""
+        return dataclasses.replace(self, source=dataclasses.replace(self.source, state=state))
+
+
+@dataclass(frozen=True)
+class BoundPlan:
+    """A plan, its recipe, and what both come to at each site; ``plan`` is the part of it that is JSON.
+
+    Args:
+        plan: The plan.
+        recipe: Its recipe.
+        steps: Its steps, in the plan's order.
+    """
+
+    plan: Plan
+    recipe: Recipe
+    steps: tuple[BoundStep, ...]
+
+    @property
+    def modules(self) -> tuple[BoundStep, ...]:
+        """The steps whose norm is a submodule."""
+        return tuple(step for step in self.steps if step.site.kind == NormKind.MODULE)
+
+    def with_statistics(self, measured: Mapping[str, Statistics]) -> BoundPlan:
+        """Return the plan with statistics that were measured at norms which store none, by fqn.
+
+        Raises:
+            InitializationError: A norm stores none, and none were measured.
+        """
+        steps = []
+        for step in self.steps:
+            name = step.site.norm
+            if (found := measured.get(name)) is not None:
+                step = step.with_state(dataclasses.replace(step.state, mean=found.mean, var=found.var))
+            elif step.state.mean is None:
+                raise InitializationError(
+                    f"the calibration data never reaches '{name}', which stores no statistics",
+                    code="no-statistics",
+                    hint="exclude it, or give data that reaches it",
+                )
+            steps.append(step)
+        return dataclasses.replace(self, steps=tuple(steps))
+
+    def with_scales(self, scales: Mapping[str, Tensor]) -> BoundPlan:
+        """Return the plan for the model in which the channels that norms give were scaled, by fqn."""
+        return dataclasses.replace(
+            self,
+            steps=tuple(
+                step.with_state(step.state.scaled(scales[step.site.norm])) if step.site.norm in scales else step
+                for step in self.steps
+            ),
+        )
+
+    def with_groups(self, counts: Mapping[str, int]) -> BoundPlan:
+        """Return the plan with other group counts, by fqn."""
+        steps = tuple(
+            BoundStep.at(step.site, self.recipe, counts[step.site.norm], step.source)
+            if step.site.norm in counts
+            else step
+            for step in self.steps
+        )
+        plan = dataclasses.replace(self.plan, steps=tuple(step.step for step in steps))
+        return BoundPlan(plan, self.recipe, steps)
+
+
+def bind(plan: Plan, recipe: Recipe, model: nn.Module) -> BoundPlan:
+    """Return a plan that was made before, bound to ``model``, which is only read.
+
+    Raises:
+        PlanError: The plan was made for another architecture.
+    """
+    calls: dict[str, dict[str, FunctionalNorm]] = {}
+    steps = []
+    for step in plan.steps:
+        source = _source(plan, step.site, model, calls)
+        if step.site.num_features != source.state.num_features:
+            what = (
+                f"'{step.site.norm}' has {source.state.num_features} channels, the plan says {step.site.num_features}"
+            )
+            raise misfit(plan, what)
+        if step.site.layer is not None:
+            submodule(model, step.site.layer, plan)
+        steps.append(BoundStep(step, recipe.weight(step.site), recipe.norm(step.site, step.num_groups), source))
+    return BoundPlan(plan, recipe, tuple(steps))
+
+
+def _source(plan: Plan, site: Site, model: nn.Module, calls: dict[str, dict[str, FunctionalNorm]]) -> NormSource:
+    owner, _, name = site.norm.partition(":")
+    if site.kind == NormKind.MODULE:
+        module = submodule(model, owner, plan)
+        if not is_convertible(module):
+            raise misfit(plan, f"'{owner}' is a {type(module).__name__} and no BatchNorm")
+        after = after_norm(module)
+        if isinstance(after, str):
+            raise misfit(plan, after)
+        return NormSource.of(module, after)
+    if not name:  # the tensors lie in a child that is a BatchNorm
+        owner, _, name = owner.rpartition(".")
+    holder = submodule(model, owner, plan)
+    if owner not in calls:
+        calls[owner] = find_functional_norms(holder)
+    if name not in calls[owner]:
+        raise misfit(plan, f"the forward of '{owner}' calls no norm with '{name}'")
+    call = calls[owner][name]
+    return NormSource(call.read(holder, frozen=site.frozen), call=call)
+
+
+def submodule(model: nn.Module, fqn: str, plan: Plan) -> nn.Module:
+    """Return a submodule that ``plan`` names.
+
+    Raises:
+        PlanError: There is none.
+    """
+    try:
+        return model.get_submodule(fqn)
+    except AttributeError:
+        raise misfit(plan, f"the model has no module '{fqn}'") from None
+
+
+def misfit(plan: Plan, what: str) -> PlanError:
+    """Return the error that says why ``plan`` does not fit a model."""
+    return PlanError(
+        f"the plan, made for a {plan.model}, does not fit this model: {what}",
+        code="plan-does-not-fit",
+        hint="replay a plan on a model of the same architecture, or make a new plan",
+    )

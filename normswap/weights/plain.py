@@ -1,0 +1,28 @@
+"""A plain weight: no parametrization."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from normswap.nn import FilterLayout
+from normswap.norms.assignment import LinearOf, NewValue
+from normswap.weights.base import Weight, WeightEncoding
+
+__all__ = ["PlainWeight"]
+
+
+@dataclass(frozen=True)
+class PlainWeight(Weight):
+    """The weight as it is: ``W ← factor · W`` per output channel."""
+
+    name = None
+
+    def register(self, layer: nn.Module) -> None:
+        return None
+
+    def encode(self, layout: FilterLayout, weight: Tensor, factor: Tensor, dtype: torch.dtype) -> WeightEncoding:
+        scaled = NewValue(layout.scale(weight, factor), (LinearOf("layer.weight", factor),))
+        return WeightEncoding({"weight": scaled}, torch.ones_like(factor))
