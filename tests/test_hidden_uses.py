@@ -293,7 +293,7 @@ class ReadsSomeNorm(Pair):
 
 def test_a_read_of_no_name_keeps_every_norm_that_it_may_mean_unless_a_run_shows_which() -> None:
     model = randomize_(ReadsSomeNorm().double(), 0)
-    with pytest.raises(NothingToConvertError, match=r"running_mean of a module, which may be .* give example inputs"):
+    with pytest.raises(NothingToConvertError, match=r"running_mean of a module, which may be .* give example_inputs="):
         ns.convert(model, "gn")
     (step,) = ns.plan(model, "gn", example_inputs=(X,)).steps
     assert step.site.norm == "head.1"

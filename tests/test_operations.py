@@ -15,6 +15,7 @@ import normswap as ns
 from normswap.graph import capture
 from normswap.graph.after_norm import after_norm
 from normswap.graph.channels import FIXED, find_channels
+from normswap.graph.dataflow import Dataflow
 from normswap.graph.ops import LAYER_CALLS, STATISTICS_CALLS, is_leaf, rank_of
 from normswap.operations import table
 from normswap.operations.activations import ACTIVATIONS
@@ -345,7 +346,7 @@ class Network(nn.Module):
 
 
 def free_channels(model: nn.Module) -> int:
-    channels = find_channels(capture(model), ["norm", "end"], ["conv", "last"])
+    channels = find_channels(Dataflow(capture(model)), {"norm": (), "end": ()}, ["conv", "last"])
     return int((channels.outputs["norm"] != FIXED).sum())
 
 
