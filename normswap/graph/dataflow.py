@@ -1,4 +1,4 @@
-"""Dataflow: who calls what, over all graphs of a capture, and which layer feeds a norm and nothing else.
+"""Dataflow analysis: which layer feeds a norm and nothing else, over all graphs of a capture.
 
 A pattern is proven, not guessed. A layer may be absorbed where, in every run of the model, each of its calls feeds the
 norm and nothing else, and the norm is fed by nothing else; where no one else reads its weight; and where its output
@@ -183,10 +183,10 @@ class Dataflow(Calls):
         if not isinstance(source, fx.Node):
             return Finding(reason="its input is not a value that the trace follows")
         if source.op == "placeholder":
-            why = "its input is an input of its scope"
+            why = "its input is an input of the module that calls it"
             return Finding(gap=why) if call.trace.scope else Finding(reason=why)
         if source.target is untracked:
-            return Finding(gap="its input comes from where no record sees (a thread, TorchScript, vmap)")
+            return Finding(gap="its input was made where calls cannot be recorded (a thread, TorchScript, vmap)")
         if source.target is changed_in_place:
             return Finding(reason="its input is changed in place before it")
         if source.target is hook_barrier:
@@ -194,7 +194,7 @@ class Dataflow(Calls):
         return Finding(reason=f"its input comes from {_describe(call.trace, source)}")
 
     def _unfit(self, fqn: str, channels: int, rank: int | None, axis: int) -> str | None:
-        """Return why ``fqn``, which feeds the norm, cannot take its statistics up; None if it can."""
+        """Return why ``fqn``, which feeds the norm, cannot absorb its statistics; None if it can."""
         layer = self.capture.modules[fqn]
         if reason := self.why_shared(fqn):
             return reason
@@ -213,11 +213,12 @@ class Dataflow(Calls):
         if rank is not None and (axis == -1 or rank == 2) != isinstance(layer, nn.Linear):
             return f"the norm's channels are not those of {fqn}: its input has {rank} axes"
         if not scales_with_its_parameters(layer):
-            return f"the forward of {class_of(layer).__name__} is not linear in its weight, or could not be tried"
+            what = f"the forward of {class_of(layer).__name__}"
+            return f"{what} is not linear in its weight, or does not run on random inputs"
         return None
 
     def why_shared(self, fqn: str) -> str | None:
-        """Return why the parameters of ``fqn`` cannot be changed for its own calls' sake; None if they can."""
+        """Return why new parameters of ``fqn`` would change more than its calls; None if they would not."""
         module = self.capture.modules[fqn]
         if parametrize.is_parametrized(module) or (is_layer(module) and module._parameters.get("weight") is None):
             return f"the weight of {fqn} is already parametrized"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from torch import nn
 
@@ -13,7 +13,7 @@ from normswap.operations.channel_rules import Numbering, Rule
 
 __all__ = ["KEPT", "Operation"]
 
-KEPT: Final = "kept"
+KEPT: Final[Literal["kept"]] = "kept"
 """The result has as many axes as the operation's first argument."""
 
 
@@ -55,7 +55,7 @@ class Operation:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     elementwise: bool = False
     homogeneous: bool = False
-    axes: str | int | Callable[[Mapping[str, Any]], int | None] | None = None
+    axes: Literal["kept"] | int | Callable[[Mapping[str, Any]], int | None] | None = None
     order: Callable[[Mapping[str, Any], int], tuple[int, ...] | None] | None = None
     channels: Rule | None = None
     rebuild: Callable[..., nn.Module | None] | None = None
