@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from normswap.checks.comparison import Verification as Verification
     from normswap.checks.comparison import verify as verify
     from normswap.deploy.folding import Folding as Folding
-    from normswap.deploy.folding import FoldRow as FoldRow
     from normswap.deploy.folding import fold as fold
     from normswap.deploy.folding import fold_with_report as fold_with_report
     from normswap.deploy.onnx import ExportArtifact as ExportArtifact
     from normswap.deploy.onnx import export_onnx as export_onnx
+    from normswap.deploy.rows import FoldRow as FoldRow
     from normswap.errors import NormswapError as NormswapError
     from normswap.exported.program import from_exported as from_exported
     from normswap.initialization.data_dependent import initialize as initialize
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 # Each public name and the module that holds it: importing normswap imports none of them, and with them not torch.
 _HOMES = {
     "Conversion": "pipeline",
-    "FoldRow": "deploy.folding",
+    "FoldRow": "deploy.rows",
     "Folding": "deploy.folding",
     "ExportArtifact": "deploy.onnx",
     "InitReport": "records",

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, cast
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import TypeVar
 
 from normswap.checks.comparison import Verification
 from normswap.checks.conversion import Promise, refuse_empty, refuse_unfit
@@ -17,7 +18,7 @@ from normswap.graph import capture
 from normswap.graph.dataflow import Dataflow
 from normswap.initialization.base import Progress, Work, initializer_for
 from normswap.initialization.centring import SCALED, scaled_for
-from normswap.initialization.match import Match
+from normswap.initialization.match import Match, match_sites
 from normswap.initialization.moments import missing_statistics
 from normswap.options import Options
 from normswap.recipes import Recipe, all_recipes, make_recipe, option_names
@@ -32,7 +33,7 @@ from normswap.storage.origin import Origin, remember, skeleton_of
 
 __all__ = ["Conversion", "convert", "plan", "rank_sites", "swap_norms"]
 
-Model = TypeVar("Model", bound=nn.Module)
+Model = TypeVar("Model", bound=nn.Module, default=nn.Module)
 
 
 @dataclass(frozen=True, repr=False)
@@ -188,7 +189,7 @@ def rank_sites(
     work = _prepared(model, recipe, chosen, data, None, scale=chosen.scale)
     work = dataclasses.replace(work, least_group=recipe.least_group, isolated=True, progress=progress)
     target, method = copy_of(work.source), Match(work)
-    rows = method.fit(target, rewrite(target, work.bound, method.values))
+    rows = match_sites(work, target, rewrite(target, work.bound, method.values))
     found = [(step.site, fit) for step in work.bound.steps if (row := rows.get(step.site.norm)) and (fit := row.fit)]
     total = sum(fit.noise_after for _, fit in found) or 1.0
     costs = (

@@ -17,13 +17,12 @@ import torch
 import torch.nn.functional as F
 from random_networks import Network
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 import normswap as ns
 from normswap.errors import NothingToConvertError
 from normswap.initialization import absorb
-from normswap.nn import MeanOnlyBatchNorm
+from normswap.norms import norm_of
 from normswap.records import Plan
 
 # Double precision: a wrong term is a good part of the output. A dead channel multiplies by up to 1/sqrt(eps) = 316 per
@@ -242,7 +241,7 @@ def held(*models: nn.Module) -> Iterator[None]:
             model.train()
             for module in model.modules():
                 stored = getattr(module, "running_mean", None) is not None
-                if isinstance(module, (_BatchNorm, MeanOnlyBatchNorm)) and stored:
+                if stored and norm_of(module) is not None:
                     module.training = False
         with _Held():
             yield

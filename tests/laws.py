@@ -18,14 +18,14 @@ from unittest import mock
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
-from zoo import ZOO, Entry, FrozenBatchNorm2d, Inputs, leaves
+from zoo import ZOO, Entry, Inputs, leaves
 
 import normswap as ns
 from normswap.errors import NothingToConvertError
-from normswap.nn import ChannelLayerNorm, WeightStandardization
+from normswap.nn import WeightStandardization
+from normswap.norms import Affine, deployed, norm_of
 from normswap.records import Plan, Step
 
 BY_NAME = {entry.name: entry for entry in ZOO}
@@ -186,8 +186,13 @@ def layers_of(model: nn.Module) -> dict[str, nn.Module]:
     return {fqn: m for fqn, m in model.named_modules() if isinstance(m, (_ConvNd, nn.Linear))}
 
 
+def is_batch_norm(module: nn.Module) -> bool:
+    """Whether ``module`` is a BatchNorm of torch's or of the zoo's, told by name: the package is not asked."""
+    return any("BatchNorm" in cls.__name__ and "MeanOnly" not in cls.__name__ for cls in type(module).__mro__)
+
+
 def norms_of(model: nn.Module) -> dict[str, nn.Module]:
-    return {fqn: m for fqn, m in model.named_modules() if isinstance(m, (_BatchNorm, FrozenBatchNorm2d))}
+    return {fqn: m for fqn, m in model.named_modules() if is_batch_norm(m)}
 
 
 def zoo_name(norm: str) -> str:
@@ -243,14 +248,25 @@ def per_filter(layer: nn.Module, values: Tensor, weight: Tensor) -> Tensor:
 
 
 class AtExpectedStatistics(nn.Module):
-    """A per-sample norm's own affine with the mean 0 and the variance that its input has over the data."""
+    """A per-sample norm's own affine with the mean 0 and the variance that its input has over the data.
 
-    def __init__(self, norm: nn.GroupNorm | ChannelLayerNorm, variance: Tensor) -> None:
+    It is read off the norm itself: two positions u and −u of a sample have mean 0, and mean squares u² in whatever
+    groups; there ``y(±u) = ±scale·u + shift``. A norm over the channels of one position gets a u of mean 0, too.
+    """
+
+    def __init__(self, norm: nn.Module, variance: Tensor) -> None:
         super().__init__()
-        groups = norm.num_groups if isinstance(norm, nn.GroupNorm) else 1
-        expected = variance.view(groups, -1).mean(1, keepdim=True).expand(groups, variance.numel() // groups)
-        self.scale = norm.weight.detach() / (expected.flatten() + norm.eps).sqrt().to(norm.weight)
-        self.shift = norm.bias.detach()
+        like = next(norm.parameters())
+        u = variance.double().sqrt().clamp(min=1e-6 * float(variance.max().sqrt()))  # a dead channel has a slope, too
+        kind = norm_of(norm)
+        assert kind is not None
+        if kind.per_position:
+            u = torch.linspace(-1, 1, len(u), dtype=u.dtype)
+            u = u * (variance.double().mean() / u.square().mean()).sqrt()
+            u[u == 0] = 1e-9
+        with torch.no_grad():
+            up, down = copy.deepcopy(norm).double()(torch.stack([u, -u], 1)[None, :, :, None])[0, :, :, 0].unbind(1)
+        self.scale, self.shift = ((up - down) / (2 * u)).to(like), ((up + down) / 2).to(like)
 
     def forward(self, x: Tensor) -> Tensor:
         shape = (1, -1, *(1,) * (x.ndim - 2))
@@ -279,7 +295,7 @@ def at_expected_statistics(
     for step in case.plan.steps:
         found = new_norm(model, step)
         parts = () if found is None else (found, *found.children())
-        norms = [part for part in parts if isinstance(part, (nn.GroupNorm, ChannelLayerNorm))]
+        norms = [part for part in parts if normalizes_each_sample(part)]
         for norm in norms:
             var = old_tensor(case.original, step, "running_var")
             assert var is not None
@@ -290,6 +306,11 @@ def at_expected_statistics(
                     if child is norm:
                         parent._modules[name] = replacement
     return model
+
+
+def normalizes_each_sample(module: nn.Module) -> bool:
+    """Whether ``module`` is a norm and not affine in evaluation."""
+    return norm_of(module) is not None and not isinstance(deployed(module), Affine)
 
 
 def standardized(model: nn.Module) -> Iterator[tuple[str, nn.Module, WeightStandardization]]:

@@ -22,7 +22,9 @@ from zoo_packages import import_timm, import_torchvision
 import normswap as ns
 from normswap.errors import NormswapError
 from normswap.graph import capture
+from normswap.graph.after_norm import after_norm
 from normswap.graph.channels import FIXED, Channels, find_channels
+from normswap.graph.dataflow import Dataflow
 from normswap.initialization.equalization import scale_channels
 from normswap.records import NormKind
 
@@ -30,8 +32,9 @@ from normswap.records import NormKind
 def channels_of(model: nn.Module, inputs: Any = None) -> Channels:
     plan = ns.plan(model, "gn", example_inputs=inputs)
     sites = [step.site for step in plan.steps if step.site.kind == NormKind.MODULE]
-    captured = capture(model, inputs)
-    return find_channels(captured, [site.norm for site in sites], [site.layer for site in sites if site.layer])
+    after = {site.norm: after_norm(model.get_submodule(site.norm)) for site in sites}
+    layers = [site.layer for site in sites if site.layer]
+    return find_channels(Dataflow(capture(model, inputs)), after, layers)
 
 
 def scaled(model: nn.Module, channels: Channels, seed: int = 0) -> nn.Module:
@@ -151,8 +154,7 @@ def test_a_hook_that_sees_a_value_and_a_norm_that_is_left_out_fix_its_channels()
     model = Residual()
     model.inner.register_forward_hook(lambda *_: None)
     assert set(numbers(channels_of(model), "inner")) == {FIXED}
-    captured = capture(Residual())
-    channels = find_channels(captured, ["norm", "outer"], [])
+    channels = find_channels(Dataflow(capture(Residual())), {"norm": (), "outer": ()}, [])
     assert "inner" not in channels.outputs
 
 

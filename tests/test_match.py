@@ -22,7 +22,7 @@ from normswap.checks.agreement import agreement
 from normswap.errors import InitializationError, InputError
 from normswap.pipeline import Conversion
 from normswap.records import Plan
-from normswap.runs.side_by_side import THREAD
+from normswap.runs.pausing import THREAD
 
 C = 8
 

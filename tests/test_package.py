@@ -44,6 +44,7 @@ LAYERS = [
     "recipes",
     "weights",
     "norms",
+    "operations",
     "nn",
     "records",
     "options",

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from normswap.recipes.parts import Incoming, NormPart
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import normswap as ns
+from normswap.norms import Encoding, Incoming, Norm
 from normswap.recipes import all_recipes, make_recipe
 from normswap.recipes.base import GroupedRecipe
 from normswap.records import Site
@@ -151,18 +151,18 @@ def test_a_recipe_is_added_by_one_class() -> None:
             return x / rms * self.weight[:, None, None] + self.bias[:, None, None]
 
     @dataclass(frozen=True)
-    class Part(NormPart):
+    class RootMeanSquareNorm(Norm):
         eps: float
+
+        modules = (RootMeanSquare,)
+        removes_mean = False
 
         def build(self, site: Site, like: Tensor) -> nn.Module:
             return RootMeanSquare(site.num_features, self.eps)
 
-        def load(self, module: nn.Module | None, incoming: Incoming) -> Tensor:
-            assert isinstance(module, RootMeanSquare)
+        def encode(self, incoming: Incoming) -> Encoding:
             _, square = incoming.over_groups(1)
-            module.weight.data.copy_(incoming.gamma * (square + self.eps).sqrt() / incoming.scale)
-            module.bias.data.copy_(incoming.beta)
-            return -incoming.mean
+            return incoming.affine((square + self.eps).sqrt(), torch.zeros_like(square))
 
         def __str__(self) -> str:
             return "RootMeanSquare"
@@ -176,8 +176,8 @@ def test_a_recipe_is_added_by_one_class() -> None:
         paper = "Zhang & Sennrich 2019"
         exact = False
 
-        def norm(self, site: Site, num_groups: int | None) -> NormPart:
-            return Part(self.eps)
+        def norm(self, site: Site, num_groups: int | None) -> Norm:
+            return RootMeanSquareNorm(self.eps)
 
     model = small()
     result = ns.convert(model, RmsNormalization(eps=1e-6))

@@ -24,9 +24,10 @@ from zoo import ZOO, Entry, randomize_
 import normswap as ns
 from normswap.errors import InputError, NormswapError
 from normswap.graph import Capture, capture, capture_recorded, capture_symbolic
+from normswap.graph.dataflow import Dataflow
 from normswap.graph.perturbation import confirm_feeds
 from normswap.records import Plan
-from normswap.stages.find_sites import match
+from normswap.stages.find_sites import find_sites
 
 EXACT = 1e-12  # in float64; a wrong absorption is off by more than a hundredth
 
@@ -338,7 +339,7 @@ DIFFERENCES = dict.fromkeys(
 
 
 def layers_found(model: nn.Module, found: Capture, inputs: tuple[Tensor, ...]) -> dict[str, str | None]:
-    return {site.norm: site.layer for site in match(found, inputs).sites}
+    return {site.norm: site.layer for site in find_sites(Dataflow(found), inputs).sites}
 
 
 @pytest.mark.parametrize("entry", ZOO, ids=str)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from normswap.initialization.regression import Covariances, SecondMoments, seen, solve, within_sight
+from normswap.initialization.regression import Covariances, SecondMoments, clamped, solve, surrogate_target
 
 GROUPS, FAN_IN, OUT = 2, 5, 3
 
@@ -196,7 +196,7 @@ def test_without_a_ridge_a_singular_covariance_is_no_failure_and_a_regular_one_i
     assert solve(moments(torch.zeros_like(u), t), anchor(), 0.0).ridge > 0.0
 
 
-# ------------------------------------------------------------------------------------------- only what is seen
+# ------------------------------------------------------------------------------------ regression through a ReLU
 
 
 def test_retargeted_moments_are_those_of_the_new_targets() -> None:
@@ -220,28 +220,28 @@ def test_a_solution_applies_as_it_says_and_its_factor_may_be_used_again() -> Non
     assert not torch.allclose(other.weight, found.weight, rtol=1e-3)
 
 
-def test_rounds_of_what_is_seen_lessen_its_error_where_plain_regression_spends_weights_on_the_unseen() -> None:
-    """Targets with a tail far below zero, which no linear map predicts and nobody sees."""
+def test_rounds_of_regression_lessen_the_error_behind_a_relu() -> None:
+    """Targets with a tail far below zero: no linear map predicts it, plain regression tries, and a ReLU drops it."""
     generator = torch.Generator().manual_seed(0)
     u = torch.randn(4000, 1, 6, generator=generator, dtype=torch.float64)
     plain = u[:, 0] @ torch.randn(6, 3, generator=generator, dtype=torch.float64)
     y = torch.where(plain > 0, plain, -3 * plain.square() * (1 + u[:, 0, :1].abs()))
-    cut = torch.zeros_like(y)
+    threshold = torch.zeros_like(y)
     data = moments(u, y)
     solution = solve(data, torch.zeros(1, 3, 6, dtype=torch.float64), 1e-4)
     errors = []
     for _ in range(8):
         predicted = solution.apply(u)
-        errors.append(float((seen(predicted, cut) - seen(y, cut)).square().mean()))
-        again = data.retargeted(u, within_sight(predicted, y, cut))
+        errors.append(float((clamped(predicted, threshold) - clamped(y, threshold)).square().mean()))
+        again = data.retargeted(u, surrogate_target(predicted, y, threshold))
         solution = solve(again, torch.zeros(1, 3, 6, dtype=torch.float64), 1e-4, like=solution)
     assert errors[-1] < 0.3 * errors[0]
     assert errors == sorted(errors, reverse=True)
 
 
-def test_all_is_seen_without_a_cut() -> None:
+def test_without_a_threshold_all_of_a_value_counts() -> None:
     y, predicted = torch.randn(5, 3), torch.randn(5, 3)
-    assert within_sight(predicted, y, None) is y
-    assert seen(y, None) is y
-    cut = torch.full_like(y, -10.0)
-    assert torch.equal(within_sight(predicted, y, cut), y), "nor where the cut is far below"
+    assert surrogate_target(predicted, y, None) is y
+    assert clamped(y, None) is y
+    threshold = torch.full_like(y, -10.0)
+    assert torch.equal(surrogate_target(predicted, y, threshold), y), "nor where the threshold is far below"

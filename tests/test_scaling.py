@@ -14,6 +14,7 @@ import normswap as ns
 from normswap.demo.data import load_digits, load_network
 from normswap.graph import capture
 from normswap.graph.channels import FIXED, find_channels
+from normswap.graph.dataflow import Dataflow
 from normswap.initialization import centring
 from normswap.initialization.equalization import choose_scales, costs_of, least
 from normswap.initialization.moments import moments_of_covariance
@@ -197,7 +198,7 @@ def test_a_network_without_a_free_channel_is_left_as_it_is() -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.SiLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
     ).eval()
-    channels = find_channels(capture(model), ["1", "4"], ["0", "3"])
+    channels = find_channels(Dataflow(capture(model)), {"1": (), "4": ()}, ["0", "3"])
     gains = {name: torch.ones(2, 4) for name in ("0", "3")}
     assert choose_scales(model, gains, channels, [(torch.randn(8, 3, 8, 8),)], shaped=False) is None
 

@@ -10,11 +10,10 @@ from torch import Tensor, nn
 
 from normswap.errors import InputError
 from normswap.records import Agreement
+from normswap.runs.batches import LEAST_SAMPLES, held_out, sample_count, take
 from normswap.runs.calling import Batch, run_on_data
 from normswap.runs.guard import set_mode, untouched
-from normswap.runs.holdout import LEAST_SAMPLES, held_out
-from normswap.runs.inputs import sample_count, take
-from normswap.runs.side_by_side import tensors_of
+from normswap.runs.tensors import tensors_of
 
 __all__ = ["agreement"]
 
@@ -67,14 +66,14 @@ def _of_held_samples(models: Sequence[nn.Module], batches: Sequence[Batch]) -> _
     counts = [sample_count(batch) for batch in batches]
     if sum(counts) < LEAST_SAMPLES:
         return None
-    parts, seen = [], 0
+    parts, before = [], 0
     for batch, count in zip(batches, counts, strict=True):
-        held = held_out(count, seen)
+        held = held_out(count, before)
         part = take(batch, held)
         if part is None:
             return None
         parts += [part] if bool(held.any()) else []
-        seen += count
+        before += count
     return _of_batches(models, parts)
 
 
@@ -93,9 +92,9 @@ def _held_rows(pairs: _Pairs) -> _Pairs:
     """Return the rows of the held-out samples, counted along the outputs' first axis; all where they are few."""
     chosen: _Pairs = {}
     for i, several in pairs.items():
-        samples, seen = sum(len(a) for a, _ in several), 0
+        samples, before = sum(len(a) for a, _ in several), 0
         for a, b in several:
-            held = held_out(len(a), seen).to(a.device) | (samples < LEAST_SAMPLES)
-            seen += len(a)
+            held = held_out(len(a), before).to(a.device) | (samples < LEAST_SAMPLES)
+            before += len(a)
             chosen.setdefault(i, []).append((a[held], b[held]))
     return chosen

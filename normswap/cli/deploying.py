@@ -22,7 +22,7 @@ from normswap.errors import InputError
 from normswap.storage.writing import staged
 
 if TYPE_CHECKING:
-    from normswap.deploy.folding import FoldRow
+    from normswap.deploy.rows import FoldRow
 
 __all__ = ["export_model", "fold_model"]
 

@@ -196,7 +196,7 @@ class Chosen(dict[str, Any]):
     @classmethod
     def of(cls, **values: Any) -> Chosen:
         """Return what was given: a flag that was not is None, or an empty list."""
-        given = {
+        given: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value
             for name, value in values.items()
             if value is not None and value != []

@@ -145,7 +145,7 @@ def calibration_batches(model: nn.Module, given: DataFlags) -> list[Any] | None:
         from torch import Tensor
 
         from normswap.loading import load_inputs
-        from normswap.runs.inputs import bind_batches
+        from normswap.runs.batches import bind_batches
 
         inputs = load_inputs(path)
         named = isinstance(inputs, Mapping)
@@ -164,7 +164,7 @@ def samples_of(model: nn.Module, batches: list[Any] | None) -> Any:
     from torch import Tensor
     from torch.utils import _pytree as pytree
 
-    from normswap.runs.inputs import bind_batches, some_samples
+    from normswap.runs.batches import bind_batches, some_samples
     from normswap.runs.recorded_inputs import recorded_inputs
 
     if batches is None or recorded_inputs(model) is not None:

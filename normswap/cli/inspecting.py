@@ -57,16 +57,22 @@ def _show_sites(network: nn.Module, inputs: Any, *, as_json: bool) -> None:
     """Print the norms with their layers, and what is left alone with its reason."""
     with working("reading the dataflow"):
         from normswap.graph import capture
+        from normswap.graph.dataflow import Dataflow
         from normswap.runs.inputs import as_inputs
-        from normswap.stages.find_sites import match
+        from normswap.stages.find_sites import find_sites
         from normswap.storage.origin import origin_of
 
         example = None if inputs is None else as_inputs(inputs)
-        matches = match(capture(network, example), example)
+        matches = find_sites(Dataflow(capture(network, example)), example)
         parameters = sum(p.numel() for p in network.parameters())
     name = type(network).__name__
     if as_json:
-        record = {"model": name, "parameters": parameters, **dataclasses.asdict(matches)}
+        record = {
+            "model": name,
+            "parameters": parameters,
+            "sites": [dataclasses.asdict(site) for site in matches.sites],
+            "skips": [dataclasses.asdict(skip) for skip in matches.skips],
+        }
         print_json(json.dumps(record, indent=2, ensure_ascii=False))
         return
     origin = origin_of(network)

@@ -1,52 +1,31 @@
-"""Fold: reparameterized weights become plain weights, and what is affine in evaluation goes into a neighbour.
-
-In evaluation a mean-only BatchNorm, a remaining BatchNorm and a per-channel affine all are ``y = a_c x + b_c``. Where
-the graph proves that a convolution or linear layer feeds one and nothing else, ``W ← a W``, ``c ← a c + b``. Elsewhere
-two in a row become one, and what is left becomes a depthwise 1×1 convolution.
-"""
+"""Fold: reparameterized weights become plain weights, and what is affine in evaluation goes into a neighbour."""
 
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
-from torch.nn.utils import skip_init
+from torch import fx, nn
 
 from normswap.checks.comparison import Verification, training_modules
 from normswap.checks.self_check import eval_output, keeps_output
+from normswap.deploy.affines import fuse_affines, put, ranks_on, standing_alone
+from normswap.deploy.rows import FoldRow
 from normswap.errors import FoldError, Text, VerificationError, argument
-from normswap.graph import capture
-from normswap.graph.after_norm import after_norm, read_batch_norm
-from normswap.graph.code_reads import reads_in_code
-from normswap.graph.dataflow import Dataflow
-from normswap.graph.ops import is_norm
-from normswap.graph.perturbation import confirm_feeds
-from normswap.nn import ChannelAffine, ChannelLayerNorm, FilterLayout, MeanOnlyBatchNorm
-from normswap.nn.kinds import is_layer
 from normswap.nn.plain import make_plain
+from normswap.norms import Affine, Stays, deployed
 from normswap.records import text_table
-from normswap.runs.calling import run_on
 from normswap.runs.guard import copy_of
 from normswap.runs.inputs import Inputs, example_of, make_up_inputs
 from normswap.stages.forwards import is_rewritten, trace_own_forward
 from normswap.storage.origin import forget
 
-__all__ = ["FoldRow", "Folding", "fold", "fold_with_report"]
+__all__ = ["Folding", "fold", "fold_with_report"]
 
 _PARTS = {"affine", "norm", "after"}
 """The names of the parts that stand in a norm's place (see rewriting)."""
-
-
-@dataclass(frozen=True)
-class FoldRow:
-    """One thing that was folded, or was not: its fqn, what became of it, and the reason if it stays."""
-
-    name: str
-    result: str
-    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -99,134 +78,19 @@ def fold_with_report(model: nn.Module, *, example_inputs: Any = None) -> Folding
         )
     folded = copy_of(model)
     inputs = example_of(model, example_inputs)
-    if inputs is not None:
-        _note_ranks(folded, inputs)
+    ranks = {} if inputs is None else ranks_on(folded, inputs)
     rows: list[FoldRow] = []
     left: list[FoldRow] = []
     for name, reason in make_plain(folded):
         (left if reason else rows).append(FoldRow(name, "as it was" if reason else "a plain weight", reason))
-    while done := _fold_affines(folded, inputs):
+    while done := fuse_affines(folded, inputs, ranks):
         rows += done
     _simplify(folded)
-    for row in _replace_the_rest(folded):
+    for row in _replace_the_rest(folded, ranks):
         (left if row.reason else rows).append(row)
     folded = _plain_forwards(folded)
     forget(folded)
     return Folding(folded, tuple(rows), tuple(left), _check(model, folded, inputs))
-
-
-@dataclass(frozen=True)
-class _Affine:
-    """``y = after(scale·x + shift)`` per channel, float64."""
-
-    scale: Tensor
-    shift: Tensor
-    after: tuple[nn.Module, ...] = ()
-
-    def rest(self) -> nn.Module:
-        """Return what is left of the module once the affine is gone."""
-        return nn.Sequential(*self.after) if len(self.after) > 1 else self.after[0] if self.after else nn.Identity()
-
-
-def _as_affine(module: nn.Module) -> _Affine | None:
-    """Return the per-channel affine that ``module`` is in evaluation, None if it is none."""
-    if isinstance(module, ChannelAffine):
-        return _Affine(module.weight.detach().double(), module.bias.detach().double())
-    if isinstance(module, MeanOnlyBatchNorm):
-        shift = module.bias.detach().double() - module.running_mean.double()
-        return _Affine(torch.ones_like(shift), shift)
-    if not is_norm(module):
-        return None
-    state, after = read_batch_norm(module), after_norm(module)
-    if state.mean is None or isinstance(after, str):
-        return None
-    scale = state.gamma.double() * state.inverse_std
-    return _Affine(scale, state.beta.double() - scale * state.mean.double(), after)
-
-
-def _fold_affines(model: nn.Module, inputs: Inputs | None) -> list[FoldRow]:
-    """Fold every affine that directly follows a layer, or another affine, into it; one pass over one capture."""
-    flow = Dataflow(capture(model, inputs, modes=(False,)))
-    named = reads_in_code(flow.capture)
-    affines: dict[str, _Affine] = {}
-    feeding: dict[str, str] = {}
-    open_pairs: list[tuple[str, str]] = []
-    for fqn in sorted(flow.order, key=flow.order.__getitem__):
-        module = flow.capture.modules.get(fqn)
-        if module is None or fqn in flow.functional:
-            continue
-        affine = _as_affine(module)
-        if affine is None or module._forward_hooks or module._forward_pre_hooks:
-            continue
-        if fqn in named or any(
-            flow.reads(t) for t in (*module._parameters.values(), *module._buffers.values()) if t is not None
-        ):
-            continue  # the model reads its tensors or numbers outside of its call: it must stay
-        found = flow.layer_feeding(fqn, affine.scale.numel(), _rank(flow, fqn), _takes_affine)
-        if found.layer is None or found.reason:
-            continue
-        affines[fqn], feeding[fqn] = affine, found.layer
-        if found.gap:
-            open_pairs.append((found.layer, fqn))
-    closed = confirm_feeds(model, open_pairs, inputs) if open_pairs and inputs is not None else {}
-    rows: list[FoldRow] = []
-    taken: set[str] = set()
-    for fqn, layer in feeding.items():
-        if fqn in taken or layer in taken or ((layer, fqn) in open_pairs and (layer, fqn) not in closed):
-            continue
-        affine = affines[fqn]
-        _into(flow.capture.modules[layer], affine)
-        rest = affine.rest()
-        for name in flow.capture.names[fqn]:
-            _replace(model, name, rest)
-        taken |= {fqn, layer}
-        rows.append(FoldRow(fqn, f"part of {layer}"))
-    return rows
-
-
-def _takes_affine(module: nn.Module) -> bool:
-    return is_layer(module) or isinstance(module, ChannelAffine)
-
-
-def _rank(flow: Dataflow, fqn: str) -> int | None:
-    module = flow.capture.modules[fqn]
-    known = module.rank if isinstance(module, (ChannelAffine, MeanOnlyBatchNorm)) else None
-    seen = {axes for axes, _ in flow.capture.shapes.get(fqn, ())}
-    return known or flow.rank(fqn, (seen.pop(), 0) if len(seen) == 1 else None)
-
-
-def _into(layer: nn.Module, affine: _Affine) -> None:
-    weight, bias = FilterLayout.weight(layer), layer.bias
-    old = bias.detach().double() if isinstance(bias, Tensor) else torch.zeros_like(affine.shift)
-    shift = affine.scale * old + affine.shift
-    with torch.no_grad():
-        if isinstance(layer, ChannelAffine):
-            weight.copy_(weight.double() * affine.scale)
-        else:
-            weight.copy_(FilterLayout.of(layer).scale(weight.double(), affine.scale))
-        layer.bias = nn.Parameter(shift.to(weight.dtype), requires_grad=weight.requires_grad)
-
-
-def _note_ranks(model: nn.Module, inputs: Inputs) -> None:
-    """Note the number of axes that reach the modules which may become a depthwise convolution."""
-
-    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
-        module.rank = args[0].ndim
-
-    unknown = [m for m in model.modules() if isinstance(m, (ChannelAffine, MeanOnlyBatchNorm)) and m.rank is None]
-    handles = [module.register_forward_pre_hook(note) for module in unknown]
-    try:
-        if handles:
-            run_on(model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _replace(model: nn.Module, fqn: str, new: nn.Module) -> None:
-    parent, _, name = fqn.rpartition(".")
-    new.eval()
-    model.get_submodule(parent)._modules[name] = new
 
 
 def _simplify(model: nn.Module) -> None:
@@ -234,7 +98,7 @@ def _simplify(model: nn.Module) -> None:
     simpler: dict[int, nn.Module] = {}
     for fqn, module in list(model.named_modules(remove_duplicate=False)):
         if id(module) in simpler:
-            _replace(model, fqn, simpler[id(module)])
+            put(model, fqn, simpler[id(module)])
             continue
         if type(module) is not nn.Sequential or not module._modules:
             continue
@@ -246,55 +110,41 @@ def _simplify(model: nn.Module) -> None:
             continue
         only = next(iter(kept.values()), nn.Identity())
         simpler[id(module)] = only if len(kept) < 2 else nn.Sequential(kept)
-        _replace(model, fqn, simpler[id(module)])
+        put(model, fqn, simpler[id(module)])
 
 
-def _replace_the_rest(model: nn.Module) -> list[FoldRow]:
-    """Replace what is still of this package by modules of torch.nn, where there are any."""
+def _replace_the_rest(model: nn.Module, ranks: Mapping[int, int]) -> list[FoldRow]:
+    """Replace what is still left to fold by modules of torch.nn, where there are any, and say what stays."""
     rows = []
     names: dict[int, list[str]] = defaultdict(list)
     for fqn, module in model.named_modules(remove_duplicate=False):
         names[id(module)].append(fqn)
     for fqn, module in list(model.named_modules()):
-        if isinstance(module, (ChannelAffine, MeanOnlyBatchNorm)):
-            affine = _as_affine(module)
-            assert affine is not None
-            new = _depthwise(affine, module.rank, module.bias)
-            if new is None or module._forward_hooks or module._forward_pre_hooks:
-                unknown = Text(f"its input's number of axes is unknown: give {argument('example_inputs')}")
-                why = "a forward hook is on it" if new else unknown
+        answer = deployed(module)
+        if isinstance(answer, Stays):
+            rows.append(FoldRow(fqn, "as it was", answer.reason))
+        elif isinstance(answer, Affine):
+            new, why = _in_place_of(module, answer, ranks)
+            if new is None:
                 rows.append(FoldRow(fqn, "as it was", why))
                 continue
             what = "a diagonal Linear" if isinstance(new, nn.Linear) else f"a depthwise 1×1 {type(new).__name__}"
             rows.append(FoldRow(fqn, what))
             for name in names[id(module)]:
-                _replace(model, name, new)
-        elif isinstance(module, ChannelLayerNorm):
-            rows.append(FoldRow(fqn, "as it was", "torch.nn has no layer normalization over channels"))
-        elif is_norm(module):
-            rows.append(FoldRow(fqn, "as it was", "no layer may take it up"))
+                put(model, name, new)
     return rows
 
 
-def _depthwise(affine: _Affine, rank: int | None, like: Tensor) -> nn.Module | None:
-    channels = affine.scale.numel()
-    if rank == 2:
-        linear = skip_init(nn.Linear, channels, channels, device=like.device, dtype=like.dtype)
-        assert isinstance(linear, nn.Linear)
-        with torch.no_grad():
-            linear.weight.copy_(torch.diag(affine.scale))
-            linear.bias.copy_(affine.shift)
-        return linear
-    if rank not in (3, 4, 5):
-        return None
-    make = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[rank - 3]
-    conv = skip_init(make, channels, channels, 1, groups=channels, device=like.device, dtype=like.dtype)
-    assert isinstance(conv, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-    with torch.no_grad():
-        conv.weight.copy_(affine.scale.view_as(conv.weight))
-        assert conv.bias is not None
-        conv.bias.copy_(affine.shift)
-    return conv
+def _in_place_of(module: nn.Module, affine: Affine, ranks: Mapping[int, int]) -> tuple[nn.Module | None, str]:
+    """Return what stands in the place of an affine that no layer has taken up, or None and why there is nothing."""
+    if affine.otherwise is not None:
+        return None, "no layer may take it up"
+    new = standing_alone(affine, affine.rank or ranks.get(id(module)), like=next(module.parameters()))
+    if new is None:
+        return None, Text(f"its input's number of axes is unknown: give {argument('example_inputs')}")
+    if module._forward_hooks or module._forward_pre_hooks:
+        return None, "a forward hook is on it"
+    return new, ""
 
 
 def _plain_forwards(model: nn.Module) -> nn.Module:
@@ -306,7 +156,7 @@ def _plain_forwards(model: nn.Module) -> nn.Module:
         plain.eval()
         if not name:
             return plain
-        _replace(model, name, plain)
+        put(model, name, plain)
     return model
 
 

@@ -10,7 +10,8 @@ from torch import nn
 
 from normswap.errors import InputError, argument
 from normswap.graph.recorded import capture_recorded
-from normswap.graph.symbolic import Capture, Trace, capture_symbolic
+from normswap.graph.records import Capture, Trace
+from normswap.graph.symbolic import capture_symbolic
 
 __all__ = ["Capture", "Trace", "capture", "capture_recorded", "capture_symbolic"]
 

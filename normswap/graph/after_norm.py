@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
 from normswap.graph.ops import is_functional_norm
-from normswap.graph.symbolic import ScopeTracer
+from normswap.graph.tracer import ScopeTracer
 from normswap.nn.kinds import class_of
 from normswap.norms import NormState, norm_of
+from normswap.operations.table import of_call
 from normswap.runs.guard import set_mode, untouched
 
 __all__ = ["after_norm"]
@@ -23,27 +21,6 @@ __all__ = ["after_norm"]
 # timm's BatchNormAct2d and its like normalize, drop and activate in one forward: what follows the normalization must
 # survive. The forward is traced and its end taken apart: submodules and plain activations, up to the normalization
 # itself, and whether that part is the affine map of the statistics is checked by running it. What fails is refused.
-
-_ACTIVATIONS: dict[Any, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
-    F.relu: (nn.ReLU, ()),
-    torch.relu: (nn.ReLU, ()),
-    "relu": (nn.ReLU, ()),
-    "relu_": (nn.ReLU, ()),
-    F.relu6: (nn.ReLU6, ()),
-    F.leaky_relu: (nn.LeakyReLU, ("negative_slope",)),
-    F.elu: (nn.ELU, ("alpha",)),
-    F.gelu: (nn.GELU, ()),
-    F.silu: (nn.SiLU, ()),
-    F.mish: (nn.Mish, ()),
-    F.hardswish: (nn.Hardswish, ()),
-    F.hardsigmoid: (nn.Hardsigmoid, ()),
-    torch.sigmoid: (nn.Sigmoid, ()),
-    torch.tanh: (nn.Tanh, ()),
-    "sigmoid": (nn.Sigmoid, ()),
-    "tanh": (nn.Tanh, ()),
-    F.dropout: (nn.Dropout, ("p",)),
-    F.dropout2d: (nn.Dropout2d, ("p",)),
-}
 
 
 def after_norm(module: nn.Module) -> tuple[nn.Module, ...] | str:
@@ -74,25 +51,24 @@ def _tail(module: nn.Module, graph: fx.Graph) -> tuple[nn.Module, ...] | str:
     (output,) = (node for node in graph.nodes if node.op == "output")
     if any(node.target is operator.setitem for node in graph.nodes):
         return "writes to its output"
-    node, after = output.args[0], []
+    node, after = output.args[0], list[nn.Module]()
     while isinstance(node, fx.Node):
         if is_functional_norm(node) or node.op == "placeholder":
             break
-        if node.op == "call_module":
-            child = module.get_submodule(str(node.target))
-            if type(child) is not nn.Identity:
-                after.append(child)
-        elif node.target in _ACTIVATIONS:
-            make, names = _ACTIVATIONS[node.target]
-            given = dict(zip(names, node.args[1:], strict=False)) | {
-                n: node.kwargs[n] for n in names if n in node.kwargs
-            }
-            after.append(make(**given))
-        else:
+        operation = of_call(node)
+        if node.op != "call_module" and (operation is None or operation.rebuild is None):
             break  # a frozen BatchNorm's arithmetic: whether it is one is checked by running it
         if len(node.all_input_nodes) != 1:
             return "combines values after normalizing"
-        node = node.args[0]
+        if operation is None:
+            activation: nn.Module | None = module.get_submodule(str(node.target))
+        else:
+            activation = operation.rebuilt(operation.bind(node.args, node.kwargs))
+        if activation is None:
+            break
+        if type(activation) is not nn.Identity:
+            after.append(activation)
+        node = node.all_input_nodes[0]
     else:
         return "does not return one tensor"
     return tuple(reversed(after))

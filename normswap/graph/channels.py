@@ -21,13 +21,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
-from normswap.graph.channel_rules import MODULES, RULES, VALUE_FREE, Value, reads_attribute, values_in
 from normswap.graph.dataflow import Dataflow
 from normswap.graph.linearity import is_torchs_own
-from normswap.graph.symbolic import Capture, Trace
+from normswap.graph.records import Capture, Trace
 from normswap.nn import FilterLayout
-from normswap.nn.kinds import class_of, is_layer
-from normswap.norms import is_convertible, norm_of
+from normswap.nn.kinds import is_layer
+from normswap.norms import is_convertible
+from normswap.operations.channel_rules import Value, values_in
+from normswap.operations.table import of_call, of_module, reads_no_value
 
 __all__ = ["FIXED", "Channels", "find_channels"]
 
@@ -122,7 +123,7 @@ class _Numbering:
 
     def _follow(self, trace: Trace, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
         """Return what is known of ``node``'s value: a :class:`Value`, several, or None."""
-        if node.op in ("placeholder", "get_attr") or node.target in VALUE_FREE or reads_attribute(node):
+        if node.op in ("placeholder", "get_attr") or reads_no_value(node):
             return None
         given = {n: values.get(n) for n in node.all_input_nodes}
         known: Any = {n: _UNKNOWN if value is None else value for n, value in given.items()}
@@ -132,8 +133,8 @@ class _Numbering:
             fqn = self.capture.aliases[trace.fqn(str(node.target))]
             alone = len(args) == 1 and not kwargs
             found = self._module(fqn, self.capture.modules[fqn], args[0] if alone else None)
-        elif node.op in ("call_function", "call_method") and node.target in RULES:
-            found = RULES[_meant(node)](self, args, kwargs)
+        elif operation := of_call(node, _meant(node)):
+            found = operation.on_channels(self, operation.bind(args, kwargs))
         if found is None:  # whatever happens there, it happens to the values as they are
             self.fix(list(given.values()))
         return found
@@ -186,9 +187,8 @@ class _Numbering:
     def _rank(self, fqn: str, norm: nn.Module, x: Any) -> int | None:
         seen = {rank for rank, _ in self.capture.shapes.get(fqn, ())}
         found = seen.pop() if len(seen) == 1 else getattr(x, "rank", None)
-        kind = norm_of(norm)
-        own = None if kind is None else kind.rank_of(norm)
-        return found if own is None else own
+        operation = of_module(norm, inherited=True)
+        return operation.axes if operation is not None and isinstance(operation.axes, int) else found
 
     def _is_free(self, fqn: str, module: nn.Module) -> bool:
         """Tell whether weight and bias are the module's own floating point tensors, and its calls are shown."""
@@ -210,9 +210,11 @@ def _meant(node: fx.Node) -> Any:
 
 
 def _applied(numbering: _Numbering, module: nn.Module, x: Any) -> Value | None:
-    rule = MODULES.get(class_of(module))
-    known = isinstance(x, Value) and rule is not None and "forward" not in module.__dict__
-    return rule(numbering, module, x) if known and rule is not None else None
+    operation = of_module(module)
+    if operation is None or not isinstance(x, Value) or "forward" in module.__dict__:
+        return None
+    found: Value | None = operation.on_channels(numbering, operation.bind_module(module, x))
+    return found
 
 
 def _taken(x: Value, layer: nn.Module, count: int) -> Tensor | None:

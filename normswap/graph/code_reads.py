@@ -23,7 +23,7 @@ from torch import fx, nn
 
 from normswap.errors import Text, argument
 from normswap.graph.ops import is_leaf
-from normswap.graph.symbolic import Capture
+from normswap.graph.records import Capture
 from normswap.nn.kinds import class_of
 from normswap.norms import is_convertible
 

@@ -7,9 +7,8 @@ channels are the norm's. Names and the order of registration prove nothing.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,23 +17,17 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from normswap.errors import Text, argument
-from normswap.graph.functional import read_functional_norm
+from normswap.graph.calls import Call, Calls
 from normswap.graph.linearity import scales_with_its_parameters
-from normswap.graph.ops import LAYER_CALLS, is_functional_norm, is_leaf, norm_argument, passes_through, rank_of
-from normswap.graph.recorded import changed_in_place, untracked
-from normswap.graph.symbolic import Capture, Trace, has_optional_arguments, hook_barrier
+from normswap.graph.ops import is_functional_norm, is_leaf, norm_argument, passes_through, rank_of
+from normswap.graph.recorder import changed_in_place, untracked
+from normswap.graph.records import Trace
+from normswap.graph.tracer import hook_barrier
 from normswap.nn import FilterLayout
 from normswap.nn.kinds import class_of, is_layer
-from normswap.norms import norm_of
-from normswap.norms.functional import FunctionalNorm
+from normswap.operations.table import of_module
 
 __all__ = ["Dataflow", "Finding"]
-
-
-@dataclass(frozen=True)
-class _Call:
-    trace: Trace
-    node: fx.Node
 
 
 @dataclass(frozen=True)
@@ -48,154 +41,15 @@ class Finding:
     """Whether no symbolic trace, but only the record of a run, shows it."""
 
 
-@dataclass
-class Dataflow:
-    """The calls and reads that a capture holds, by what is called and read.
-
-    Args:
-        capture: The capture.
-        calls: The calls of each leaf module and functional norm, by run.
-        functional: The functional norms: their owner's fqn and what they are, by key.
-        refused: The functional norms that cannot be replaced, and why, by key.
-        functional_layers: The layers that a forward calls functionally, by key.
-        frozen: The functional norms that use their stored statistics in training, too.
-        order: When each is first called.
-    """
-
-    capture: Capture
-    calls: dict[str, dict[int, list[_Call]]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(list)))
-    functional: dict[str, tuple[str, FunctionalNorm]] = field(default_factory=dict)
-    refused: dict[str, str] = field(default_factory=dict)
-    functional_layers: dict[str, str] = field(default_factory=dict)
-    frozen: set[str] = field(default_factory=set)
-    order: dict[str, int] = field(default_factory=dict)
-    _reads: set[int] = field(default_factory=set)  # ids of tensors that some forward reads itself
-    _owners: dict[int, list[str]] = field(default_factory=lambda: defaultdict(list))  # of a parameter, by its id
-    _places: dict[int, list[str]] = field(default_factory=lambda: defaultdict(list))  # the same by its address
-
-    def __post_init__(self) -> None:
-        capture = self.capture
-        for fqn, module in capture.modules.items():
-            for name, parameter in module._parameters.items():
-                if parameter is not None and not is_lazy(parameter):
-                    self._owners[id(parameter)].append(f"{fqn}.{name}")
-                    if not parameter.is_meta and parameter.numel():
-                        self._places[parameter.data_ptr()].append(f"{fqn}.{name}")
-        # Scopes are traced one after the other: only runs know in which order they are called.
-        for trace in capture.traces:
-            if trace.recorded:
-                self._note_order(trace)
-        trained: dict[str, dict[int, set[bool]]] = defaultdict(lambda: defaultdict(set))
-        recorded: list[_Call] = []
-        for trace in capture.traces:
-            for node in trace.graph.nodes:
-                if node.op == "call_module":
-                    self._add(capture.aliases[trace.fqn(str(node.target))], trace, node)
-                elif node.op == "get_attr":
-                    self._note_read(trace, node)
-                elif is_functional_norm(node) and trace.recorded:
-                    recorded.append(_Call(trace, node))
-                elif is_functional_norm(node):
-                    self._add_functional(trace, node, trained)
-                elif node.target in LAYER_CALLS:
-                    owner = capture.aliases[node.meta["owner"]]
-                    self.functional_layers.setdefault(f"{owner}:{self._name(owner, node)}", node.target.__name__)
-        for key, runs in trained.items():
-            flags = set().union(*runs.values())
-            calls = [call for run in self.calls[key].values() for call in run]
-            if any(len(flags_in_run) > 1 for flags_in_run in runs.values()):
-                self._refuse(key, "of its calls some use the batch's statistics and some the stored ones", calls)
-                del self.functional[key]
-            elif flags == {True}:
-                self._refuse(
-                    key, "it uses the batch's statistics in eval mode, too, so it has none to take over", calls
-                )
-                del self.functional[key]
-            elif flags == {False}:
-                self.frozen.add(key)
-        for call in recorded:
-            self._add_recorded(call)
-
-    def _add(self, key: str, trace: Trace, node: fx.Node) -> None:
-        self.calls[key][trace.run].append(_Call(trace, node))
-        self.order.setdefault(key, len(self.order))
-
-    def _note_order(self, trace: Trace) -> None:
-        for node in trace.graph.nodes:
-            if node.op == "call_module":
-                self.order.setdefault(self.capture.aliases[trace.fqn(str(node.target))], len(self.order))
-
-    def _add_functional(self, trace: Trace, node: fx.Node, trained: dict[str, dict[int, set[bool]]]) -> None:
-        owner = self.capture.aliases[node.meta["owner"]]
-        prefix = node.meta["owner"].removeprefix(trace.scope).lstrip(".")
-        module = self.capture.modules[owner]
-        norm = read_functional_norm(node, module, prefix)
-        if not isinstance(module, fx.GraphModule) and has_optional_arguments(module):
-            norm = "its forward has optional arguments, of which a rewritten forward would know one way only"
-        if isinstance(norm, str):
-            self._refuse(f"{owner}:{self._name(owner, node)}", norm, [_Call(trace, node)])
-            return
-        key = f"{owner}.{norm.name}".lstrip(".") if norm.holder else f"{owner}:{norm.name}"
-        self.functional.setdefault(key, (owner, norm))
-        self._add(key, trace, node)
-        trained[key][trace.run].add(norm.training)
-
-    def _name(self, owner: str, node: fx.Node) -> str:
-        """Return how a functional call is named in a plan: a GraphModule's calls have names of their own."""
-        own = isinstance(self.capture.modules[owner], fx.GraphModule)
-        return node.name if own else node.target.__name__  # type: ignore[union-attr]
-
-    def _add_recorded(self, call: _Call) -> None:
-        """Add a functional norm that a record holds: a further call of one that is known, else one to refuse."""
-        fqn = call.node.meta["owner"]
-        owner = self.capture.aliases[fqn]
-        norm = read_functional_norm(call.node, self.capture.modules[owner], fqn)
-        if isinstance(norm, str):
-            self._refuse(f"{owner}:batch_norm", norm, [call])
-            return
-        key = f"{owner}.{norm.name}".lstrip(".") if norm.holder else f"{owner}:{norm.name}"
-        if key in self.functional:
-            self._add(key, call.trace, call.node)
-        elif f"{owner}:batch_norm" not in self.refused:
-            why = self.capture.opaque.get(owner, "it was seen in a run only")
-            what = f"it is a call in the forward of {owner or 'the model'}, which cannot be rewritten"
-            self._refuse(key, f"{what} ({why}): make it a BatchNorm module", [call])
-
-    def _refuse(self, key: str, reason: str, calls: list[_Call]) -> None:
-        """Refuse a functional norm; it goes on reading its tensors."""
-        self.refused.setdefault(key, reason)
-        for call in calls:
-            for node in call.node.all_input_nodes:
-                if node.op == "get_attr":
-                    self._add_read(call.trace, node)
-
-    def refuse(self, key: str, reason: str) -> None:
-        """Refuse a functional norm that was found."""
-        del self.functional[key]
-        self.frozen.discard(key)
-        self._refuse(key, reason, [call for run in self.calls[key].values() for call in run])
-
-    def _note_read(self, trace: Trace, node: fx.Node) -> None:
-        """Note which tensor a node reads; the functional norm that takes it is no other reader."""
-        if not all(is_functional_norm(user) for user in node.users):
-            self._add_read(trace, node)
-
-    def _add_read(self, trace: Trace, node: fx.Node) -> None:
-        holder, _, name = trace.fqn(str(node.target)).rpartition(".")
-        value = getattr(self.capture.modules.get(self.capture.aliases.get(holder, holder)), name, None)
-        if isinstance(value, Tensor):
-            self._reads.add(id(value))
-
-    def reads(self, tensor: Tensor) -> bool:
-        """Tell whether some forward reads ``tensor`` outside of the call of the module that owns it."""
-        return id(tensor) in self._reads
+class Dataflow(Calls):
+    """What feeds each norm, and whether that is proven."""
 
     def rank(self, key: str, shape: tuple[int, int] | None = None) -> int | None:
         """Return the number of axes of the input of ``key``: by its class, by the shape seen, or by the graph."""
         module = self.capture.modules.get(key)
-        norm = None if module is None else norm_of(module)
-        if module is not None and norm is not None and (known := norm.rank_of(module)) is not None:
-            return known
+        operation = None if module is None else of_module(module, inherited=True)
+        if operation is not None and isinstance(operation.axes, int):
+            return operation.axes
         if shape:
             return shape[0]
         ranks: set[int | None] = set()
@@ -225,35 +79,23 @@ class Dataflow:
         shown: dict[int, bool] = {}  # the runs that show what feeds the norm, and whether they are recorded
         unseen: str | None = None
         for run, calls in runs.items():
-            for call in calls:
-                found = self._producer(call, is_source)
-                if found.gap:
-                    unseen = found.gap
-                    break
-                if found.reason or found.layer is None:
-                    return replace(found, recorded=call.trace.recorded)
-                layers.add(found.layer)
+            found = self._layer_in_run(run, calls, is_source, layers)
+            if found.gap:
+                unseen = found.gap
+            elif found.reason:
+                return found
             else:
-                recorded = shown[run] = calls[0].trace.recorded
-                if len(layers) > 1:
-                    several = ", ".join(sorted(layers)[:3])
-                    return Finding(reason=f"it normalizes the outputs of several layers ({several})", recorded=recorded)
-                (layer,) = layers
-                made = self.calls[layer].get(run, [])
-                if len(made) != len(calls):
-                    why = f"{layer} is called {len(made)} times and the norm {len(calls)} times"
-                    return Finding(layer, why, recorded=recorded)
+                shown[run] = found.recorded
         if not shown:
             return Finding(reason=unseen)
-        (layer,) = layers
         recorded = all(shown.values())
+        if len(layers) > 1:
+            return Finding(reason=_several(layers), recorded=recorded)
+        (layer,) = layers
         for run in set(self.calls[layer]) - set(shown):
             if any(self._goes_further(call) for call in self.calls[layer][run]):
-                return Finding(
-                    layer,
-                    f"{layer} is also called where the norm is not: in train mode or with other arguments",
-                    recorded=recorded,
-                )
+                why = f"{layer} is also called where the norm is not: in train mode or with other arguments"
+                return Finding(layer, why, recorded=recorded)
         if reason := self._unfit(layer, channels, rank):
             return Finding(layer, reason, recorded=recorded)
         hidden = self.opaque_ancestor(layer) or self.opaque_ancestor(key)
@@ -262,20 +104,39 @@ class Dataflow:
             gap = f"one run shows {layer} in front of it, which does not prove that nothing else uses it"
         return Finding(layer, gap=gap, recorded=recorded)
 
+    def _layer_in_run(
+        self, run: int, calls: Sequence[Call], is_source: Callable[[nn.Module], bool], layers: set[str]
+    ) -> Finding:
+        """Find the one layer that feeds all of a norm's ``calls`` in one run; those found are added to ``layers``."""
+        for call in calls:
+            found = self._producer(call, is_source)
+            if found.gap:
+                return found
+            if found.reason or found.layer is None:
+                return replace(found, recorded=call.trace.recorded)
+            layers.add(found.layer)
+        recorded = calls[0].trace.recorded
+        if len(layers) > 1:
+            return Finding(reason=_several(layers), recorded=recorded)
+        (layer,) = layers
+        made = self.calls[layer].get(run, [])
+        times = f"{layer} is called {len(made)} times and the norm {len(calls)} times"
+        return Finding(layer, times if len(made) != len(calls) else None, recorded=recorded)
+
     def sources_of(self, key: str) -> set[str]:
         """Return the layers whose output goes into a call of ``key`` and nowhere else."""
         calls = (call for run in self.calls.get(key, {}).values() for call in run)
         found = (self._producer(call, is_layer) for call in calls)
         return {finding.layer for finding in found if finding.layer and not finding.reason}
 
-    def _goes_further(self, call: _Call) -> bool:
+    def _goes_further(self, call: Call) -> bool:
         """Tell whether a layer's call goes where its norm is not, unless the trace ends before that could be seen."""
         users = call.node.users
         if call.trace.recorded:
             return bool(users)
         return not call.trace.scope or any(user.op != "output" for user in users)
 
-    def _producer(self, call: _Call, is_source: Callable[[nn.Module], bool]) -> Finding:
+    def _producer(self, call: Call, is_source: Callable[[nn.Module], bool]) -> Finding:
         """Find the layer whose output is this call's input, and whether it goes nowhere else.
 
         The answer is a gap where the trace of a part of the model, or a record, does not show it.
@@ -292,7 +153,7 @@ class Dataflow:
                 break
             consumer, source = source, _input_of(source)
         if not isinstance(source, fx.Node):
-            return Finding(reason="its input is no traced value")
+            return Finding(reason="its input is not a value that the trace follows")
         if source.op == "placeholder":
             why = "its input is an input of its scope"
             return Finding(gap=why) if call.trace.scope else Finding(reason=why)
@@ -316,7 +177,7 @@ class Dataflow:
             return f"{fqn} has {own} output channels and the norm {channels}"
         if isinstance(layer, nn.Linear) and rank is None:
             return Text(
-                f"whether the norm's channels are those of {fqn} hangs on its input's rank: "
+                f"whether the norm's channels are those of {fqn} depends on the rank of its input: "
                 f"give {argument('example_inputs')}"
             )
         if rank is not None and (rank == 2) != isinstance(layer, nn.Linear):
@@ -365,6 +226,10 @@ class Dataflow:
                 return class_of(module).__name__
             parent = parent.rpartition(".")[0]
         return None
+
+
+def _several(layers: set[str]) -> str:
+    return f"it normalizes the outputs of several layers ({', '.join(sorted(layers)[:3])})"
 
 
 def _input_of(node: fx.Node) -> Any:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.export._unlift import GuardsFn
 
-from normswap.nn.kinds import class_of, is_layer
+from normswap.nn.kinds import LAYERS, class_of, is_layer
 from normswap.norms import norm_of
+from normswap.operations.table import TABLE, lifted_from, named, of_call, of_module
 
 __all__ = [
     "LAYER_CALLS",
@@ -23,26 +23,14 @@ __all__ = [
     "rank_of",
 ]
 
-aten = torch.ops.aten
-LAYER_CALLS: frozenset[Any] = frozenset(
-    {
-        F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear,
-        aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.convolution.default,
-        aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding, aten.linear.default,
-        aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input,
-    }
-)  # fmt: skip
+_LAYERS = tuple(row for row in TABLE.rows if set(row.modules) & set(LAYERS))
+LAYER_CALLS: frozenset[Any] = lifted_from(*_LAYERS).union(*(row.functions for row in _LAYERS))
 """The functions that apply a convolution or a linear layer to a weight that they are given."""
 STATISTICS_CALLS: frozenset[Any] = frozenset(
-    {
-        aten.native_batch_norm.default,
-        aten._native_batch_norm_legit.default,
-        aten._native_batch_norm_legit_functional.default,
-        aten._native_batch_norm_legit_no_training.default,
-    }
+    overload for overload in lifted_from(named("batch_norm")) if len(overload._schema.returns) > 1
 )
 """The functions that return the statistics of a batch norm, too."""
-_BATCH_NORM_CALLS = STATISTICS_CALLS | {F.batch_norm, torch.batch_norm, aten.batch_norm.default}
+_BATCH_NORM_CALLS = lifted_from(named("batch_norm")).union(named("batch_norm").functions)
 _BATCH_NORM_PARAMETERS = (
     "input",
     "running_mean",
@@ -95,33 +83,9 @@ def passes_through(node: fx.Node, module: nn.Module | None) -> bool:
 
 
 # Note [Ranks]
-# A BatchNorm1d takes (N, C) and (N, C, L), a Linear (…, C): whether a Linear's channels are the norm's hangs on the
-# rank of the value between them. The graph often tells it (a flatten, a convolution upstream); where it does not and
-# no example input was given, the rank is unknown and nothing is absorbed.
-
-_ELEMENTWISE: frozenset[Any] = frozenset(
-    {
-        torch.relu, torch.sigmoid, torch.tanh, F.relu, F.relu6, F.gelu, F.silu, F.hardswish, F.hardsigmoid, F.elu,
-        F.selu, F.leaky_relu, F.softplus, F.mish, F.dropout, F.dropout2d, F.dropout3d, F.softmax, F.log_softmax,
-        F.batch_norm, "relu", "relu_", "sigmoid", "tanh", "contiguous", "clone", "float", "to", "clamp",
-    }
-)  # fmt: skip
-_ELEMENTWISE_MODULES: tuple[type[nn.Module], ...] = (
-    nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.ELU, nn.SELU, nn.LeakyReLU, nn.PReLU,
-    nn.Softplus, nn.Mish, nn.Sigmoid, nn.Tanh, nn.Softmax, nn.Dropout, nn.Dropout2d, nn.Dropout3d, nn.Identity,
-    nn.Linear, nn.GroupNorm, nn.LayerNorm, nn.BatchNorm1d, nn.SyncBatchNorm,
-)  # fmt: skip
-_RANKED_MODULES: tuple[tuple[tuple[type[nn.Module], ...], int], ...] = (
-    ((nn.Conv1d, nn.ConvTranspose1d, nn.MaxPool1d, nn.AvgPool1d, nn.AdaptiveAvgPool1d, nn.AdaptiveMaxPool1d), 3),
-    (
-        (
-            nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d,
-            nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Upsample,
-        ),
-        4,
-    ),
-    ((nn.Conv3d, nn.ConvTranspose3d, nn.BatchNorm3d, nn.MaxPool3d, nn.AvgPool3d, nn.AdaptiveAvgPool3d), 5),
-)  # fmt: skip
+# A BatchNorm1d takes (N, C) and (N, C, L), a Linear (…, C): whether a Linear's channels are the norm's depends on
+# the rank of the value between them. The graph often tells it (a flatten, a convolution upstream); where it does not
+# and no example input was given, the rank is unknown and nothing is absorbed.
 
 
 def rank_of(node: fx.Node, module_of: Callable[[fx.Node], nn.Module | None]) -> int | None:
@@ -130,27 +94,18 @@ def rank_of(node: fx.Node, module_of: Callable[[fx.Node], nn.Module | None]) -> 
     ``module_of`` gives the module that a ``call_module`` node calls.
     """
     for _ in range(1000):  # walk towards the inputs; a bound only against a malformed graph
-        module = module_of(node) if node.op == "call_module" else None
-        if module is not None:
-            for classes, rank in _RANKED_MODULES:
-                if isinstance(module, classes):
-                    return rank
-            if isinstance(module, nn.Flatten):
-                return 2 if (module.start_dim, module.end_dim) == (1, -1) else None
-            if not isinstance(module, _ELEMENTWISE_MODULES):
-                return None
-        elif node.target in (torch.flatten, "flatten"):
-            start = node.args[1] if len(node.args) > 1 else node.kwargs.get("start_dim", 0)
-            end = node.args[2] if len(node.args) > 2 else node.kwargs.get("end_dim", -1)
-            return 2 if (start, end) == (1, -1) else None
-        elif node.target in ("view", "reshape", torch.reshape):
-            sizes = node.args[1:]
-            if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):
-                return len(sizes[0])
-            return len(sizes) if len(sizes) > 1 else None
-        elif node.target not in _ELEMENTWISE or node.op not in ("call_function", "call_method"):
+        source = node.args[0] if node.args else next(iter(node.kwargs.values()), None)
+        module = module_of(node)
+        operation = of_call(node) if module is None else of_module(module, inherited=True)
+        if operation is None:
             return None
-        if not node.args or not isinstance(node.args[0], fx.Node):
+        if isinstance(operation.axes, int):
+            return operation.axes
+        if callable(operation.axes):
+            bound = operation.bind(node.args, node.kwargs)
+            arguments = bound if module is None else operation.bind_module(module, source)
+            return None if arguments is None else operation.axes(arguments)
+        if not operation.keeps_axes or not isinstance(source, fx.Node):
             return None
-        node = node.args[0]
+        node = source
     return None

@@ -3,86 +3,19 @@
 from __future__ import annotations
 
 import inspect
-import operator
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
+from torch import nn
 
-from normswap.errors import InputError
 from normswap.graph.ops import is_leaf
-from normswap.nn.kinds import class_of
+from normswap.graph.records import Capture, Trace, model_names, refuse_wrappers
+from normswap.graph.tracer import ScopeTracer, why_untraceable
 from normswap.runs.guard import set_mode, untouched
 
-__all__ = [
-    "Capture",
-    "ScopeTracer",
-    "Trace",
-    "capture_symbolic",
-    "has_optional_arguments",
-    "hook_barrier",
-    "model_names",
-    "refuse_wrappers",
-]
-
-
-@dataclass(frozen=True)
-class Trace:
-    """The graph of one scope in one run.
-
-    Args:
-        run: The number of the run that the graph belongs to. A run is one way in which the model may execute: in
-            eval or in train mode, with its optional arguments left out or given.
-        scope: The fqn of the module whose forward was traced; '' is the model.
-        graph: Its nodes' module and attribute targets are fqns *within the scope*; ``node.meta["owner"]`` is the
-            fqn, within the model, of the module whose own forward made the node.
-        recorded: Whether the graph is the record of a run on example inputs, and so an observation and no proof.
-    """
-
-    run: int
-    scope: str
-    graph: fx.Graph
-    recorded: bool = False
-
-    def fqn(self, target: str) -> str:
-        """Return a target of this graph as a name within the model."""
-        return f"{self.scope}.{target}" if self.scope and target else self.scope or target
-
-
-@dataclass(frozen=True)
-class Capture:
-    """What was seen of a model's dataflow.
-
-    Args:
-        model: The model, as it was.
-        traces: One graph per scope and run. A scope is the model itself or a child of an opaque module.
-        opaque: The fqns of the modules that could not be traced, each with the reason.
-        modules: Each module under its first fqn.
-        aliases: The fqn under which ``modules`` holds a module, for each of its names.
-        names: All names of a module, by its first fqn.
-        shapes: The shapes seen at each norm's input on the example inputs, as (axes, positions per channel), by the
-            norm's fqn or key.
-    """
-
-    model: nn.Module
-    traces: tuple[Trace, ...]
-    opaque: dict[str, str]
-    modules: dict[str, nn.Module]
-    aliases: dict[str, str]
-    names: dict[str, tuple[str, ...]]
-    shapes: dict[str, frozenset[tuple[int, int]]] = field(default_factory=dict)
-
-    def module_of(self, trace: Trace, node: fx.Node) -> nn.Module | None:
-        """Return the module that ``node`` calls, None where it calls none."""
-        if node.op != "call_module":
-            return None
-        return self.modules[self.aliases[trace.fqn(str(node.target))]]
+__all__ = ["capture_symbolic"]
 
 
 def capture_symbolic(model: nn.Module, modes: tuple[bool, ...] = (False, True)) -> Capture:
@@ -113,33 +46,6 @@ def capture_symbolic(model: nn.Module, modes: tuple[bool, ...] = (False, True)) 
                 traces.extend(scopes)
                 opaque.update(hidden)
     return Capture(model, tuple(traces), opaque, modules, aliases, names)
-
-
-def model_names(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str], dict[str, tuple[str, ...]]]:
-    """Return ``modules``, ``aliases`` and ``names`` of a :class:`Capture` of ``model``."""
-    modules = dict(model.named_modules())
-    first = {id(module): fqn for fqn, module in modules.items()}
-    aliases = {fqn: first[id(module)] for fqn, module in model.named_modules(remove_duplicate=False)}
-    names: dict[str, tuple[str, ...]] = defaultdict(tuple)
-    for alias, fqn in aliases.items():
-        names[fqn] += (alias,)
-    return modules, aliases, dict(names)
-
-
-def hook_barrier(value: Any) -> Any:
-    """Stand in a graph where a forward hook sees, and may change, a value."""
-    return value
-
-
-def kept_attribute(value: Any) -> Any:
-    """Stand in a graph for a use that no call shows: by whoever reads the attribute that keeps the value."""
-    return value
-
-
-def has_optional_arguments(module: nn.Module) -> bool:
-    """Tell whether ``module``'s forward may be called in more than one way."""
-    parameters = inspect.signature(type(module).forward).parameters.values()
-    return any(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
 
 
 def _defaults(module: nn.Module) -> dict[str, Any]:
@@ -180,7 +86,7 @@ def _trace_scopes(model: nn.Module, run: int, arguments: dict[str, Any], opaque:
             try:
                 graph = tracer.trace(module, (_defaults(module) if scope else arguments) or None)
             except Exception as cause:
-                refused.append((scope, module, _reason(cause)))
+                refused.append((scope, module, why_untraceable(cause)))
             else:
                 yield Trace(run, scope, graph)
                 refused.extend(tracer.refused)
@@ -204,236 +110,3 @@ def _no_forward(module: nn.Module) -> str | None:
     if isinstance(module, torch.jit.ScriptModule):
         return "TorchScript cannot be traced"
     return None
-
-
-def _reason(cause: Exception) -> str:
-    """Return one line that tells a person what in the forward stood in the way."""
-    text = (str(cause).splitlines() or [""])[0].strip()
-    if isinstance(cause, fx.proxy.TraceError):
-        return "its forward branches or iterates on a value that a trace does not know"
-    return f"{type(cause).__name__}: {text}"[:160]
-
-
-def refuse_wrappers(model: nn.Module) -> None:
-    """Raise an error if ``model`` is a wrapper whose modules cannot be replaced."""
-    if isinstance(model, torch._dynamo.OptimizedModule):
-        what, hint = "a compiled model", "convert the model before torch.compile (here: model._orig_mod)"
-    elif isinstance(model, torch.jit.ScriptModule):
-        what, hint = "a TorchScript model", "convert the Python model that it was made from"
-    elif class_of(model).__module__.startswith("torch.nn.parallel"):
-        what, hint = f"wrapped in {class_of(model).__name__}", "convert model.module, and wrap the result again"
-    elif isinstance(model, torch.export.ExportedProgram) or "validate_inputs" in vars(model):
-        what, hint = "an exported program", "convert normswap.from_exported(program)"
-    else:
-        return
-    raise InputError(f"the model is {what}; its modules cannot be replaced", code="wrapped-model", hint=hint)
-
-
-class ScopeTracer(fx.Tracer):
-    """``torch.fx``'s tracer, read-only and undeterred.
-
-    Layers and norms are leaves whatever their class, as are torch.nn's other modules. A submodule whose forward
-    cannot be traced becomes a leaf, too, and is listed in ``refused``. Buffers are recorded and not touched. Hooks
-    are not run: a barrier node stands where one would see a value.
-
-    Args:
-        scope: The fqn of the module that is going to be traced.
-        own_forward_only: Record only the module's own forward: every submodule is a leaf.
-        rank: The number of axes of the inputs, where it is known: tests of it are then no branch.
-    """
-
-    proxy_buffer_attributes = True
-
-    def __init__(self, scope: str = "", *, own_forward_only: bool = False, rank: int | None = None) -> None:
-        super().__init__(autowrap_functions=(hook_barrier,), param_shapes_constant=True)
-        self.scope_fqn, self.own_forward_only, self.rank = scope, own_forward_only, rank
-        self.refused: list[tuple[str, nn.Module, str]] = []
-        self._owner = scope
-        self._tensor_names: dict[int, str] = {}
-
-    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        """Trace ``root``."""
-        for name, tensor in (*root.named_parameters(), *root.named_buffers()):
-            self._tensor_names.setdefault(id(tensor), name)
-        with _DirectReads(self._tensor_names) as direct:
-            graph = super().trace(root, concrete_args)
-        if self.own_forward_only:
-            if direct.names:  # what was computed from it stands in the graph as a constant
-                raise fx.proxy.TraceError(f"the forward reads {direct.names[0]} past the module's attributes")
-        else:
-            self._add_hidden_uses(root, graph, direct.names)
-        return graph
-
-    def _add_hidden_uses(self, root: nn.Module, graph: fx.Graph, read: list[str]) -> None:
-        """Add to the graph the uses that no call in it shows: tensors read directly, values kept in an attribute."""
-        (output,) = (node for node in graph.nodes if node.op == "output")
-        known = set(graph.nodes)
-        kept = [proxy.node for proxy in _kept_proxies(root) if proxy.tracer is self and proxy.node in known]
-        with graph.inserting_before(output):
-            for node in (*(graph.create_node("get_attr", name) for name in read), *kept):
-                graph.create_node("call_function", kept_attribute, (node,)).meta["owner"] = self.scope_fqn
-                node.meta.setdefault("owner", self.scope_fqn)
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Tell whether a call of ``m`` is one node."""
-        return self.own_forward_only or is_leaf(m)
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        """Return what the forward sees of ``node``."""
-        if node.op == "placeholder" and self.rank is not None:
-            return _RankedProxy(node, self)
-        return _Proxy(node, self)
-
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        """Record whose forward made the node."""
-        node = super().create_node(*args, **kwargs)
-        node.meta["owner"] = self._owner
-        return node
-
-    def call_module(
-        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """Record a leaf as one node and trace through every other module, as far as that goes."""
-        name = self.path_of_module(m)
-        if m._forward_pre_hooks:
-            args = self._barrier(args)
-        if self.is_leaf_module(m, name):
-            value = self.create_proxy("call_module", name, args, kwargs)
-        else:
-            value = self._trace_through(m, name, args, kwargs)
-        return self._barrier(value) if m._forward_hooks else value
-
-    def _trace_through(self, m: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        fqn = f"{self.scope_fqn}.{name}" if self.scope_fqn else name
-        caller, before = self._owner, len(self.graph.nodes)
-        self._owner = fqn
-        try:
-            if isinstance(m, torch.jit.ScriptModule):
-                raise TypeError("TorchScript cannot be traced")
-            return m.forward(*args, **kwargs)
-        except Exception as cause:
-            for node in list(self.graph.nodes)[: before - 1 : -1] if before else list(self.graph.nodes)[::-1]:
-                self.graph.erase_node(node)
-            self._owner = caller
-            self.refused = [r for r in self.refused if not r[0].startswith(fqn + ".")]
-            self.refused.append((fqn, m, _reason(cause)))
-            return self.create_proxy("call_module", name, args, kwargs)
-        finally:
-            self._owner = caller
-
-    def _barrier(self, value: Any) -> Any:
-        def guard(leaf: Any) -> Any:
-            if not isinstance(leaf, fx.Proxy):
-                return leaf
-            return self.create_proxy("call_function", hook_barrier, (leaf,), {})
-
-        return pytree.tree_map(guard, value)
-
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
-        """Return a proxy for a parameter or buffer; its shape stays a constant, so that tests of it are no branch."""
-        if not isinstance(attr_val, Tensor):
-            return attr_val
-        name = self._tensor_names.get(id(attr_val))
-        if name is None:
-            return attr_val
-        # Not cached: a cached node may stand in a part of the graph that is erased when a submodule is refused.
-        return self.create_proxy(
-            "get_attr",
-            name,
-            (),
-            {},
-            proxy_factory_fn=lambda node: _TensorProxy(node, self, attr_val),
-        )
-
-
-class _DirectReads(TorchFunctionMode):
-    """Notes which of a model's tensors a trace computes with although no attribute of a module gave them.
-
-    ``parameters()``, ``state_dict()``, and a list that holds a weight give the tensor itself and not its proxy: what is
-    computed from it is a constant to the trace, and the read is in no node.
-    """
-
-    def __init__(self, names: dict[int, str]) -> None:
-        super().__init__()
-        self.known = names
-        self.names: list[str] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # The getter of an attribute is named __get__; what it gets, it belongs to.
-        if getattr(getattr(func, "__self__", func), "__name__", "") not in _NO_READ:
-            for leaf in pytree.tree_leaves((args, kwargs)):
-                name = self.known.get(id(leaf)) if isinstance(leaf, Tensor) else None
-                if name is not None and name not in self.names:
-                    self.names.append(name)
-        return func(*args, **(kwargs or {}))
-
-
-# What asks for no value.
-_NO_READ = frozenset(
-    {
-        *("size", "shape", "dim", "ndim", "numel", "stride", "dtype", "device", "layout", "requires_grad", "is_meta"),
-        *("is_floating_point", "is_complex", "is_contiguous", "element_size", "is_leaf", "grad_fn", "__hash__"),
-    }
-)
-_MODULE_TABLES = frozenset(vars(nn.Module()))
-
-
-def _kept_proxies(root: nn.Module) -> Iterator[fx.Proxy]:
-    """Yield the values of a trace that a forward has kept in an attribute, or in a list or dict that is one."""
-    for module in root.modules():
-        for name, value in vars(module).items():
-            if name not in _MODULE_TABLES:
-                yield from (leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, fx.Proxy))
-
-
-class _Proxy(fx.Proxy):
-    """A value that may be written to: ``y[:, 0] = 0`` is a use of y like ``y.relu_()``."""
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
-
-
-class _RankedProxy(_Proxy):
-    """An input whose number of axes is known."""
-
-    tracer: ScopeTracer
-
-    @property
-    def ndim(self) -> int:
-        return self.tracer.rank or 0
-
-    def dim(self) -> int:
-        return self.ndim
-
-
-class _TensorProxy(_Proxy):
-    """A parameter or buffer whose shape, dtype and device are known: asking for them is no dataflow."""
-
-    def __init__(self, node: fx.Node, tracer: fx.Tracer, tensor: Tensor) -> None:
-        super().__init__(node, tracer)
-        self.tensor = tensor
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.tensor.shape
-
-    @property
-    def ndim(self) -> int:
-        return self.tensor.ndim
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.tensor.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.tensor.device
-
-    def size(self, dim: int | None = None) -> Any:
-        return self.tensor.size() if dim is None else self.tensor.size(dim)
-
-    def dim(self) -> int:
-        return self.tensor.dim()
-
-    def numel(self) -> int:
-        return self.tensor.numel()

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from normswap.errors import InputError, argument, parameter
+from normswap.errors import InputError, argument
 from normswap.norms import Assignment
 from normswap.options import Options
 from normswap.recipes import Recipe
@@ -129,9 +129,7 @@ def initializer_for(init: str | None, recipe: Recipe, has_data: bool) -> type[In
         init = "match" if has_data and not recipe.exact else "absorb"
     if init not in known:
         raise InputError(
-            f"{parameter('init')} must be one of {', '.join(known)}, got {init!r}",
-            code="unknown-init",
-            hint=f"choose from {', '.join(known)}",
+            f"{argument('init', init)} is unknown", code="unknown-init", hint=f"choose from {', '.join(known)}"
         )
     chosen = known[init]
     if chosen.fits and not has_data:

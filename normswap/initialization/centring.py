@@ -19,10 +19,11 @@ from normswap.initialization.equalization import choose_scales, scale_channels
 from normswap.initialization.moments import Moments, input_moments, noise_like
 from normswap.norms import Takes
 from normswap.records import NormKind
+from normswap.runs.batches import sample_count, some_samples
 from normswap.runs.calling import Batch
 from normswap.runs.guard import copy_of
-from normswap.runs.inputs import Inputs, make_up_inputs, sample_count, some_samples
-from normswap.runs.side_by_side import tensors_of
+from normswap.runs.inputs import Inputs, make_up_inputs
+from normswap.runs.tensors import tensors_of
 from normswap.stages.bound import BoundPlan, BoundStep
 
 __all__ = ["SCALED", "moments_for", "scaled_for"]

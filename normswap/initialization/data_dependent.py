@@ -29,9 +29,9 @@ from normswap.graph.linearity import scales_with_its_parameters
 from normswap.nn import FilterLayout, FilterWeightNorm, MeanOnlyBatchNorm, WeightStandardization
 from normswap.nn.kinds import is_layer
 from normswap.records import InitReport, InitRow
+from normswap.runs.batches import bind_batches
 from normswap.runs.calling import run_on
 from normswap.runs.guard import set_mode
-from normswap.runs.inputs import bind_batches
 
 __all__ = ["initialize"]
 

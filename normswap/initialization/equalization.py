@@ -32,7 +32,7 @@ from normswap.graph.channels import FIXED, Channels
 from normswap.initialization.moments import watch_inputs, with_filters
 from normswap.nn import FilterLayout
 from normswap.runs.calling import Batch
-from normswap.runs.side_by_side import at_positions
+from normswap.runs.tensors import at_positions
 
 __all__ = ["Cost", "choose_scales", "costs_of", "least", "scale_channels"]
 

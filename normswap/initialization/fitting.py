@@ -27,17 +27,17 @@ from torch import Tensor, nn
 
 from normswap.initialization.absorb import absorb
 from normswap.initialization.moments import moments_of_covariance, patches
-from normswap.initialization.regression import Covariances, SecondMoments, Solution, solve, within_sight
+from normswap.initialization.regression import Covariances, SecondMoments, Solution, solve, surrogate_target
 from normswap.initialization.sampling import Rows, Sample, Sampling
 from normswap.initialization.steadying import steady
-from normswap.initialization.targets import Goal
+from normswap.initialization.targets import RegressionTarget
 from normswap.nn import FilterLayout
 from normswap.norms import apply, tensor_in
 from normswap.records import Fit, InitRow
-from normswap.runs.side_by_side import Place, Visit
+from normswap.runs.paired_sites import PairedSite, SiteBatch
 from normswap.stages.rewriting import Placed
 
-__all__ = ["Fitting"]
+__all__ = ["SiteRegression"]
 
 _RIDGES = (1.0, 1e-2, 1e-4)
 _ROUNDS = 6  # of regression on what is seen
@@ -82,42 +82,42 @@ class _Result:
     ridge: float | None
 
 
-class Fitting:
+class SiteRegression:
     """The fit of one site to what all batches bring there."""
 
     def __init__(
         self,
-        place: Place,
-        goal: Goal,
-        visits: Sequence[Visit],
+        site: PairedSite,
+        target: RegressionTarget,
+        batches: Sequence[SiteBatch],
         placed: Placed | None,
         least_group: int | None,
         spread: float,
     ) -> None:
-        self.place, self.goal, self.placed = place, goal, placed
+        self.site, self.target, self.placed = site, target, placed
         self.least_group, self.spread = least_group, spread
-        self.source, self.norm = place.source, place.norm
+        self.source, self.norm = site.source, site.norm
         self._groups = None if placed is None else placed.bound.norm.groups
         self.parameters = (*self.source.parameters(), *(() if self.norm is None else self.norm.parameters()))
-        self.visits = [visit for visit in visits if visit.x.numel() and visit.reference.numel()]
+        self.batches = [batch for batch in batches if batch.x.numel() and batch.reference.numel()]
         fan_in = self._layout.groups * self._layout.fan_in(self._weight)
-        self.sampling = Sampling(self.visits, goal, fan_in)
+        self.sampling = Sampling(self.batches, target, fan_in)
 
     def run(self, original: nn.Module) -> InitRow:
         """Fit the site of ``original``, and return its row."""
-        name = self.place.name
-        if not self.visits:
+        name = self.site.name
+        if not self.batches:
             return InitRow(name, "absorbed", ("no sample reaches it: not fitted",))
-        if not all(self._agrees(visit) for visit in self.visits):
+        if not all(self._agrees(batch) for batch in self.batches):
             return InitRow(name, "absorbed", ("the networks' shapes differ here: not fitted",))
         sample = self.sampling.patches(self._patches)
-        fit, held = _moments(sample.fit), _moments(sample.judge)
+        fit, held = _moments(sample.train), _moments(sample.validation)
         statistics = self.sampling.statistics()
         if not bool(fit.inputs.isfinite().all() and statistics.var.isfinite().all()):
             return InitRow(name, "absorbed", ("its values are not finite: not fitted",))
         if self.placed is not None:  # absorbed anew, now that it is known what reaches the layer and the norm
             fqn, known = self.placed.bound.site.layer, {}
-            if fqn is not None and self.goal.weight.centres:
+            if fqn is not None and self.target.weight.centres:
                 known[fqn] = moments_of_covariance(fit.input_mean, fit.inputs, fit.count)
             layer = None if fqn is None else original.get_submodule(fqn)
             apply(absorb(self.placed.bound, layer, known, statistics).values, self.placed.tensor)
@@ -132,7 +132,7 @@ class Fitting:
             self._restore(before)
         self._restore(best)
         notes = [] if self.sampling.holds_out else [f"{self.sampling.samples} samples: none was held out"]
-        if self.visits[0].beside is not None:
+        if self.batches[0].shortcut is not None:
             notes.append("makes good its shortcut's error")
         fitted = Fit(
             samples=self.sampling.samples,
@@ -151,9 +151,9 @@ class Fitting:
 
     # ------------------------------------------------------------------------------------------------- the data
 
-    def _agrees(self, visit: Visit) -> bool:
-        return len(visit.x) == len(visit.reference) and (
-            self.source(visit.x[:1]).shape[1:] == visit.reference.shape[1:]
+    def _agrees(self, batch: SiteBatch) -> bool:
+        return len(batch.x) == len(batch.reference) and (
+            self.source(batch.x[:1]).shape[1:] == batch.reference.shape[1:]
         )
 
     @property
@@ -163,7 +163,7 @@ class Fitting:
 
     @property
     def _layout(self) -> FilterLayout:
-        return FilterLayout(groups=len(self.goal.gain)) if self._channel_wise else FilterLayout.of(self.source)
+        return FilterLayout(groups=len(self.target.gain)) if self._channel_wise else FilterLayout.of(self.source)
 
     @property
     def _weight(self) -> Tensor:
@@ -180,9 +180,9 @@ class Fitting:
     def _regress(self, sample: Sample, fit: Covariances, held: Covariances) -> Solution | None:
         """Return the source's weights by ridge regression; None where the moments are not finite."""
         groups = self._layout.groups
-        anchor = self.goal.anchor.unflatten(0, (groups, -1))
-        zero_sum = self.goal.weight.centres
-        importance = self.goal.gain.double().square().view(groups, -1)
+        anchor = self.target.anchor.unflatten(0, (groups, -1))
+        zero_sum = self.target.weight.centres
+        importance = self.target.gain.double().square().view(groups, -1)
         solution: Solution | None = None
         least = math.inf
         # Where no sample is held out a weaker ridge would always seem better.
@@ -192,10 +192,10 @@ class Fitting:
             if error >= least:
                 break
             solution, least = found, error
-        if solution is None or sample.fit.cut is None:
+        if solution is None or sample.train.threshold is None:
             return solution
         best, least = solution, math.inf
-        judging, fitting = sample.judge, sample.fit
+        judging, fitting = sample.validation, sample.train
         for _ in range(_ROUNDS + 1):
             error = float(judging.error(self._predicted(solution, judging)).sum())
             if not error < least:
@@ -203,21 +203,21 @@ class Fitting:
             worth, best, least = error < (1 - _WORTH) * least, solution, error
             if not worth:
                 break
-            wanted = within_sight(self._predicted(solution, fitting), fitting.y, fitting.cut)
-            t = fitting.t + (wanted - fitting.y) * self.goal.inverse_gain
+            wanted = surrogate_target(self._predicted(solution, fitting), fitting.y, fitting.threshold)
+            t = fitting.t + (wanted - fitting.y) * self.target.inverse_gain
             moments = fit.retargeted(fitting.values, t)
             solution = solve(moments, anchor, solution.ridge, zero_sum=zero_sum, like=solution)
         return best
 
     def _predicted(self, solution: Solution, rows: Rows) -> Tensor:
         """Return y' as it would be if the norm took nothing away."""
-        return self.goal.gain * solution.apply(rows.values) + self.goal.shift
+        return self.target.gain * solution.apply(rows.values) + self.target.shift
 
     # -------------------------------------------------------------------------- signs, offsets and the norm's affine
 
     def _candidates(self, solution: Solution) -> Iterator[_Candidate]:
         weight, bias = solution.weight.flatten(0, 1), solution.bias.flatten()
-        zeros, prior = torch.zeros_like(bias), self.goal.gain.double()
+        zeros, prior = torch.zeros_like(bias), self.target.gain.double()
         plain = _Candidate(weight, bias, zeros, prior, self._groups, solution.ridge)
         if self.placed is None:
             yield plain
@@ -238,7 +238,7 @@ class Fitting:
     def _units(self) -> tuple[Tensor, Tensor]:
         """Return the mean and the mean square, per channel, of all that the norm takes one mean over. ``(n, C)``"""
         if self.placed is not None and self.placed.bound.norm.per_position:
-            z = self.sampling.outputs(self.source).fit.values
+            z = self.sampling.outputs(self.source).train.values
             return z, z.square()
         means, squares = [], []
         for chunk, held in self.sampling.chunks():
@@ -251,7 +251,7 @@ class Fitting:
     def _group_counts(self) -> list[int | None]:
         if self.placed is None or self.least_group is None:
             return [self._groups]
-        return [*self.placed.bound.norm.group_counts(len(self.goal.gain), self.least_group)] or [self._groups]
+        return [*self.placed.bound.norm.group_counts(len(self.target.gain), self.least_group)] or [self._groups]
 
     def _measure(self, candidate: _Candidate | None) -> _Result:
         """Give the site the candidate's values, fit the norm's affine, and measure the held-out error.
@@ -261,15 +261,15 @@ class Fitting:
         if candidate is not None:
             self._load(candidate)
             if self.norm is not None:
-                _set_affine(self.norm, torch.ones_like(self.goal.gain), torch.zeros_like(self.goal.gain))
-        sample = self.sampling.outputs(self.place.output)
-        judging = sample.judge
+                _set_affine(self.norm, torch.ones_like(self.target.gain), torch.zeros_like(self.target.gain))
+        sample = self.sampling.outputs(self.site.output)
+        judging = sample.validation
         outputs = judging.values
         if candidate is not None and self.norm is not None:
-            gain, shift = _affine(sample.fit, candidate.prior.float())
+            gain, shift = _affine(sample.train, candidate.prior.float())
             _set_affine(self.norm, gain, shift)
             outputs = gain * outputs + shift
-        unit = self.goal.unit
+        unit = self.target.unit
         mean, std = _mean_and_std(outputs * unit)
         error, size = ((v * unit.square()).double().sum() for v in (judging.error(outputs), judging.size))
         return _Result(
@@ -289,9 +289,9 @@ class Fitting:
         if self._channel_wise:
             self._weight.copy_(weight)
         else:
-            stretch = self._stretch(candidate) if self.goal.weight.free_length else 1.0
+            stretch = self._stretch(candidate) if self.target.weight.free_length else 1.0
             dtype = self._weight.dtype
-            encoded = self.goal.weight.encode(self._layout, weight * stretch, excess / stretch, dtype)
+            encoded = self.target.weight.encode(self._layout, weight * stretch, excess / stretch, dtype)
             apply(encoded.values, partial(tensor_in, self.source))
             excess = encoded.excess
         if isinstance(self.source.bias, Tensor):
@@ -302,7 +302,7 @@ class Fitting:
 
         A filter's length decides what a learning rate does to it.
         """
-        length = (self.goal.anchor.norm(dim=1) / self.goal.scale.double()).square().mean().sqrt()
+        length = (self.target.anchor.norm(dim=1) / self.target.scale.double()).square().mean().sqrt()
         found = candidate.weight.norm(dim=1).square().mean().sqrt()
         return length / found if bool(length > 0) and bool(found > 0) else torch.ones_like(found)
 

@@ -1,4 +1,4 @@
-"""Layers without a norm that give the model's output, such as a classifier: they are fitted like any site."""
+"""Heads, such as a classifier: layers without a norm whose output is the model's; they are fitted like any site."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from normswap.nn import FilterLayout
 from normswap.nn.kinds import is_layer
 from normswap.runs.calling import Batch, run_on_data
 from normswap.runs.guard import set_mode, untouched
-from normswap.runs.side_by_side import Place, tensors_of
+from normswap.runs.paired_sites import PairedSite
+from normswap.runs.tensors import tensors_of
 
 __all__ = ["find_heads"]
 
 
-def find_heads(original: nn.Module, converted: nn.Module, taken: set[int], inputs: Batch) -> list[Place]:
+def find_heads(original: nn.Module, converted: nn.Module, taken: set[int], inputs: Batch) -> list[PairedSite]:
     """Return the layers without a norm whose output the model returns, such as a classifier, in the order of calls."""
     outputs: dict[str, list[Any]] = {}
 
@@ -47,7 +48,7 @@ def find_heads(original: nn.Module, converted: nn.Module, taken: set[int], input
         # Channels lie on axis 1 of a batch; more axes of a linear layer come before them.
         axes = 2 if isinstance(layer, nn.Linear) else FilterLayout.weight(layer).ndim
         if once and isinstance(found[0], Tensor) and id(found[0]) in returned and found[0].ndim == axes:
-            heads.append(Place(name, layer, None, before))
+            heads.append(PairedSite(name, layer, None, before))
     return heads
 
 

@@ -8,12 +8,13 @@ whose solution is ``W = W₀ + (C_tu − W₀ C_uu)(C_uu + λ d I)⁻¹``, ``b =
 filter sums to zero (weight standardization) the ridge solution W is projected in the metric of ``A = C_uu + λ d I``:
 ``W − (W 1) 1ᵀA⁻¹ / (1ᵀA⁻¹1)``, which is the constrained minimum.
 
-Note [Only what is seen]
-Behind many norms stands a ReLU: of a value y only ``max(y, c)`` is seen, with c = 0, or minus a shortcut that is added
-before. How far below c a value lies is of no account, and weights that were spent on it would be wasted. The error
-``E (max(y', c) − max(y, c))²`` has no closed minimum, but a step towards one is a regression like any other: where y
-lies below c, the target is what is predicted there, as long as that is below c, too, and else c (:func:`within_sight`).
-Where y lies above c this counts what falls below c in full, which is an upper bound; each step lessens that bound.
+Note [Regression through a ReLU]
+Many norms are followed by a ReLU: of a value y it passes ``max(y, c)`` on, with the threshold c = 0, or minus a
+shortcut that is added before. How far below c a value lies makes no difference, and weights that fit it would be
+wasted. The error ``E (max(y', c) − max(y, c))²`` has no minimum in closed form. Majorization-minimization lowers an
+upper bound of it by repeated regression: where y lies below c, the target is the present prediction, as long as that is
+below c, too, and else c (:func:`surrogate_target`). The bound counts the whole of ``(y' − y)²`` where y lies above c
+and y' below; elsewhere it is the error itself. No step increases it.
 After X. Zhang et al., *Accelerating Very Deep Convolutional Networks*, 2015, whose targets weigh a penalty instead.
 """
 
@@ -24,7 +25,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-__all__ = ["Covariances", "SecondMoments", "Solution", "seen", "solve", "within_sight"]
+__all__ = ["Covariances", "SecondMoments", "Solution", "clamped", "solve", "surrogate_target"]
 
 
 class SecondMoments:
@@ -102,7 +103,7 @@ class Covariances:
     targets: Tensor
 
     @property
-    def scale(self) -> Tensor:
+    def mean_variance(self) -> Tensor:
         """d, the mean variance of the inputs, a positive number. ``(G, 1, 1)``"""
         d = self.inputs.diagonal(dim1=1, dim2=2).mean(1)
         return torch.where(d > 0, d, torch.ones_like(d))[:, None, None]
@@ -188,18 +189,18 @@ def solve(
 def _factor(data: Covariances, ridge: float) -> tuple[Tensor, float]:
     while True:
         ridged = data.inputs.clone()
-        ridged.diagonal(dim1=1, dim2=2).add_(ridge * data.scale[..., 0])
+        ridged.diagonal(dim1=1, dim2=2).add_(ridge * data.mean_variance[..., 0])
         factor, failed = torch.linalg.cholesky_ex(ridged)
         if not bool(failed.any()) or ridge > _MOST_RIDGE:
             return factor, ridge
         ridge = max(10 * ridge, 1e-12)
 
 
-def seen(value: Tensor, cut: Tensor | None) -> Tensor:
-    """Return what is seen of a value: all of it, or what lies above ``cut``."""
-    return value if cut is None else torch.maximum(value, cut)
+def clamped(value: Tensor, threshold: Tensor | None) -> Tensor:
+    """Return what a ReLU with this threshold passes on, ``max(value, threshold)``; without a ReLU all of it."""
+    return value if threshold is None else torch.maximum(value, threshold)
 
 
-def within_sight(predicted: Tensor, target: Tensor, cut: Tensor | None) -> Tensor:
-    """Return what to regress on where ``target`` is wanted (Note [Only what is seen])."""
-    return target if cut is None else torch.where(target > cut, target, torch.minimum(predicted, cut))
+def surrogate_target(predicted: Tensor, target: Tensor, threshold: Tensor | None) -> Tensor:
+    """Return the next regression's target where ``target`` is wanted (Note [Regression through a ReLU])."""
+    return target if threshold is None else torch.where(target > threshold, target, torch.minimum(predicted, threshold))

@@ -1,4 +1,4 @@
-"""What the original does at a site, and so what is wanted there of the converted network."""
+"""Regression target: what the original gives at a site, and so what the converted network is fitted to give."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from normswap.nn import FilterLayout
-from normswap.runs.side_by_side import Visit
+from normswap.runs.paired_sites import SiteBatch
 from normswap.stages.rewriting import Placed
 from normswap.weights import PlainWeight, Weight
 
-__all__ = ["Goal"]
+__all__ = ["RegressionTarget"]
 
 _INVERSE_FLOOR = 1e-2  # of the mean |γ|: a channel with less is not asked to make good an error of y
 
 
 @dataclass(frozen=True)
-class Goal:
+class RegressionTarget:
     """What the original does at a site, per channel ``(C,)``: ``y = gain·t + shift``, ``t = (x − mean)·scale``.
 
     ``anchor`` are the filters that give t on the original's own input, ``(C, fan_in)``; ``weight`` is the form of the
@@ -35,8 +35,8 @@ class Goal:
     unit: Tensor
 
     @classmethod
-    def at(cls, placed: Placed, original: nn.Module, scale: Tensor | None) -> Goal:
-        """Return the goal of what was placed in the stead of a norm of ``original``, whose channels have this scale."""
+    def at(cls, placed: Placed, original: nn.Module, scale: Tensor | None) -> RegressionTarget:
+        """Return the target of a new norm: what ``original`` gives there, whose channels have this scale."""
         state = placed.bound.state
         assert state.mean is not None
         anchor = state.inverse_std[:, None]
@@ -48,8 +48,8 @@ class Goal:
         return cls(gain, shift, mean, state.inverse_std.float(), anchor, placed.bound.weight, unit)
 
     @classmethod
-    def of_layer(cls, layer: nn.Module) -> Goal:
-        """Return the goal of a layer that is fitted alone: to give what the original's gives."""
+    def of_layer(cls, layer: nn.Module) -> RegressionTarget:
+        """Return the target of a layer that is fitted alone: to give what the original's gives."""
         weight = FilterLayout.weight(layer).detach()
         anchor = FilterLayout.of(layer).flatten(weight.double())
         ones, zeros = (f(len(anchor), device=weight.device) for f in (torch.ones, torch.zeros))
@@ -61,12 +61,12 @@ class Goal:
         floor = _INVERSE_FLOOR * self.gain.abs().mean()
         return self.gain / (self.gain.square() + floor.square()).clamp(min=1e-30)
 
-    def targets(self, visit: Visit) -> tuple[Tensor, Tensor]:
+    def targets(self, batch: SiteBatch) -> tuple[Tensor, Tensor]:
         """Return t, which the source is to give, and y, which the norm is to give, shaped as the original's output."""
-        shape = (1, -1, *(1,) * (visit.reference.ndim - 2))
-        t = (visit.reference.float() - self.mean.view(shape)) * self.scale.view(shape)
+        shape = (1, -1, *(1,) * (batch.reference.ndim - 2))
+        t = (batch.reference.float() - self.mean.view(shape)) * self.scale.view(shape)
         y = self.gain.view(shape) * t + self.shift.view(shape)
-        if visit.beside is not None:
-            error = visit.beside[0].float() - visit.beside[1].float()
+        if batch.shortcut is not None:
+            error = batch.shortcut[0].float() - batch.shortcut[1].float()
             t, y = t + error * self.inverse_gain.view(shape), y + error
         return t, y

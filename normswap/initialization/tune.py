@@ -1,9 +1,9 @@
-"""Tune a matched network by gradient, without labels: its sites and residual blocks towards the original's.
+"""Feature distillation without labels: tune a matched network by gradient towards the original's activations.
 
-    loss = mean over places p of  E‖y'_p − y_p‖² / Var y_p  +  E‖out' − out‖² / Var out
+    loss = mean over sites s of  E‖y'_s − y_s‖² / Var y_s  +  E‖out' − out‖² / Var out
 
-A place is a norm's output or, where that goes into an addition and nowhere else, the sum: a residual block's output.
-All places are tuned at once, not block after block: an early block then also learns what the later ones need.
+y_s is a norm's output or, where that goes into an addition and nowhere else, the sum: a residual block's output. All
+sites are tuned at once, not block after block: an early block then also learns what the later ones need.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from normswap.initialization.match import Match
 from normswap.records import InitRow
 from normswap.runs.calling import Batch, call
 from normswap.runs.guard import set_mode, untouched
-from normswap.runs.side_by_side import ADDITIONS, find_uses, tensors_of
+from normswap.runs.tensors import tensors_of
+from normswap.runs.uses import ADDITIONS, find_uses
 from normswap.stages.rewriting import Placed
 
 __all__ = ["Tune", "tune_to"]
@@ -33,7 +34,7 @@ _HOLD_OUT = 5  # every fifth batch
 def tune_to(
     original: nn.Module,
     converted: nn.Module,
-    places: Sequence[str],
+    sites: Sequence[str],
     parameters: Sequence[nn.Parameter],
     batches: Sequence[Batch],
     *,
@@ -47,7 +48,7 @@ def tune_to(
     Args:
         original: The original; left as it is.
         converted: The matched network; its parameters are changed in place.
-        places: The fqns of modules that both have, where they are compared beside their outputs.
+        sites: The fqns of modules that both have, where they are compared beside their outputs.
         parameters: What is tuned.
         batches: Unlabelled inputs.
         steps: The number of steps.
@@ -57,7 +58,7 @@ def tune_to(
         The held-out loss before and after.
     """
     held = [b for i, b in enumerate(batches) if len(batches) >= _HOLD_OUT and i % _HOLD_OUT == _HOLD_OUT - 1]
-    fit = [b for i, b in enumerate(batches) if not held or i % _HOLD_OUT != _HOLD_OUT - 1]
+    train = [b for i, b in enumerate(batches) if not held or i % _HOLD_OUT != _HOLD_OUT - 1]
     before_values = [p.detach().clone() for p in parameters]
     wanted = [p.requires_grad for p in converted.parameters()]
     with ExitStack() as stack:
@@ -66,28 +67,28 @@ def tune_to(
         stack.enter_context(torch.enable_grad())
         set_mode(original, False)
         set_mode(converted, False)
-        ends = [{name: network.get_submodule(name) for name in places} for network in (original, converted)]
-        seen = _Compared((original, converted), ends, find_uses(original, ends[0], batches[0]).added)
-        stack.enter_context(seen.watching())
+        ends = [{name: network.get_submodule(name) for name in sites} for network in (original, converted)]
+        features = _Features((original, converted), ends, find_uses(original, ends[0], batches[0]).into_addition)
+        stack.enter_context(features.recording())
         try:
             converted.requires_grad_(False)
             for parameter in parameters:
                 parameter.requires_grad_(True)
-            before = _held_out(seen, held or fit)
+            before = _mean_loss(features, held or train)
             optimizer = torch.optim.Adam(parameters, lr=_RATE)
             order = torch.Generator().manual_seed(0)
             chosen: list[int] = []
             for step in range(steps):
                 for group in optimizer.param_groups:
                     group["lr"] = _RATE * (1 + math.cos(math.pi * step / steps)) / 2
-                chosen = chosen or torch.randperm(len(fit), generator=order).tolist()
-                loss = seen.loss(fit[chosen.pop()])
+                chosen = chosen or torch.randperm(len(train), generator=order).tolist()
+                loss = features.loss(train[chosen.pop()])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 if progress is not None:
                     progress("gradient steps", step + 1, steps)
-            after = _held_out(seen, held or fit)
+            after = _mean_loss(features, held or train)
         finally:
             for parameter, flag in zip(converted.parameters(), wanted, strict=True):
                 parameter.requires_grad_(flag)
@@ -99,29 +100,29 @@ def tune_to(
     return before, after
 
 
-def _held_out(seen: _Compared, batches: Sequence[Batch]) -> float:
+def _mean_loss(features: _Features, batches: Sequence[Batch]) -> float:
     with torch.no_grad():
-        return sum(float(seen.loss(batch)) for batch in batches) / len(batches)
+        return sum(float(features.loss(batch)) for batch in batches) / len(batches)
 
 
-class _Compared:
-    """Both networks, run on one batch, compared at all places."""
+class _Features:
+    """Both networks' activations on one batch, at all sites and at the end, and the distance between them."""
 
     def __init__(
         self,
         networks: tuple[nn.Module, nn.Module],
         ends: Sequence[Mapping[str, nn.Module]],
-        added: frozenset[str],
+        into_addition: frozenset[str],
     ) -> None:
-        self.networks, self.ends, self.added = networks, ends, added
+        self.networks, self.ends, self.into_addition = networks, ends, into_addition
         self.found: dict[str, Tensor] = {}
         self.pending: dict[int, tuple[Tensor, str]] = {}
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Let hooks note what the places give, once per run: at a place's first call."""
+    def recording(self) -> Iterator[None]:
+        """Let hooks record what the sites give, once per run: at a site's first call."""
         handles = [
-            module.register_forward_hook(self._noting(name)) for ends in self.ends for name, module in ends.items()
+            module.register_forward_hook(self._recorder(name)) for ends in self.ends for name, module in ends.items()
         ]
         try:
             yield
@@ -129,15 +130,15 @@ class _Compared:
             for handle in handles:
                 handle.remove()
 
-    def _noting(self, name: str) -> Callable[..., None]:
-        def note(_: nn.Module, args: Any, output: Tensor) -> None:
+    def _recorder(self, name: str) -> Callable[..., None]:
+        def record(_: nn.Module, args: Any, output: Tensor) -> None:
             if name in self.found:
                 return
             self.found[name] = output
-            if name in self.added:
+            if name in self.into_addition:
                 self.pending[id(output)] = output, name
 
-        return note
+        return record
 
     def loss(self, batch: Batch) -> Tensor:
         """Return the loss on one batch."""
@@ -145,14 +146,14 @@ class _Compared:
             expected, outputs = self._run(self.networks[0], batch)
         found, results = self._run(self.networks[1], batch)
         pairs = [(found[name], y) for name, y in expected.items() if name in found and found[name].shape == y.shape]
-        at_places = [_relative(a, b) for a, b in pairs]
+        at_sites = [_relative(a, b) for a, b in pairs]
         at_end = [_relative(a, b) for a, b in zip(results, outputs, strict=True) if a.shape == b.shape]
         total = sum(at_end, torch.zeros((), device=results[0].device) if results else torch.zeros(()))
-        return total + (torch.stack(at_places).mean() if at_places else 0.0)
+        return total + (torch.stack(at_sites).mean() if at_sites else 0.0)
 
     def _run(self, network: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], list[Tensor]]:
         self.found, self.pending = {}, {}
-        with _NotingSums(self):
+        with _RecordSums(self):
             output = call(network, batch)
         return self.found, tensors_of(output)
 
@@ -162,19 +163,19 @@ def _relative(found: Tensor, expected: Tensor) -> Tensor:
     return (found.float() - expected).square().mean() / expected.var().clamp(min=1e-12)
 
 
-class _NotingSums(TorchFunctionMode):
-    """Notes the sum that a place's output goes into in the output's stead."""
+class _RecordSums(TorchFunctionMode):
+    """Records the sum that a site's output goes into in place of the output."""
 
-    def __init__(self, seen: _Compared) -> None:
+    def __init__(self, features: _Features) -> None:
         super().__init__()
-        self.seen = seen
+        self.features = features
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func in ADDITIONS and self.seen.pending:
+        if func in ADDITIONS and self.features.pending:
             for value in args:
-                if id(value) in self.seen.pending:
-                    self.seen.found[self.seen.pending.pop(id(value))[1]] = result
+                if id(value) in self.features.pending:
+                    self.features.found[self.features.pending.pop(id(value))[1]] = result
         return result
 
 

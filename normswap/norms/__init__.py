@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Hashable
 from functools import cache
 
 from torch import nn
@@ -38,12 +39,15 @@ for _module in pkgutil.iter_modules(__path__):
 
 def norm_of(module: nn.Module) -> type[Norm] | None:
     """Return which norm ``module`` is, None where it is none."""
-    return _of_class(type(module), len(registered())) or next((n for n in registered() if n.recognizes(module)), None)
+    kind: Hashable = type(module)  # type: ignore[assignment]
+    return _of_class(kind, len(registered())) or next((n for n in registered() if n.recognizes(module)), None)
 
 
 @cache
-def _of_class(kind: type[nn.Module], _: int) -> type[Norm] | None:
-    known = {cls: norm for norm in registered() for cls in norm.modules}
+def _of_class(kind: Hashable, _: int) -> type[Norm] | None:
+    """Return the norm whose module is closest in a class's MRO; asked anew when another norm has been defined."""
+    assert isinstance(kind, type)
+    known: dict[type, type[Norm]] = {cls: norm for norm in registered() for cls in norm.modules}
     return next((known[cls] for cls in kind.__mro__ if cls in known), None)
 
 

@@ -59,7 +59,7 @@ def tensor_in(module: nn.Module, name: str) -> Tensor:
     """Return the parameter or buffer of ``module`` that goes by a dotted name."""
     path, _, leaf = name.rpartition(".")
     holder = module.get_submodule(path)
-    tensor = holder._parameters.get(leaf)
+    tensor: Tensor | None = holder._parameters.get(leaf)
     tensor = holder._buffers.get(leaf) if tensor is None else tensor
     assert tensor is not None, f"there is no tensor {name}"
     return tensor

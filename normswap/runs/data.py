@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from normswap.runs.batches import bind_batches, sample_count, some_samples
 from normswap.runs.calling import Batch
-from normswap.runs.inputs import Inputs, bind_batches, example_of, sample_count, some_samples
+from normswap.runs.inputs import Inputs, example_of
 
 __all__ = ["ENOUGH_SAMPLES", "Data"]
 

@@ -15,9 +15,10 @@ from typing import Any
 from torch import fx, nn
 
 from normswap.errors import PlanError
-from normswap.graph.functional import FunctionalNorm, read_functional_norm
+from normswap.graph.functional import read_functional_norm
 from normswap.graph.ops import is_functional_norm, norm_argument
-from normswap.graph.symbolic import ScopeTracer
+from normswap.graph.tracer import ScopeTracer
+from normswap.norms.functional import FunctionalNorm
 from normswap.runs.guard import untouched
 
 __all__ = ["find_functional_norms", "is_rewritten", "replace_functional_norms", "trace_own_forward"]

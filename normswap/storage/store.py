@@ -40,6 +40,7 @@ from normswap.loading.refusals import INSTEAD
 from normswap.loading.trust import Trust
 from normswap.recipes import Recipe, make_recipe
 from normswap.records import Plan
+from normswap.stages.bound import bind
 from normswap.stages.rewriting import rewrite
 from normswap.storage.contents import Contents, collect, differences, give
 from normswap.storage.origin import Origin, forget, origin_of, remember, skeleton_of, slots
@@ -187,7 +188,7 @@ def _replayed(skeleton: nn.Module, steps: Sequence[tuple[Plan, Recipe]]) -> nn.M
     """Carry the plans out on ``skeleton``, in place."""
     for plan, recipe in steps:
         origin = Origin(plan, recipe, skeleton_of(skeleton))
-        rewrite(skeleton, plan, recipe)
+        rewrite(skeleton, bind(plan, recipe, skeleton))
         remember(skeleton, origin)
     return skeleton
 

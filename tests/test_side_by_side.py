@@ -1,4 +1,4 @@
-"""Two networks side by side: what is seen at a place is what a plain run sees there, and nothing is left behind."""
+"""Two networks side by side: what a site is fitted to is what plain runs give there, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normswap.errors import InitializationError, InputError
-from normswap.runs.side_by_side import THREAD, Place, Visit, find_uses, run_side_by_side
+from normswap.runs.paired_sites import PairedSite, SiteBatch
+from normswap.runs.pausing import THREAD
+from normswap.runs.side_by_side import run_side_by_side
+from normswap.runs.uses import find_uses
 
 C = 4
 
@@ -59,9 +62,9 @@ def networks(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     return model.eval(), converted.eval()
 
 
-def places_of(original: nn.Module, converted: nn.Module, pairs: dict[str, str]) -> list[Place]:
+def sites_of(original: nn.Module, converted: nn.Module, pairs: dict[str, str]) -> list[PairedSite]:
     return [
-        Place(norm, converted.get_submodule(layer), converted.get_submodule(norm), original.get_submodule(norm))
+        PairedSite(norm, converted.get_submodule(layer), converted.get_submodule(norm), original.get_submodule(norm))
         for layer, norm in pairs.items()
     ]
 
@@ -73,10 +76,10 @@ def images(n: int = 3, *, batches: int = 2) -> list[tuple[Tensor, ...]]:
     return [(torch.randn(n, C, 5, 5),) for _ in range(batches)]
 
 
-def change(place: Place) -> None:
+def change(site: PairedSite) -> None:
     """Stands for a fit: other values, the same ones at each run."""
     with torch.no_grad():
-        for parameter in (*place.source.parameters(), *place.norm.parameters()):
+        for parameter in (*site.source.parameters(), *site.norm.parameters()):
             parameter.mul_(0.9).add_(0.05)
 
 
@@ -84,30 +87,33 @@ class Log:
     """A fit that notes what it is given, and changes the parameters if asked to."""
 
     def __init__(self, *, changing: bool = False) -> None:
-        self.visits: dict[str, list[Visit]] = {}
+        self.found: dict[str, list[SiteBatch]] = {}
         self.changing = changing
 
-    def __call__(self, place: Place, visits: Sequence[Visit]) -> None:
-        assert place.name not in self.visits, "fitted twice"
-        self.visits[place.name] = [
-            Visit(
-                v.x.clone(), v.reference.clone(), v.beside and (v.beside[0].clone(), v.beside[1].clone()), v.rectified
+    def __call__(self, site: PairedSite, batches: Sequence[SiteBatch]) -> None:
+        assert site.name not in self.found, "fitted twice"
+        self.found[site.name] = [
+            SiteBatch(
+                v.x.clone(),
+                v.reference.clone(),
+                v.shortcut and (v.shortcut[0].clone(), v.shortcut[1].clone()),
+                v.into_relu,
             )
-            for v in visits
+            for v in batches
         ]
         if self.changing:
-            change(place)
+            change(site)
 
 
 def run(model: nn.Module, *, changing: bool = True, pairs: dict[str, str] = PAIRS, batches: Any = None) -> Any:
     original, converted = networks(model)
     batches = images() if batches is None else batches
     log = Log(changing=changing)
-    run_side_by_side(original, converted, places_of(original, converted, pairs), batches, log)
+    run_side_by_side(original, converted, sites_of(original, converted, pairs), batches, log)
     return original, converted, batches, log
 
 
-def seen_in_a_plain_run(model: nn.Module, name: str, batch: tuple[Tensor, ...]) -> Tensor:
+def plain_input(model: nn.Module, name: str, batch: tuple[Tensor, ...]) -> Tensor:
     found: list[Tensor] = []
     handle = model.get_submodule(name).register_forward_pre_hook(lambda m, args: found.append(args[0].clone()))
     with torch.no_grad():
@@ -120,36 +126,36 @@ def seen_in_a_plain_run(model: nn.Module, name: str, batch: tuple[Tensor, ...]) 
 
 
 @pytest.mark.parametrize("changing", [False, True])
-def test_each_place_is_fitted_once_in_order_to_what_plain_runs_see(changing: bool) -> None:
-    """Also while fits change the network: a place's input is that of the network as it is in the end."""
+def test_each_site_is_fitted_once_in_order_to_what_plain_runs_give(changing: bool) -> None:
+    """Also while fits change the network: a site's input is that of the network as it is in the end."""
     original, converted, batches, log = run(Chain(), changing=changing)
-    assert list(log.visits) == ["bn1", "bn2"]
+    assert list(log.found) == ["bn1", "bn2"]
     for layer, norm in PAIRS.items():
-        for batch, visit in zip(batches, log.visits[norm], strict=True):
-            assert torch.equal(visit.x, seen_in_a_plain_run(converted, layer, batch))
-            assert torch.equal(visit.reference, seen_in_a_plain_run(original, norm, batch))
-            assert visit.beside is None
-    other = seen_in_a_plain_run(converted, "conv2", batches[1])
-    assert not torch.equal(log.visits["bn2"][0].x, other), "batches are told apart"
-    change(places_of(original, converted, PAIRS)[0])
-    assert not torch.equal(log.visits["bn2"][0].x, seen_in_a_plain_run(converted, "conv2", batches[0]))
+        for batch, found in zip(batches, log.found[norm], strict=True):
+            assert torch.equal(found.x, plain_input(converted, layer, batch))
+            assert torch.equal(found.reference, plain_input(original, norm, batch))
+            assert found.shortcut is None
+    other = plain_input(converted, "conv2", batches[1])
+    assert not torch.equal(log.found["bn2"][0].x, other), "batches are told apart"
+    change(sites_of(original, converted, PAIRS)[0])
+    assert not torch.equal(log.found["bn2"][0].x, plain_input(converted, "conv2", batches[0]))
 
 
-def test_places_may_be_given_in_another_order_than_they_run_in() -> None:
-    """Control flow may run them so; the original runs past a place and what it had there is kept."""
+def test_sites_may_be_given_in_another_order_than_they_run_in() -> None:
+    """Control flow may run them so; the original runs past a site and what it had there is kept."""
     original, converted, batches, log = run(Chain(), pairs=dict(reversed(PAIRS.items())))
-    assert torch.equal(log.visits["bn1"][0].reference, seen_in_a_plain_run(original, "bn1", batches[0]))
-    assert torch.equal(log.visits["bn2"][1].x, seen_in_a_plain_run(converted, "conv2", batches[1]))
+    assert torch.equal(log.found["bn1"][0].reference, plain_input(original, "bn1", batches[0]))
+    assert torch.equal(log.found["bn2"][1].x, plain_input(converted, "conv2", batches[1]))
 
 
 def test_a_layer_alone_is_fitted_to_the_originals_output() -> None:
     original, converted = networks(nn.Sequential(conv(), nn.ReLU()))
     batches, log = images(), Log()
-    place = Place("0", converted.get_submodule("0"), None, original.get_submodule("0"))
-    run_side_by_side(original, converted, [place], batches, log)
+    site = PairedSite("0", converted.get_submodule("0"), None, original.get_submodule("0"))
+    run_side_by_side(original, converted, [site], batches, log)
     with torch.no_grad():
-        assert torch.equal(log.visits["0"][1].reference, original[0](*batches[1]))
-    assert torch.equal(log.visits["0"][1].x, batches[1][0])
+        assert torch.equal(log.found["0"][1].reference, original[0](*batches[1]))
+    assert torch.equal(log.found["0"][1].x, batches[1][0])
 
 
 def test_functional_norms_are_known_by_their_running_means() -> None:
@@ -163,12 +169,12 @@ def test_functional_norms_are_known_by_their_running_means() -> None:
 
     original, _ = networks(Functional())
     _, converted = networks(Replaced())
-    place = Place("bn2", converted.conv2, converted.bn2, None, original.bn2.running_mean)
+    site = PairedSite("bn2", converted.conv2, converted.bn2, None, original.bn2.running_mean)
     log, batches = Log(), images()
-    run_side_by_side(original, converted, [place], batches, log)
+    run_side_by_side(original, converted, [site], batches, log)
     with torch.no_grad():
         wanted = original.conv2(F.relu(original.bn1(original.conv1(*batches[0]))))
-    assert torch.equal(log.visits["bn2"][0].reference, wanted)
+    assert torch.equal(log.found["bn2"][0].reference, wanted)
 
 
 # ---------------------------------------------------------------------------------------------------- additions
@@ -214,23 +220,23 @@ NOT_ADDED = {
 @pytest.mark.parametrize("how", ADDED)
 def test_an_output_that_only_goes_into_an_addition_is_fitted_there(how: str) -> None:
     original, converted, batches, log = run(added_by(ADDED[how])())
-    assert [visit.beside is not None for visit in log.visits["bn2"]] == [True, True]
-    assert all(visit.beside is None for visit in log.visits["bn1"])
-    for batch, visit in zip(batches, log.visits["bn2"], strict=True):
-        for network, found in zip((original, converted), visit.beside, strict=True):
-            assert torch.equal(found, seen_in_a_plain_run(network, "conv2", batch)), "r, before it was changed in place"
-        assert torch.equal(visit.x, seen_in_a_plain_run(converted, "conv2", batch))
-        assert torch.equal(visit.reference, seen_in_a_plain_run(original, "bn2", batch))
+    assert [found.shortcut is not None for found in log.found["bn2"]] == [True, True]
+    assert all(found.shortcut is None for found in log.found["bn1"])
+    for batch, found in zip(batches, log.found["bn2"], strict=True):
+        for network, addend in zip((original, converted), found.shortcut, strict=True):
+            assert torch.equal(addend, plain_input(network, "conv2", batch)), "r, before it was changed in place"
+        assert torch.equal(found.x, plain_input(converted, "conv2", batch))
+        assert torch.equal(found.reference, plain_input(original, "bn2", batch))
 
 
 @pytest.mark.parametrize("how", NOT_ADDED)
 def test_any_other_use_is_no_such_addition(how: str) -> None:
     _, converted, batches, log = run(added_by(NOT_ADDED[how])())
-    assert all(visit.beside is None for visit in log.visits["bn2"])
-    assert torch.equal(log.visits["bn2"][1].x, seen_in_a_plain_run(converted, "conv2", batches[1]))
+    assert all(found.shortcut is None for found in log.found["bn2"])
+    assert torch.equal(log.found["bn2"][1].x, plain_input(converted, "conv2", batches[1]))
 
 
-RECTIFIED = {
+INTO_RELU = {
     "F.relu": lambda y, r, m: F.relu(y),
     "in place": lambda y, r, m: F.relu(y, inplace=True) * 2 + r,
     "y.relu_()": lambda y, r, m: y.relu_() * y,
@@ -243,7 +249,7 @@ RECTIFIED = {
     "the sum, in place": lambda y, r, m: nn.ReLU(inplace=True)(y.__iadd__(r)) * 3,
     "the sum of r += y": lambda y, r, m: r.__iadd__(y).relu(),
 }
-NOT_RECTIFIED = {
+NOT_INTO_RELU = {
     "nothing": lambda y, r, m: y,
     "a leak": lambda y, r, m: F.leaky_relu(y),
     "Hardtanh": lambda y, r, m: F.hardtanh(y),
@@ -252,24 +258,24 @@ NOT_RECTIFIED = {
     "used again": lambda y, r, m: F.relu(y) + y.abs(),
     "returned too": lambda y, r, m: (F.relu(y), y),
     "after a scale": lambda y, r, m: F.relu(y * 2),
-    "one addend of a sum that is seen": lambda y, r, m: y + r,
+    "one addend of a sum without a ReLU": lambda y, r, m: y + r,
     "the sum is returned too": lambda y, r, m: (F.relu(z := y + r), z),
     "the sum is used before": lambda y, r, m: (z := y + r).exp() + F.relu(z),
 }
 
 
-@pytest.mark.parametrize("how", [*RECTIFIED, *NOT_RECTIFIED])
-def test_below_zero_an_output_is_unseen_only_where_all_of_it_goes_into_a_relu(how: str) -> None:
-    join = RECTIFIED.get(how) or NOT_RECTIFIED[how]
+@pytest.mark.parametrize("how", [*INTO_RELU, *NOT_INTO_RELU])
+def test_an_output_has_a_threshold_only_where_all_of_it_goes_into_a_relu(how: str) -> None:
+    join = INTO_RELU.get(how) or NOT_INTO_RELU[how]
     _, converted, batches, log = run(added_by(join)())
-    rectified = how in RECTIFIED
-    for batch, visit in zip(batches, log.visits["bn2"], strict=True):
-        if not rectified:
-            assert visit.cut is None
+    into_relu = how in INTO_RELU
+    for batch, found in zip(batches, log.found["bn2"], strict=True):
+        if not into_relu:
+            assert found.threshold is None
         elif "sum" in how:
-            assert torch.equal(visit.cut, -seen_in_a_plain_run(converted, "conv2", batch)), "what r lifts above zero"
+            assert torch.equal(found.threshold, -plain_input(converted, "conv2", batch)), "what r lifts above zero"
         else:
-            assert torch.equal(visit.cut, torch.zeros_like(visit.reference))
+            assert torch.equal(found.threshold, torch.zeros_like(found.reference))
 
 
 def test_of_two_norms_that_are_added_the_first_one_is_found() -> None:
@@ -279,11 +285,11 @@ def test_of_two_norms_that_are_added_the_first_one_is_found() -> None:
 
     original, converted, batches, log = run(Both())
     uses = find_uses(original, {n: original.get_submodule(n) for n in ("bn1", "bn2")}, batches[0])
-    assert uses.added == {"bn1"}
-    assert list(log.visits) == ["bn2", "bn1"]
+    assert uses.into_addition == {"bn1"}
+    assert list(log.found) == ["bn2", "bn1"]
     with torch.no_grad():
-        beside = converted.bn2(converted.conv2(*batches[0]))
-    assert torch.equal(log.visits["bn1"][0].beside[1], beside), "the other one is fitted before"
+        shortcut = converted.bn2(converted.conv2(*batches[0]))
+    assert torch.equal(log.found["bn1"][0].shortcut[1], shortcut), "the other one is fitted before"
 
 
 def test_a_batch_norm_with_an_activation_is_not_fitted_at_the_addition() -> None:
@@ -295,10 +301,10 @@ def test_a_batch_norm_with_an_activation_is_not_fitted_at_the_addition() -> None
     model.bn2 = NormRelu(C)
     original, converted = networks(model)
     converted.bn2 = nn.Sequential(nn.GroupNorm(2, C), nn.ReLU())
-    place = Place("bn2", converted.conv2, converted.bn2[0], original.bn2)
+    site = PairedSite("bn2", converted.conv2, converted.bn2[0], original.bn2)
     log = Log()
-    run_side_by_side(original, converted, [place], images(), log)
-    assert [visit.beside for visit in log.visits["bn2"]] == [None, None]
+    run_side_by_side(original, converted, [site], images(), log)
+    assert [found.shortcut for found in log.found["bn2"]] == [None, None]
 
 
 # ------------------------------------------------------------------------------------------------- awkward models
@@ -314,8 +320,8 @@ class Shared(Chain):
 
 def test_a_layer_that_is_called_five_times_is_fitted_at_its_first_call() -> None:
     original, _, batches, log = run(Shared(), pairs={"conv1": "bn1"})
-    assert torch.equal(log.visits["bn1"][0].x, batches[0][0])
-    assert torch.equal(log.visits["bn1"][1].reference, seen_in_a_plain_run(original, "bn1", batches[1]))
+    assert torch.equal(log.found["bn1"][0].x, batches[0][0])
+    assert torch.equal(log.found["bn1"][1].reference, plain_input(original, "bn1", batches[1]))
 
 
 class Branches(Chain):
@@ -327,14 +333,14 @@ class Branches(Chain):
 
 def test_batches_may_take_different_ways() -> None:
     _, converted, batches, log = run(Branches(), batches=[*images(3), *images(2), *images(3, batches=1)])
-    assert [len(visit.x) for visit in log.visits["bn1"]] == [3, 3, 2, 2, 3]
-    assert [len(visit.x) for visit in log.visits["bn2"]] == [2, 2]
-    assert torch.equal(log.visits["bn2"][0].x, seen_in_a_plain_run(converted, "conv2", batches[2]))
+    assert [len(found.x) for found in log.found["bn1"]] == [3, 3, 2, 2, 3]
+    assert [len(found.x) for found in log.found["bn2"]] == [2, 2]
+    assert torch.equal(log.found["bn2"][0].x, plain_input(converted, "conv2", batches[2]))
 
 
-def test_a_place_that_no_batch_reaches_is_not_fitted() -> None:
+def test_a_site_that_no_batch_reaches_is_not_fitted() -> None:
     *_, log = run(Branches())
-    assert list(log.visits) == ["bn1"]
+    assert list(log.found) == ["bn1"]
 
 
 def test_a_source_whose_input_is_changed_before_its_output_is_there_is_not_fitted() -> None:
@@ -345,18 +351,18 @@ def test_a_source_whose_input_is_changed_before_its_output_is_there_is_not_fitte
             return self.bn2(y).relu()
 
     *_, log = run(Changes())
-    assert list(log.visits) == ["bn1"]
+    assert list(log.found) == ["bn1"]
 
 
-def test_an_input_that_is_changed_afterwards_is_seen_as_it_was() -> None:
+def test_an_input_that_is_changed_afterwards_is_taken_as_it_was() -> None:
     class Changes(Chain):
         def join(self, r: Tensor) -> Tensor:
             y = self.bn2(self.conv2(r)).relu()
             return y + r.zero_()
 
     _, converted, batches, log = run(Changes())
-    assert torch.equal(log.visits["bn2"][0].x, seen_in_a_plain_run(converted, "conv2", batches[0]))
-    assert float(log.visits["bn2"][0].x.abs().amax()) > 0
+    assert torch.equal(log.found["bn2"][0].x, plain_input(converted, "conv2", batches[0]))
+    assert float(log.found["bn2"][0].x.abs().amax()) > 0
 
 
 def test_a_forward_may_change_the_models_own_input() -> None:
@@ -367,9 +373,9 @@ def test_a_forward_may_change_the_models_own_input() -> None:
     batches = images()
     before = [x.clone() for (x,) in batches]
     _, _, _, log = run(Normalizes(), batches=batches)
-    for (x,), value, visit in zip(batches, before, log.visits["bn1"], strict=True):
+    for (x,), value, found in zip(batches, before, log.found["bn1"], strict=True):
         assert torch.equal(x, value), "the user's data stays"
-        assert torch.allclose(visit.x, (value - 0.5) / 2), "and is normalized once"
+        assert torch.allclose(found.x, (value - 0.5) / 2), "and is normalized once"
 
 
 def test_a_layer_that_is_called_with_more_than_its_input_keeps_its_output() -> None:
@@ -382,8 +388,8 @@ def test_a_layer_that_is_called_with_more_than_its_input_keeps_its_output() -> N
             return self.join(F.relu(self.bn1(self.conv1(x, output_size=(10, 10)))))
 
     *_, log = run(Up())
-    assert list(log.visits) == ["bn2"]
-    assert log.visits["bn2"][0].x.shape == (3, C, 10, 10)
+    assert list(log.found) == ["bn2"]
+    assert log.found["bn2"][0].x.shape == (3, C, 10, 10)
 
 
 def test_inputs_given_by_keyword_are_inputs() -> None:
@@ -393,15 +399,15 @@ def test_inputs_given_by_keyword_are_inputs() -> None:
             return self.bn2(input=self.conv2(input=r)) + r
 
     *_, batches, log = run(Keywords())
-    assert torch.equal(log.visits["bn1"][0].x, batches[0][0])
-    assert log.visits["bn2"][0].beside is not None
+    assert torch.equal(log.found["bn1"][0].x, batches[0][0])
+    assert log.found["bn2"][0].shortcut is not None
 
 
 def test_data_made_in_inference_mode_is_taken() -> None:
     with torch.inference_mode():
         batches = images()
     *_, log = run(Chain(), batches=batches)
-    assert list(log.visits) == ["bn1", "bn2"]
+    assert list(log.found) == ["bn1", "bn2"]
 
 
 class Stateful(Chain):
@@ -417,7 +423,7 @@ def test_a_model_that_keeps_state_between_its_layers_is_refused_and_taken_with_o
         run(Stateful())
     assert caught.value.code == "calibration-state"
     *_, log = run(Stateful(), batches=images(batches=1))
-    assert list(log.visits) == ["bn1", "bn2"]
+    assert list(log.found) == ["bn1", "bn2"]
 
 
 def test_a_model_that_draws_random_numbers_is_refused() -> None:
@@ -438,7 +444,7 @@ def test_empty_nan_and_nested_outputs_are_compared(extra: Callable[[Tensor], Any
             return extra(super().forward(x))
 
     *_, log = run(Outputs())
-    assert list(log.visits) == ["bn1", "bn2"]
+    assert list(log.found) == ["bn1", "bn2"]
 
 
 # ---------------------------------------------------------------------------------------- what is left behind
@@ -477,7 +483,7 @@ def test_nothing_but_what_the_fits_change_is_changed() -> None:
     random = torch.get_rng_state()
     batches = images()
     torch.set_rng_state(random)
-    run_side_by_side(original, converted, places_of(original, converted, PAIRS), batches, Log())
+    run_side_by_side(original, converted, sites_of(original, converted, PAIRS), batches, Log())
     assert fingerprint(original) == before
     assert [m.training for m in converted.modules()] == modes
     assert torch.equal(torch.get_rng_state(), random)
@@ -509,13 +515,13 @@ def test_an_interrupt_in_a_hook_leaves_nothing_behind(network: int, when: int) -
     random, batches = None, images()
     random = torch.get_rng_state()
     with pytest.raises(KeyboardInterrupt):
-        run_side_by_side(*both, places_of(*both, PAIRS), batches, Log())
+        run_side_by_side(*both, sites_of(*both, PAIRS), batches, Log())
     assert [fingerprint(model) for model in both] == before
     assert torch.equal(torch.get_rng_state(), random)
     handle.remove()
     log = Log()
-    run_side_by_side(*both, places_of(*both, PAIRS), batches, log)
-    assert list(log.visits) == ["bn1", "bn2"], "the same networks run well afterwards"
+    run_side_by_side(*both, sites_of(*both, PAIRS), batches, log)
+    assert list(log.found) == ["bn1", "bn2"], "the same networks run well afterwards"
 
 
 @pytest.mark.parametrize("error", [ValueError("a bad fit"), KeyboardInterrupt()])
@@ -523,24 +529,24 @@ def test_an_error_in_a_fit_leaves_nothing_behind(error: BaseException) -> None:
     original, converted = networks(Chain())
     before = fingerprint(original), fingerprint(converted)
 
-    def fit(place: Place, visits: Sequence[Visit]) -> None:
-        if place.name == "bn2":
+    def fit(site: PairedSite, batches: Sequence[SiteBatch]) -> None:
+        if site.name == "bn2":
             raise error
 
     with pytest.raises(type(error)):
-        run_side_by_side(original, converted, places_of(original, converted, PAIRS), images(), fit)
+        run_side_by_side(original, converted, sites_of(original, converted, PAIRS), images(), fit)
     assert (fingerprint(original), fingerprint(converted)) == before
 
 
 @pytest.mark.parametrize("bad", [0, 1, 2])
 def test_a_batch_that_does_not_run_is_an_input_error(bad: int) -> None:
-    """Whether it is the first, at which the pilot runs, or comes later, in the midst of the lock step."""
+    """Whether it is the first, at which the uses are found, or comes later, among the paused runs."""
     original, converted = networks(Chain())
     before = fingerprint(original)
     batches = images(batches=3)
     batches[bad] = (torch.randn(3, C + 1, 5, 5),)
     with pytest.raises(InputError, match="does not run") as caught:
-        run_side_by_side(original, converted, places_of(original, converted, PAIRS), batches, Log())
+        run_side_by_side(original, converted, sites_of(original, converted, PAIRS), batches, Log())
     assert caught.value.code == "inputs-do-not-run"
     assert fingerprint(original) == before
 
@@ -549,37 +555,37 @@ def test_the_threads_go_by_their_name() -> None:
     names: list[str] = []
     original, converted = networks(Chain())
     original.bn1.register_forward_hook(lambda *_: names.append(threading.current_thread().name))
-    run_side_by_side(original, converted, places_of(original, converted, PAIRS), images(), Log())
+    run_side_by_side(original, converted, sites_of(original, converted, PAIRS), images(), Log())
     assert THREAD in names, "so the check that none is left can fail"
 
 
-def test_what_was_seen_is_let_go() -> None:
-    """While a place is fitted, no earlier place's inputs are held any more, and after the run nothing is."""
+def test_activations_are_let_go() -> None:
+    """While a site is fitted, no earlier site's inputs are held any more, and after the run nothing is."""
     original, converted = networks(Chain())
-    seen: list[weakref.ref[Tensor]] = []
+    refs: list[weakref.ref[Tensor]] = []
     alive: list[int] = []
 
-    def fit(place: Place, visits: Sequence[Visit]) -> None:
+    def fit(site: PairedSite, batches: Sequence[SiteBatch]) -> None:
         gc.collect()
-        alive.append(sum(ref() is not None for ref in seen))
-        for visit in visits:
-            seen.extend((weakref.ref(visit.x), weakref.ref(visit.reference)))
+        alive.append(sum(ref() is not None for ref in refs))
+        for found in batches:
+            refs.extend((weakref.ref(found.x), weakref.ref(found.reference)))
 
     class Longer(nn.Sequential):
         pass
 
     original, converted = networks(Longer(*(nn.Sequential(conv(), nn.BatchNorm2d(C), nn.ReLU()) for _ in range(4))))
     pairs = {f"{i}.0": f"{i}.1" for i in range(4)}
-    run_side_by_side(original, converted, places_of(original, converted, pairs), images(), fit)
+    run_side_by_side(original, converted, sites_of(original, converted, pairs), images(), fit)
     gc.collect()
-    assert len(seen) == 16
-    assert [ref() is not None for ref in seen] == [False] * 16
-    assert max(alive) <= 4, "at most those of the place before are still in a caller's frame"
+    assert len(refs) == 16
+    assert [ref() is not None for ref in refs] == [False] * 16
+    assert max(alive) <= 4, "at most those of the site before are still in a caller's frame"
 
 
 def test_many_small_batches_are_no_problem() -> None:
     *_, log = run(Chain(), batches=images(1, batches=60))
-    assert len(log.visits["bn2"]) == 60
+    assert len(log.found["bn2"]) == 60
 
 
 def test_the_default_device_of_the_caller_holds() -> None:
@@ -593,7 +599,7 @@ def test_the_default_device_of_the_caller_holds() -> None:
     original, converted = networks(Makes())
     torch.set_default_device("meta")
     try:
-        run_side_by_side(original, converted, places_of(original, converted, PAIRS), batches, Log())
+        run_side_by_side(original, converted, sites_of(original, converted, PAIRS), batches, Log())
     finally:
         torch.set_default_device(None)
     assert set(made) == {"meta"}
