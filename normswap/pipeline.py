@@ -17,9 +17,9 @@ from normswap.errors import InputError, argument
 from normswap.graph import capture
 from normswap.graph.dataflow import Dataflow
 from normswap.initialization.base import Progress, Work, initializer_for
-from normswap.initialization.centring import SCALED, scaled_for
+from normswap.initialization.equalization import EQUALIZED, equalize
 from normswap.initialization.match import Match, match_sites
-from normswap.initialization.moments import missing_statistics
+from normswap.initialization.missing import missing_statistics
 from normswap.options import Options
 from normswap.recipes import Recipe, all_recipes, make_recipe, option_names
 from normswap.records import InitReport, Plan, SiteCost
@@ -149,7 +149,7 @@ def convert(
         target = model
 
     remember(target, Origin(bound.plan, recipe, skeleton))
-    scaled = (SCALED,) if work.source is not model else ()
+    scaled = (EQUALIZED,) if work.source is not model else ()
     report = InitReport(method.name, outcome.rows, (*data.all_notes, *scaled, *outcome.notes), outcome.agreement)
     return Conversion(cast(Model, target), bound.plan, report, promise.keep(target))
 
@@ -224,7 +224,7 @@ def _prepared(
     source: nn.Module = model
     scales: dict[str, Tensor] = {}
     if scale:
-        source, scales = scaled_for(bound, flow, data.enough, data.example)
+        source, scales = equalize(bound, flow, data.enough, data.example)
     return Work(source, bound.with_scales(scales), options, data.example, data.batches, data.enough, scales)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import normswap as ns
 from normswap.errors import InitializationError
 from normswap.initialization.absorb import absorb
-from normswap.initialization.moments import Statistics, measure_statistics
+from normswap.runs.watching import Statistics, measure_statistics
 
 GROUPS, RECORDED = 2, 16
 

@@ -140,7 +140,9 @@ def test_a_shortcut_ties_and_the_features_stay() -> None:
     assert set(numbers(channels, "stem", "inputs")) == set(numbers(channels, "stem")) == {FIXED}
 
 
-@pytest.mark.parametrize("act", [F.silu, F.relu6, torch.tanh, lambda x: x + 1, lambda x: x.clamp(min=-1)])
+@pytest.mark.parametrize(
+    "act", [F.silu, F.relu6, torch.tanh, F.selu, F.softplus, F.hardtanh, lambda x: x + 1, lambda x: x.clamp(min=-1)]
+)
 def test_an_activation_that_does_not_scale_fixes_its_channels(act: Callable[[Tensor], Tensor]) -> None:
     assert free(channels_of(Residual(act))) == 0
 
@@ -148,6 +150,25 @@ def test_an_activation_that_does_not_scale_fixes_its_channels(act: Callable[[Ten
 @pytest.mark.parametrize("act", [F.leaky_relu, lambda x: 2 * x, lambda x: F.dropout(x, 0.1), lambda x: -x / 3])
 def test_an_operation_that_scales_does_not(act: Callable[[Tensor], Tensor]) -> None:
     assert free(channels_of(Residual(act))) == 8 * 3
+
+
+def test_a_module_that_is_called_as_a_method_of_tensors_is_no_such_method() -> None:
+    class Named(nn.Module):
+        """``size`` is its activation: not a question for the size."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.size = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.SiLU()
+            self.last, self.end = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm(self.conv(x))
+            return self.size(y) + self.end(self.last(y))
+
+    model = randomize_(Named(), 0).double()
+    channels, x = channels_of(model), (torch.randn(2, 3, 4, 4).double(),)
+    assert set(numbers(channels, "norm")) == {FIXED}
+    assert distance(outputs(scaled(model, channels), x), outputs(model, x)) < 1e-9
 
 
 def test_a_hook_that_sees_a_value_and_a_norm_that_is_left_out_fix_its_channels() -> None:

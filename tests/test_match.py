@@ -44,8 +44,9 @@ def images(n: int = 40, *, seed: int = 1, channels: int = 3, axes: int = 2) -> T
 
 
 def vectors(n: int = 40, *, seed: int = 1) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n, 6, generator=generator) @ torch.randn(6, 6) + 1
+    """Correlated vectors; other seeds are other samples, of the same covariance."""
+    mixing = torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
+    return torch.randn(n, 6, generator=torch.Generator().manual_seed(seed)) @ mixing + 1
 
 
 def settled(model: nn.Module, data: Callable[..., Any]) -> nn.Module:

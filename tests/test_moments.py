@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from normswap.initialization.moments import Moments, centre, moments_of, noise_like, patches
+from normswap.initialization.moments import Moments, centre, moments_of
+from normswap.initialization.noise import noise_like
+from normswap.initialization.patches import patches
 from normswap.nn import FilterLayout
 
 LAYERS = {

@@ -15,8 +15,9 @@ from normswap.demo.data import load_digits, load_network
 from normswap.graph import capture
 from normswap.graph.channels import FIXED, find_channels
 from normswap.graph.dataflow import Dataflow
-from normswap.initialization import centring
-from normswap.initialization.equalization import choose_scales, costs_of, least
+from normswap.initialization import equalization
+from normswap.initialization.equalization import choose_scales
+from normswap.initialization.equalization_cost import costs_of, least_cost
 from normswap.initialization.moments import moments_of_covariance
 
 LAYERS = {
@@ -95,7 +96,7 @@ def test_no_single_step_betters_what_was_found_and_fixed_channels_stay() -> None
             found += float(own @ cost.lost @ own / (own @ cost.kept @ own))
         return found
 
-    v = least(fresh(), 11)
+    v = least_cost(fresh(), 11)
     assert float(v[FIXED]) == 1
     assert bool(((v >= 1) & (v <= 10)).all())
     assert total(v) < 0.3 * total(torch.ones(11).double())
@@ -188,7 +189,7 @@ def test_scales_that_would_move_the_output_are_not_used(monkeypatch: pytest.Monk
         with torch.no_grad():
             next(scaled.parameters()).mul_(1.1)
 
-    monkeypatch.setattr(centring, "scale_channels", break_one)
+    monkeypatch.setattr(equalization, "scale_channels", break_one)
     result = ns.convert(model, "gn+ws", calibration=images, init="absorb")
     assert not [note for note in result.init.notes if "channels" in note]
     assert all(torch.equal(plain[name], value) for name, value in result.model.state_dict().items())
@@ -222,7 +223,7 @@ def test_scales_are_chosen_on_fewer_samples_where_these_are_large(
     def choose(*args: Any, **_: Any) -> None:
         seen.extend(len(batch[0]) for batch in args[3])
 
-    monkeypatch.setattr("normswap.initialization.centring.choose_scales", choose)
+    monkeypatch.setattr("normswap.initialization.equalization.choose_scales", choose)
     model = nn.Sequential(nn.Conv2d(3, 2, 3, stride=8), nn.BatchNorm2d(2)).eval()
     ns.swap_norms(model, "gn+ws", init="absorb", calibration=list(torch.randn(160, 3, side, side).split(16)))
     assert sum(seen) == samples

@@ -42,9 +42,11 @@ def after_norm(module: nn.Module) -> tuple[nn.Module, ...] | str:
     after = _tail(module, graph)
     if isinstance(after, str):
         return f"the forward of {name} {after}"
-    if module.__dict__.get("forward") is not None or not _is_affine_then(module, norm.read(module), after):
-        return f"the forward of {name} does more than normalize with its statistics and then activate"
-    return after
+    try:
+        known = module.__dict__.get("forward") is None and _is_affine_then(module, norm.read(module), after)
+    except Exception as cause:
+        return f"the forward of {name} cannot be run on noise ({type(cause).__name__}), so what it does is unknown"
+    return after if known else f"the forward of {name} does more than normalize with its statistics and then activate"
 
 
 def _tail(module: nn.Module, graph: fx.Graph) -> tuple[nn.Module, ...] | str:

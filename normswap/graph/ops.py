@@ -48,9 +48,10 @@ _ATEN_PARAMETERS = ("input", "weight", "bias", "running_mean", "running_var", "t
 def is_leaf(module: nn.Module) -> bool:
     """Tell whether a call of ``module`` is one step of the dataflow: a layer, a norm or another module of torch.nn.
 
-    So is a program's check of its inputs' sizes.
+    So is a module that the table of operations knows, and a program's check of its inputs' sizes.
     """
-    if is_layer(module) or norm_of(module) is not None or isinstance(module, GuardsFn):
+    known = norm_of(module) is not None or of_module(module) is not None
+    if is_layer(module) or known or isinstance(module, GuardsFn):
         return True
     cls = class_of(module)
     containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from normswap.initialization.base import Initializer, Outcome, Work
 from normswap.initialization.centring import moments_for
-from normswap.initialization.moments import Moments, centre, measure_statistics
+from normswap.initialization.moments import Moments, centre
 from normswap.nn import FilterLayout
 from normswap.norms import Assignment, Bias, Incoming, LinearOf, NewValue, NormState, Takes, named, of_present
 from normswap.records import InitRow
-from normswap.runs.statistics import Statistics
+from normswap.runs.watching import Statistics, measure_statistics
 from normswap.stages.bound import BoundStep
 from normswap.stages.rewriting import Placed
 

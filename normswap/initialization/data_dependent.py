@@ -139,12 +139,12 @@ class _Pass:
         with torch.no_grad():
             for layer in layers:
                 weight = _weight_of(layer)
-                self.save(weight.direction, *(t for t in weight.scales if t is not weight.direction))
+                self.save(weight.direction, *(t for t in weight.gains if t is not weight.direction))
                 v = weight.direction
                 v.copy_(torch.randn(v.shape, generator=generator).to(v) * _FRESH_STD)
-                for scale in weight.scales[:1]:
-                    if scale is not v:
-                        scale.fill_(1.0)
+                for gain in weight.gains[:1]:
+                    if gain is not v:
+                        gain.fill_(1.0)
 
     def settle(self, name: str, layer: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
         """Scale and shift ``layer`` such that its output has mean 0 and deviation 1; return the new output."""
@@ -153,11 +153,9 @@ class _Pass:
             self.note(name, "shared: initialized at its first call")
             return out
         weight = _weight_of(layer)
-        if out.ndim < 2:
-            self.found[name] = "not initialized", ("its output is a single vector: there is no batch",)
-            return out
-        if not weight.scales:
-            self.found[name] = "not initialized", ("its weight keeps no scale",)
+        if out.ndim < 2 or not weight.gains:
+            vector = "its output is a single vector: there is no batch"
+            self.found[name] = "not initialized", (vector if out.ndim < 2 else "its weight keeps no scale",)
             return out
         # The channels are the last axis of a linear layer's output and the first but for the batch of a convolution's.
         axis = out.ndim - (1 if isinstance(layer, nn.Linear) else weight.direction.ndim - 1)
@@ -173,26 +171,18 @@ class _Pass:
         constant = std <= 1e-6 * torch.maximum(mean.abs(), std.amax())
         if bool(constant.any()):
             notes.append(f"{int(constant.sum())} constant channels keep their scale")
-        scale = torch.where(constant, torch.ones_like(std), 1 / std.clamp(min=torch.finfo(std.dtype).tiny))
-        if self.scaled & set(map(id, weight.scales)):
-            scale = torch.ones_like(scale)
+        factor = torch.where(constant, torch.ones_like(std), 1 / std.clamp(min=torch.finfo(std.dtype).tiny))
+        if self.scaled & set(map(id, weight.gains)):
+            factor = torch.ones_like(factor)
             notes.append("its weight is tied to one that is initialized already")
         bias = layer.bias if isinstance(layer.bias, Tensor) else None
         mark = len(self.saved)
-        self.save(*weight.scales, *([] if bias is None else [bias]))
-        layout = FilterLayout.of(layer)
-        with torch.no_grad():
-            for tensor in weight.scales:
-                factor = scale.to(tensor.dtype)
-                whole = tensor is weight.direction
-                tensor.copy_(layout.scale(tensor, factor) if whole else tensor * factor.view(_like(tensor)))
-            if bias is not None:
-                bias.copy_((bias.to(mean) - mean) * scale)
-        new_mean = mean * scale if bias is None else torch.zeros_like(mean)
+        self._multiply(layer, weight, factor, bias, mean)
+        new_mean = mean * factor if bias is None else torch.zeros_like(mean)
         if scales_with_its_parameters(layer):
             shape = [1] * out.ndim
             shape[axis] = -1
-            new = centred.mul_(scale.view(shape)).add_(new_mean.view(shape)).to(out.dtype)
+            new = centred.mul_(factor.view(shape)).add_(new_mean.view(shape)).to(out.dtype)
         else:
             new = layer.forward(*args)
             deviation = _statistics(new, axis)[1]
@@ -203,10 +193,22 @@ class _Pass:
             notes.append("its forward is its own: its output was computed anew")
         if bias is None:
             notes.append("bias-free: scale only")
-        self.scaled.update(map(id, weight.scales))
+        self.scaled.update(map(id, weight.gains))
         self.found[name] = "scale" if bias is None else "scale and bias", tuple(notes)
-        self.last = name, new, (new_mean, (std * scale).square()) if axis == 1 else None
+        self.last = name, new, (new_mean, (std * factor).square()) if axis == 1 else None
         return new
+
+    def _multiply(self, layer: nn.Module, weight: _Weight, factor: Tensor, bias: Tensor | None, mean: Tensor) -> None:
+        """Multiply a layer's output by ``factor`` per channel, after taking ``mean`` away where there is a bias."""
+        self.save(*weight.gains, *([] if bias is None else [bias]))
+        layout = FilterLayout.of(layer)
+        with torch.no_grad():
+            for tensor in weight.gains:
+                own = factor.to(tensor.dtype)
+                whole = tensor is weight.direction
+                tensor.copy_(layout.scale(tensor, own) if whole else tensor * own.view(_like(tensor)))
+            if bias is not None:
+                bias.copy_((bias.to(mean) - mean) * factor)
 
     def adopt(self, norm: nn.Module, args: tuple[Any, ...]) -> None:
         """Give a norm with running statistics those of the minibatch, at its first call."""
@@ -243,10 +245,10 @@ def _statistics(x: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class _Weight:
-    """The tensors of a layer that hold its filters' directions, and those that all scale with its output."""
+    """The tensor that holds a layer's filters' directions, and those that its output is proportional to."""
 
     direction: Tensor
-    scales: tuple[Tensor, ...]
+    gains: tuple[Tensor, ...]
 
 
 def _weight_of(layer: nn.Module) -> _Weight:

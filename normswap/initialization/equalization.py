@@ -1,47 +1,125 @@
-"""Scale a network's channels, which leaves it the same function, such that standardizing its weights takes little away.
+"""Cross-layer equalization (Nagel et al. 2019): scale channels such that standardizing the weights takes little away.
 
-A standardized filter sums to zero, so a layer no longer sees what all values of a patch have in common; behind ReLUs,
-where all values are positive, that is much. But a channel of scale ``s_c = 1/v_c`` is met by weights that are v_c times
-as large, and the sum which must be zero is, in terms of the original's w, ``Σ_c v_c Σ_k w_ck``. Of the layer's output
-that costs, if what is taken away is the same for all k,
+A channel that is multiplied by a scale s > 0, wherever it is made, and divided by it, wherever it is read
+(:mod:`normswap.graph.channels`), leaves the network the same function. A standardized filter sums to zero, so a layer
+no longer sees what all values of a patch have in common; behind ReLUs, where all values are positive, that is much. How
+much it is depends on the scales (:mod:`normswap.initialization.equalization_cost`), and so they are chosen.
 
-    Σ_o a_o² (v·w̄_o)² / (vᵀS⁻¹v),
-
-w̄ the filters' means over the kernel, a = γ/σ, S the covariance of the channels' sums over a patch. It is least where v
-is large for channels that tell little, or that others tell, too: their weights then make the sums zero. The scales are
-chosen such that the layers' costs, as shares of their outputs' variances, have the least sum, by a search along one
-channel after the other. v lies between 1 and 10: more gains nothing.
-
-A channel is scaled wherever it is met (:mod:`normswap.graph.channels`). That scales can be moved from layer to layer
-was used before to quantize weights: M. Nagel et al., *Data-Free Quantization Through Weight Equalization and Bias
-Correction*, 2019.
+M. Nagel et al., *Data-Free Quantization Through Weight Equalization and Bias Correction*, 2019, moves scales from layer
+to layer to quantize weights; here the scales are those that weight standardization loses least with.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from normswap.graph.channels import FIXED, Channels
-from normswap.initialization.moments import watch_inputs, with_filters
+from normswap.checks.self_check import eval_output, keeps_output
+from normswap.errors import Text, argument
+from normswap.graph.channels import FIXED, Channels, find_channels
+from normswap.graph.dataflow import Dataflow
+from normswap.initialization.centring import centred_layers
+from normswap.initialization.equalization_cost import Cost, costs_of, least_cost
+from normswap.initialization.noise import noises_like, shaped_by_statistics
+from normswap.initialization.patches import with_filters
 from normswap.nn import FilterLayout
+from normswap.records import NormKind
+from normswap.runs.batches import sample_count, some_samples
 from normswap.runs.calling import Batch
-from normswap.runs.tensors import at_positions
+from normswap.runs.guard import copy_of
+from normswap.runs.inputs import Inputs, make_up_inputs
+from normswap.runs.tensors import at_positions, tensors_of
+from normswap.runs.watching import watch_inputs
+from normswap.stages.bound import BoundPlan
 
-__all__ = ["Cost", "choose_scales", "costs_of", "least", "scale_channels"]
+__all__ = ["EQUALIZED", "choose_scales", "equalize", "scale_channels"]
 
-Values = npt.NDArray[np.float64]
-_GRID: Values = 10.0 ** np.linspace(0, 1, 9)
-_SWEEPS = 8
-_GAIN = 1e-3  # the share of the cost that a step must save
-_RIDGE = 1e-3  # of the mean variance
+EQUALIZED = Text(
+    "channels between layers were scaled, so that standardizing the weights takes less away: features taken from "
+    f"within the model differ from the original's by a factor per channel ({argument('scale', False)} leaves them)"
+)
+"""What a person should know of an equalized model."""
+_SAMPLES_TO_SCALE, _LARGE_SAMPLES_TO_SCALE = 128, 32
+_LARGE = 2**17  # values of a sample, which then has many positions
 _MOST_ROWS = 2**14  # positions of one batch
+
+
+def equalize(
+    bound: BoundPlan, flow: Dataflow, batches: Sequence[Batch] | None, example: Inputs | None
+) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Return a copy of the captured model, the same function, whose channels' scales suit standardized weights.
+
+    And the scales of the channels that each norm gives, by fqn. The model itself, and no scales, where nothing is
+    gained, where it cannot be copied, or where its output would not stay.
+
+    Args:
+        bound: What is going to be done.
+        flow: The original's dataflow.
+        batches: Calibration data.
+        example: Inputs that the copy is checked on.
+    """
+    model = flow.capture.model
+    gains = dict(_gains(bound))
+    if not gains or any(p.is_meta for p in model.parameters()):
+        return model, {}
+    inputs = example if example is not None else make_up_inputs(model)
+    if inputs is None:
+        return model, {}
+    norms = {step.site.norm: tuple(one for _, one in step.source.after) for step in bound.modules}
+    channels = find_channels(flow, norms, [step.site.layer for step in bound.modules if step.site.layer])
+    scales = _from_data_or_noise(model, gains, channels, batches, inputs)
+    if scales is None:
+        return model, {}
+    try:
+        scaled = copy_of(model)
+    except Exception:  # whatever a user's class does on being copied: it converts in place nevertheless
+        return model, {}
+    scale_channels(scaled, channels, scales)
+    result = keeps_output(eval_output(model, inputs), scaled, inputs)
+    if result is not None and not result.ok:
+        return model, {}
+    return scaled, {norm: scales[channels.outputs[norm]] for norm in norms if norm in channels.outputs}
+
+
+def _from_data_or_noise(
+    model: nn.Module,
+    gains: Mapping[str, Tensor],
+    channels: Channels,
+    batches: Sequence[Batch] | None,
+    inputs: Inputs,
+) -> Tensor | None:
+    """Return the scales chosen on the first calibration samples or, without any, on noise that the model takes."""
+    if batches is not None:
+        return choose_scales(model, gains, channels, _first_samples(batches), shaped=False)
+    for noise in noises_like(inputs):
+        try:
+            return choose_scales(model, gains, channels, [noise], shaped=True)
+        except Exception:  # a model may take no other batch size than the example's
+            continue
+    return None
+
+
+def _gains(bound: BoundPlan) -> Iterator[tuple[str, Tensor]]:
+    """Yield the layers whose filters are centred, each with γ and σ of the norm behind it. ``(2, C)``"""
+    for layer, step in centred_layers(bound):
+        state = step.state
+        if step.site.kind == NormKind.MODULE and state.var is not None:
+            yield layer, torch.stack([state.gamma.double(), (state.var.double() + state.eps).sqrt()])
+
+
+def _first_samples(batches: Sequence[Batch]) -> Sequence[Batch]:
+    """Return the first batches that hold as many samples as the choice of scales needs."""
+    samples = 0
+    for i, batch in enumerate(batches):
+        samples += sample_count(batch)
+        one = some_samples(batch, 1)
+        values = sum(value.numel() for value in tensors_of(one))
+        if samples >= (_LARGE_SAMPLES_TO_SCALE if values >= _LARGE else _SAMPLES_TO_SCALE):
+            return batches[: i + 1]
+    return batches
 
 
 def choose_scales(
@@ -69,7 +147,8 @@ def choose_scales(
         found = [torch.tensor(float(rows.shape[1]), dtype=rows.dtype), rows.sum(1), rows.mT @ rows]
         sums[name] = [a + b for a, b in zip(sums[name], found, strict=True)] if name in sums else found
 
-    watch_inputs(model, layers, batches, see, shaped=shaped)
+    with shaped_by_statistics(model) if shaped else nullcontext():
+        watch_inputs(model, layers, batches, see)
     costs: list[Cost] = []
     for name, (n, first, second) in sums.items():
         mean = first / n
@@ -77,7 +156,7 @@ def choose_scales(
         if not bool(covariance.isfinite().all()):
             return None
         costs += costs_of(model.get_submodule(name), gains[name], covariance.cpu(), channels.inputs[name])
-    v = least(costs, channels.count)
+    v = least_cost(costs, channels.count)
     return None if bool((v == 1).all()) else 1 / v
 
 
@@ -118,98 +197,3 @@ def _patch_sums(layer: nn.Module, x: Tensor) -> Tensor:
     some = torch.arange(0, positions, max(1, positions // _MOST_ROWS), device=sums.device)
     rows: Tensor = at_positions(sums, some).double().unflatten(-1, (layout.groups, -1))
     return rows.transpose(0, 1)
-
-
-@dataclass
-class Cost:
-    """What one group of a layer's filters loses, as a share of its output's variance: ``vᵀ lost v / vᵀ kept v``.
-
-    Args:
-        numbers: The numbers of the channels that v belongs to. ``(n,)``
-        lost: ``Σ_o a_o² w̄_o w̄_oᵀ / Σ_o γ_o²``. ``(n, n)``
-        kept: S⁻¹. ``(n, n)``
-    """
-
-    numbers: Tensor
-    lost: Tensor
-    kept: Tensor
-
-    def __post_init__(self) -> None:  # single numbers are looked at, one after the other: NumPy's are the faster ones
-        self._forms = self.lost.numpy(), self.kept.numpy()
-        self._v = np.ones(len(self.numbers))
-        self._products = [form @ self._v for form in self._forms]
-
-    def after(self, place: int, values: Values) -> Values:
-        """Return the cost with each of ``values`` in one place of v."""
-        step = values - self._v[place]
-        lost, kept = (
-            self._v @ product + 2 * step * product[place] + step * step * form[place, place]
-            for form, product in zip(self._forms, self._products, strict=True)
-        )
-        found: Values = np.maximum(lost, 0) / np.maximum(kept, 1e-30)
-        return found
-
-    def put(self, place: int, value: float) -> None:
-        """Set one place of v."""
-        step = value - self._v[place]
-        self._v[place] = value
-        for form, product in zip(self._forms, self._products, strict=True):
-            product += step * form[place]
-
-
-def costs_of(layer: nn.Module, gains: Tensor, covariance: Tensor, numbers: Tensor) -> list[Cost]:
-    """Return the cost of each of a layer's groups.
-
-    Args:
-        layer: The layer.
-        gains: γ and σ of the norm behind it. ``(2, C)``
-        covariance: S: the covariance, for each group, of its channels' sums over a patch. ``(groups, n, n)``
-        numbers: The numbers of the layer's input channels. ``(in_channels,)``
-    """
-    layout = FilterLayout.of(layer)
-    weight = FilterLayout.weight(layer).detach().double().cpu()
-    means = _kernel_means(layout, weight).unflatten(0, (layout.groups, -1))  # (groups, out/groups, in/groups)
-    gamma, sigma = gains.double().cpu()
-    size = gamma.square().sum().clamp(min=1e-30)
-    means = means * (gamma / sigma).view(layout.groups, -1, 1)
-    n = covariance.shape[-1]
-    ridge = _RIDGE * covariance.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)
-    kept = torch.linalg.inv(covariance + ridge[:, None, None] * torch.eye(n, dtype=covariance.dtype))
-    lost = means.mT @ means / size
-    found = []
-    for group, own in enumerate(numbers.view(layout.groups, -1)):
-        unique, place = own.unique(return_inverse=True)
-        if len(unique) > 1:  # a single channel's scale changes nothing
-            spread = torch.zeros(n, len(unique), dtype=lost.dtype).scatter_(1, place[:, None], 1.0)
-            found.append(Cost(unique, spread.T @ lost[group] @ spread, spread.T @ kept[group] @ spread))
-    return found
-
-
-def _kernel_means(layout: FilterLayout, weight: Tensor) -> Tensor:
-    """Return each filter's mean over the kernel, per input channel of its group. ``(out, in/groups)``"""
-    means = weight.flatten(2).mean(2) if weight.ndim > 2 else weight
-    return layout.flatten(means)
-
-
-def least(costs: Sequence[Cost], count: int) -> Tensor:
-    """Return the v, of 1 to 10, of the least sum of costs that a search along each channel finds. ``(count,)``"""
-    met: dict[int, list[tuple[Cost, int]]] = defaultdict(list)
-    for cost in costs:
-        for place, number in enumerate(cost.numbers.tolist()):
-            if number != FIXED:
-                met[number].append((cost, place))
-    v = np.ones(count)
-    for _ in range(_SWEEPS):
-        moved = False
-        for number, places in met.items():
-            values = np.concatenate([v[number : number + 1], _GRID])
-            found = sum(cost.after(place, values) for cost, place in places)
-            assert isinstance(found, np.ndarray)
-            best = int(found.argmin())
-            if found[best] < (1 - _GAIN) * found[0]:
-                moved, v[number] = True, values[best]
-                for cost, place in places:
-                    cost.put(place, values[best])
-        if not moved:
-            break
-    return torch.from_numpy(v)

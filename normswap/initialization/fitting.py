@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from normswap.initialization.absorb import absorb
-from normswap.initialization.moments import moments_of_covariance, patches
+from normswap.initialization.moments import moments_of_covariance
+from normswap.initialization.patches import patches
 from normswap.initialization.regression import Covariances, SecondMoments, Solution, solve, surrogate_target
 from normswap.initialization.sampling import Rows, Sample, Sampling
 from normswap.initialization.steadying import steady

@@ -19,11 +19,18 @@ from normswap.runs.tensors import tensors_of
 __all__ = ["find_heads"]
 
 
-def find_heads(original: nn.Module, converted: nn.Module, taken: set[int], inputs: Batch) -> list[PairedSite]:
-    """Return the layers without a norm whose output the model returns, such as a classifier, in the order of calls."""
+def find_heads(original: nn.Module, converted: nn.Module, sources: set[int], inputs: Batch) -> list[PairedSite]:
+    """Return the layers without a norm whose output the model returns, such as a classifier, in the order of calls.
+
+    Args:
+        original: The original; left as it is.
+        converted: The converted network.
+        sources: The ids of its layers that are fitted at a norm.
+        inputs: A batch.
+    """
     outputs: dict[str, list[Any]] = {}
 
-    def note(name: str) -> Callable[..., None]:
+    def record(name: str) -> Callable[..., None]:
         return lambda _, args, output: outputs.setdefault(name, []).append(output)
 
     handles = []
@@ -35,8 +42,8 @@ def find_heads(original: nn.Module, converted: nn.Module, taken: set[int], input
             for name, layer in converted.named_modules():
                 own = [p for p in layer._parameters.values() if p is not None]
                 alone = layer._parameters.get("weight") is not None and all(owners[id(p)] == 1 for p in own)
-                if is_layer(layer) and id(layer) not in taken and alone:
-                    handles.append(original.get_submodule(name).register_forward_hook(note(name)))
+                if is_layer(layer) and id(layer) not in sources and alone:
+                    handles.append(original.get_submodule(name).register_forward_hook(record(name)))
             returned = {id(tensor) for tensor in tensors_of(run_on_data(original, inputs))}
     finally:
         for handle in handles:

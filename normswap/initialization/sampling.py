@@ -17,8 +17,8 @@ from normswap.initialization.regression import clamped
 from normswap.initialization.targets import RegressionTarget
 from normswap.runs.batches import LEAST_SAMPLES, held_out
 from normswap.runs.paired_sites import SiteBatch
-from normswap.runs.statistics import Statistics
 from normswap.runs.tensors import at_positions
+from normswap.runs.watching import Statistics
 
 __all__ = ["Rows", "Sample", "Sampling"]
 
@@ -95,15 +95,15 @@ class Sampling:
         self.holds_out = self.samples >= LEAST_SAMPLES
 
     def patches(self, of: Callable[[Tensor], Tensor]) -> Sample:
-        """Return some patches. ``of`` gives all of a layer's input, ``(positions, G, p)``."""
+        """Return some patches. ``of`` maps a layer's input to all its patches, ``(positions, G, p)``."""
         return self._sample(lambda x, index: of(x)[index], self.fan_in, _MOST_PATCHES)
 
     def outputs(self, of: Callable[[Tensor], Tensor]) -> Sample:
-        """Return some outputs. ``of`` gives all to a layer's input, ``(N, C, …)``."""
+        """Return some outputs. ``of`` maps a layer's input to its output, ``(N, C, …)``."""
         return self._sample(lambda x, index: at_positions(of(x), index), 1, _MOST_OUTPUTS)
 
     def statistics(self) -> Statistics:
-        """Return what reaches the original's norm at some positions, but for the samples held out."""
+        """Return the statistics of what reaches the original's norm at some positions, held-out samples left out."""
         in_all = sum(batch.reference.numel() for batch in self.batches)
         generator = torch.Generator().manual_seed(0)
         found = []

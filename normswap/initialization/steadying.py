@@ -1,4 +1,4 @@
-"""Keep a group's statistics steady from sample to sample: the signs and offsets of its channels, which are free.
+"""Signs and offsets of a group norm's channels, which are free: chosen to keep its statistics steady between samples.
 
 A norm that divides a group of n channels by the group's own mean and deviation undoes, per sample, whatever those
 statistics vary by. Two things about the channels z₁ … zₙ that reach it are free, as the norm's γ' and the layer's
@@ -14,8 +14,8 @@ over positions and Var, Cov taken from sample to sample:
 
 At ``spread`` k a share of 1/(1 + k²) of the variance that the norm divides by is the sample's own: all of it at 0, a
 fifth at 2, the default. The larger it is, the steadier the statistics, the closer the swap, and the less is normalized:
-activations far beyond the calibration data's are brought back by any. What varies in the deviation by a share d moves
-the output by ``d k/(1 + k²)`` times a constant per sample and channel, which is worst at 1: a little is no good.
+activations far beyond the calibration data's are scaled down at any k. A deviation that varies by a share d moves the
+output by ``d k/(1 + k²)`` times a constant per sample and channel, which is largest at k = 1: a small k does not help.
 """
 
 from __future__ import annotations

@@ -182,13 +182,13 @@ class _PauseInFunctions(TorchFunctionMode):
             addends = addends_of(args, kwargs)
             for mine, other in zip(addends, reversed(addends), strict=True):
                 if id(mine) in self.run.pending:
-                    output, pause, again = self.run.pending.pop(id(mine))
+                    output, pause, recompute = self.run.pending.pop(id(mine))
                     if not pause.valid:
                         break
                     pause.set_shortcut(other)
                     self.run.pause(pause)
-                    if again is not None:
-                        output.copy_(again())
+                    if recompute is not None:
+                        output.copy_(recompute())
                     break
         elif func is F.batch_norm and self.run.functional:
             given = dict(zip(("input", "running_mean"), args, strict=False)) | kwargs
@@ -257,14 +257,14 @@ def pausing_converted(site: PairedSite, at_addition: bool) -> Iterator[None]:
         if not run.first_call(site) or pause is None or not pause.valid:
             return None
 
-        def again() -> Tensor:
+        def recompute() -> Tensor:
             return site.output(pause.x) if pause.output is None else pause.output.to(output.dtype)
 
         if at_addition:
-            run.pending[id(output)] = output, pause, again
+            run.pending[id(output)] = output, pause, recompute
             return None
         run.pause(pause)
-        return again()
+        return recompute()
 
     handles = [
         site.source.register_forward_pre_hook(before, with_kwargs=True),

@@ -15,7 +15,7 @@ from normswap.norms import Norm, NormState, is_convertible, norm_of
 from normswap.norms.functional import FunctionalNorm
 from normswap.recipes import Recipe
 from normswap.records import NormKind, Plan, Site, Step
-from normswap.runs.statistics import Statistics
+from normswap.runs.watching import Statistics
 from normswap.stages.forwards import find_functional_norms
 from normswap.weights import Weight
 

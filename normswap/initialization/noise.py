@@ -1,0 +1,123 @@
+"""Inputs of a data-free calibration: noise, which each BatchNorm shapes to the mean and variance it has recorded.
+
+Note [Data-free moments]
+Weight standardization takes each filter's mean away, which times an input that a ReLU made positive is a large signal.
+Where to take it from depends on the covariance of the layer's input. Without data, smoothed Gaussian noise is pushed
+through the model, and what reaches each BatchNorm is shifted and scaled, per channel, to the very mean and variance
+that the BatchNorm has recorded of the real data: every layer then sees inputs whose channels have their true means and
+variances; only the correlations are the noise's. No BatchNorm stands before a first layer: there the mean is corrected
+by what the layer's own BatchNorm has recorded of its output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from normswap.norms import norm_of
+from normswap.runs.inputs import Inputs
+
+__all__ = ["noise_like", "noises_like", "shaped_by_statistics"]
+
+_SLOPE = 1.5  # of the noise's amplitude over frequency
+_MOST_VALUES = 2**22
+
+
+def noises_like(inputs: Inputs) -> tuple[Inputs, ...]:
+    """Return what to try one after the other: noise like ``inputs``, two samples of it, and ``inputs`` themselves.
+
+    A model may take no other number of samples than these.
+    """
+    return noise_like(inputs), noise_like(inputs, batch=2), inputs
+
+
+def noise_like(example: Any, batch: int | None = None) -> Any:
+    """Return Gaussian noise shaped as the example; what is no float is repeated.
+
+    Over space the noise has a spectrum like that of natural images, an amplitude of ``1/f^1.5``, which has no scale of
+    its own and so suits any resolution.
+
+    Args:
+        example: A tuple or dict of inputs.
+        batch: The number of samples; default 32, fewer where they are large and more where they are vectors.
+    """
+    generator = torch.Generator().manual_seed(0)
+    values = list(example.values()) if isinstance(example, Mapping) else list(example)
+    floats = [v for v in values if isinstance(v, Tensor) and v.is_floating_point() and v.ndim > 0]
+    if batch is None:
+        most = 32 if any(v.ndim > 2 for v in floats) else 1024
+        batch = max(4, min(most, _MOST_VALUES // max(1, sum(v[:1].numel() for v in floats))))
+
+    def noise(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.ndim == 0:
+            return value
+        if not value.is_floating_point():
+            return value[torch.arange(batch) % len(value)]
+        x = torch.randn(batch, *value.shape[1:], generator=generator)
+        return (_as_natural_images(x) if x.ndim > 2 else x).to(value)
+
+    if isinstance(example, Mapping):
+        return {name: noise(value) for name, value in example.items()}
+    return tuple(noise(value) for value in example)
+
+
+def _as_natural_images(x: Tensor) -> Tensor:
+    """Return white noise ``(N, C, …)`` with a spectrum of ``1/f^1.5`` over space, of standard deviation 1."""
+    sides = x.shape[2:]
+    grid = torch.meshgrid(*(torch.fft.fftfreq(side) for side in sides), indexing="ij")
+    frequency = torch.stack([g.square() for g in grid]).sum(0).sqrt()
+    lowest = 1 / max(sides)  # the mean of an image is as strong as its largest waves
+    axes = list(range(2, x.ndim))
+    x = torch.fft.ifftn(torch.fft.fftn(x, dim=axes) / frequency.clamp(min=lowest) ** _SLOPE, dim=axes).real
+    return x / x.std()
+
+
+@contextmanager
+def shaped_by_statistics(model: nn.Module) -> Iterator[None]:
+    """Give what reaches each BatchNorm of ``model`` the recorded mean and variance (Note [Data-free moments])."""
+    frozen = [m for m in model.modules() if (norm := norm_of(m)) is not None and norm.frozen(m)]
+    handles = [module.register_forward_pre_hook(_shape_frozen) for module in frozen]
+    try:
+        with _ShapedByStatistics():
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _ShapedByStatistics(TorchFunctionMode):
+    """Gives what reaches ``batch_norm`` the mean and variance that it has recorded."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is F.batch_norm:
+            names = ("input", "running_mean", "running_var")
+            given = dict(zip(names, args, strict=False)) | kwargs
+            if given.get("running_mean") is not None and given.get("running_var") is not None:
+                x = _shaped(given["input"], given["running_mean"], given["running_var"])
+                args, kwargs = (x, *args[1:]) if args else args, kwargs if args else kwargs | {"input": x}
+        return func(*args, **kwargs)
+
+
+def _shape_frozen(norm: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    kind = norm_of(norm)
+    assert kind is not None
+    state = kind.read(norm)
+    if state.mean is None or state.var is None:
+        return args
+    return (_shaped(args[0], state.mean, state.var), *args[1:])
+
+
+def _shaped(x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+    """Return ``(N, C, …)`` shifted and scaled to this mean and variance of each channel; a constant one to the mean."""
+    axes = [0, *range(2, x.ndim)]
+    shape = (1, -1, *(1,) * (x.ndim - 2))
+    own_var, own_mean = torch.var_mean(x, axes, correction=0, keepdim=True)
+    factor = torch.where(own_var > 0, (var.view(shape) / own_var.clamp(min=1e-30)).sqrt(), torch.zeros_like(own_var))
+    return ((x - own_mean) * factor + mean.view(shape)).to(x.dtype)

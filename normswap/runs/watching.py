@@ -1,0 +1,99 @@
+"""Watch what reaches a model's modules: their inputs, and the mean and variance of these over all batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normswap.errors import InitializationError
+from normswap.runs.calling import Batch, first_input, run_on_data
+from normswap.runs.guard import set_mode, untouched
+
+__all__ = ["Statistics", "measure_statistics", "not_finite", "watch_inputs"]
+
+
+def watch_inputs(
+    model: nn.Module,
+    names: Sequence[str],
+    batches: Iterable[Batch],
+    see: Callable[[str, nn.Module, Tensor], None],
+) -> None:
+    """Run ``model`` in evaluation and call ``see(name, module, input)`` at each call of these; read-only."""
+    with untouched(model, values=True), torch.no_grad():
+        set_mode(model, False)
+        handles = []
+        for name in names:
+
+            def show(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
+                see(name, module, first_input(args, kwargs))
+
+            handles.append(model.get_submodule(name).register_forward_pre_hook(show, with_kwargs=True))
+        try:
+            for inputs in batches:
+                run_on_data(model, inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What reaches a norm on data: per channel ``(C,)``, in float64.
+
+    Args:
+        mean: E[x].
+        var: E[(x − E[x])²].
+        values: How many values of a channel these are of.
+        samples: Of how many samples.
+    """
+
+    mean: Tensor
+    var: Tensor
+    values: int
+    samples: int
+
+    @classmethod
+    def of(cls, x: Tensor) -> Statistics:
+        """Return the statistics of ``(N, C, …)``."""
+        x = x if x.dtype == torch.float64 else x.float()
+        var, mean = torch.var_mean(x, [0, *range(2, x.ndim)], correction=0)
+        return cls(mean.double(), var.double(), x[:, 0].numel(), len(x))
+
+    def __add__(self, other: Statistics) -> Statistics:
+        values = self.values + other.values
+        share = other.values / values
+        step = other.mean - self.mean
+        var = (1 - share) * self.var + share * other.var + share * (1 - share) * step.square()
+        return Statistics(self.mean + share * step, var, values, self.samples + other.samples)
+
+
+def measure_statistics(model: nn.Module, norms: Sequence[str], batches: Iterable[Batch]) -> dict[str, Statistics]:
+    """Return the statistics at the inputs of ``norms`` over all batches, by fqn; read-only.
+
+    Raises:
+        InitializationError: They are not finite.
+    """
+    found: dict[str, Statistics] = {}
+
+    def add(name: str, _: nn.Module, x: Tensor) -> None:
+        if x.numel():
+            found[name] = found[name] + Statistics.of(x) if name in found else Statistics.of(x)
+
+    watch_inputs(model, norms, batches, add)
+    for name, one in found.items():
+        if not bool((one.mean + one.var).isfinite().all()):
+            raise not_finite(f"'{name}'")
+    return found
+
+
+def not_finite(where: str) -> InitializationError:
+    """Return the error about what reaches ``where``."""
+    return InitializationError(
+        f"the values that reach {where} are not finite",
+        code="not-finite",
+        hint="check the inputs, and what the model gives for them",
+    )
