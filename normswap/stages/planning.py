@@ -38,8 +38,9 @@ def make_plan(
             code, reason = refusal
             skips.append(Skip(site.norm, "norm", site.norm_type, code, reason))
             if site.layer is not None and site.layer_type is not None:
-                because = Text(f"its norm stays: {marked(reason)}")
-                skips.append(Skip(site.layer, "layer", site.layer_type, code, because))
+                skips.append(
+                    Skip(site.layer, "layer", site.layer_type, code, Text(f"its norm stays: {marked(reason)}"))
+                )
             continue
         steps.append(BoundStep.at(site, recipe, recipe.groups_at(site), found.sources[site.norm]))
     steps = _each_layer_once(steps)
