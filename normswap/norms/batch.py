@@ -9,7 +9,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from normswap.nn.kinds import class_of
 from normswap.norms.assignment import LinearOf, NewValue
-from normswap.norms.base import Affine, Bias, Encoding, Incoming, Norm, NormState, Stays, Takes
+from normswap.norms.base import Norm
+from normswap.norms.records import Affine, Bias, Encoding, Incoming, NormState, Stays, Takes
 from normswap.records import Site
 
 __all__ = ["BatchNormalization"]

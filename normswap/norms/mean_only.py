@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from normswap.nn import MeanOnlyBatchNorm
 from normswap.norms.assignment import LinearOf, NewValue
-from normswap.norms.base import Affine, Bias, Encoding, Incoming, Norm, Stays, Takes
+from normswap.norms.base import Norm
+from normswap.norms.records import Affine, Bias, Encoding, Incoming, Stays, Takes
 from normswap.records import Site
 
 __all__ = ["MeanOnly"]

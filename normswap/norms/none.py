@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from normswap.nn import ChannelAffine
 from normswap.norms.assignment import LinearOf, NewValue
-from normswap.norms.base import Affine, Encoding, Incoming, Norm, Stays, Takes
+from normswap.norms.base import Norm
+from normswap.norms.records import Affine, Encoding, Incoming, Stays, Takes
 from normswap.records import Site
 
 __all__ = ["Nothing"]
