@@ -19,12 +19,12 @@ STAMP := .venv/.installed
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_EXTRA) -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test lint demo wheel clean
+.PHONY: help venv test lint demo docs wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
 
-venv: $(STAMP)  ## create .venv with the package, its tests' tools, torchvision, timm and opacus
+venv: $(STAMP)  ## create .venv with the package, its tools, torchvision, timm and opacus
 
 # The stamp is touched last, so an interrupted installation is taken up again.
 # torch goes first, with nothing beside it that could choose another build. torchvision, timm and opacus go without
@@ -33,7 +33,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "normswap needs Python 3.10 or newer: make PYTHON=python3.x")'
 	$(PYTHON) -m venv .venv
 	$(PIP_INSTALL) torch
-	$(PIP_INSTALL) --editable ".[test]"
+	$(PIP_INSTALL) --editable ".[test,docs]"
 	$(PIP_INSTALL) --no-deps torchvision timm opacus
 	$(PIP_INSTALL) pillow pyyaml huggingface_hub opt_einsum
 	@touch $@
@@ -49,6 +49,10 @@ lint: venv  ## ruff check, ruff format --check, mypy
 demo: venv  ## convert a small network, fold it, export it, verify it
 	$(BIN)/normswap demo
 
+# The variable silences an announcement of mkdocs-material about other versions.
+docs: venv  ## build the documentation into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 # setuptools packs whatever an earlier build left in build/, deleted modules included.
 wheel: venv  ## build dist/normswap-*.whl
 	rm -rf build dist
@@ -57,5 +61,5 @@ wheel: venv  ## build dist/normswap-*.whl
 	@ls dist/*.whl
 
 clean:  ## remove .venv, builds and caches
-	rm -rf .venv build dist *.egg-info .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist site *.egg-info .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,7 +1,7 @@
 """Convert well-known networks and check everything that a conversion promises, network by network.
 
     python benchmarks/zoo.py                                  # all networks, all recipes
-    python benchmarks/zoo.py resnet18 'timm/*' --markdown     # some of them, as the README's table
+    python benchmarks/zoo.py resnet18 'timm/*' --markdown     # some of them, as the table of docs/results.md
     python benchmarks/zoo.py --recipe wn+mobn --json zoo.json
 
 The networks have random weights, γ of both signs, and the running statistics of the network on noise, each moved by a
@@ -377,7 +377,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help="a network, or a pattern such as 'timm/*'")
     parser.add_argument("--recipe", action="append", choices=RECIPES, help="only this recipe; may be repeated")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every cell to this file, too")
-    parser.add_argument("--markdown", action="store_true", help="print the README's table")
+    parser.add_argument("--markdown", action="store_true", help="print the table of docs/results.md")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args(arguments)
     for name in options.names:

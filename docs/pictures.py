@@ -1,4 +1,4 @@
-"""Draw the README's pictures: run each command on a terminal of its own and keep what it shows as an SVG file.
+"""Draw the pictures of the command line: run each command on a terminal of its own and keep what it shows as SVG.
 
     python docs/pictures.py
 

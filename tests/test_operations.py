@@ -15,12 +15,13 @@ import normswap as ns
 from normswap.graph import capture
 from normswap.graph.after_norm import after_norm
 from normswap.graph.channels import FIXED, find_channels
+from normswap.graph.dataflow import Dataflow
 from normswap.graph.ops import LAYER_CALLS, STATISTICS_CALLS, is_leaf, rank_of
 from normswap.operations import table
 from normswap.operations.activations import ACTIVATIONS
 from normswap.operations.operation import Operation
 from normswap.operations.structure import STRUCTURE
-from normswap.operations.table import TABLE, Table, called_by, named, of_module
+from normswap.operations.table import TABLE, Table, called_by, named, of_module, written_by
 
 pytestmark = pytest.mark.filterwarnings("ignore:nn.functional")  # F.tanh and F.sigmoid are deprecated
 
@@ -345,7 +346,7 @@ class Network(nn.Module):
 
 
 def free_channels(model: nn.Module) -> int:
-    channels = find_channels(capture(model), ["norm", "end"], ["conv", "last"])
+    channels = find_channels(Dataflow(capture(model)), {"norm": (), "end": ()}, ["conv", "last"])
     return int((channels.outputs["norm"] != FIXED).sum())
 
 
@@ -431,6 +432,15 @@ def test_calls_are_those_that_a_run_shows() -> None:
     assert set(additions) <= called_by(named("add"))
     assert set(relus) <= called_by(named("relu")) | called_by(named("relu6"))
     assert Tensor.mul not in called_by(named("add"))
+
+
+@pytest.mark.parametrize("name", ["add", "subtract", "multiply", "multiply in place", "divide", "relu", "clamp"])
+def test_a_method_that_writes_to_its_tensor_is_known_by_its_name(name: str) -> None:
+    row = named(name)
+    for method in row.methods:
+        x = torch.tensor([-3.0, 5.0])
+        getattr(x, method)(*(() if name == "relu" else (2.0,)))
+        assert (getattr(Tensor, method) in written_by(row)) == (x.tolist() != [-3.0, 5.0]), method
 
 
 def test_layers_and_norms_of_programs_are_those_of_their_rows() -> None:

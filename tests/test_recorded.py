@@ -296,6 +296,23 @@ def test_a_layer_is_absorbed_where_runs_show_that_it_may_be(name: str) -> None:
     assert distance(outputs(result.model, x), outputs(model, x)) < EXACT
 
 
+@pytest.mark.parametrize(("share", "alone"), [(0.0, True), (1e-3, False), (1e-4, False)])
+def test_a_use_that_hardly_shows_in_any_result_is_seen(share: float, alone: bool) -> None:
+    """In one operation with a large value: no result of its own, and no other, changes much."""
+
+    class HardlyUsed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            return torch.add(self.bn(y), y, alpha=share) if share else self.bn(y)
+
+    model, x = randomize_(HardlyUsed(), 0).double(), torch.randn(2, 4, 7, 7, dtype=torch.float64)
+    assert (("conv", "bn") in confirm_feeds(model, [("conv", "bn")], (x,))) == alone
+
+
 def test_without_inputs_nothing_is_absorbed_and_the_plan_says_what_to_do() -> None:
     model, _ = build(RIGHT["directly"])
     (step,) = ns.plan(model, "ln").steps

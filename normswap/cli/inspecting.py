@@ -63,29 +63,29 @@ def _show_sites(network: nn.Module, inputs: Any, *, as_json: bool) -> None:
         from normswap.storage.origin import origin_of
 
         example = None if inputs is None else as_inputs(inputs)
-        matches = find_sites(Dataflow(capture(network, example)), example)
+        found = find_sites(Dataflow(capture(network, example)), example)
         parameters = sum(p.numel() for p in network.parameters())
     name = type(network).__name__
     if as_json:
         record = {
             "model": name,
             "parameters": parameters,
-            "sites": [dataclasses.asdict(site) for site in matches.sites],
-            "skips": [dataclasses.asdict(skip) for skip in matches.skips],
+            "sites": [dataclasses.asdict(site) for site in found.sites],
+            "skips": [dataclasses.asdict(skip) for skip in found.skips],
         }
         print_json(json.dumps(record, indent=2, ensure_ascii=False))
         return
     origin = origin_of(network)
     converted = "" if origin is None else f", converted to {origin.plan.recipe}"
-    say(f"{name}{converted}: {parameters:,} parameters, {len(matches.sites)} BatchNorm sites\n")
+    say(f"{name}{converted}: {parameters:,} parameters, {len(found.sites)} BatchNorm sites\n")
     show_norms(
         ("norm", "type", "channels", "layer", "layer type", "proof"),
         [
             (s.norm, s.norm_type, str(s.num_features), s.layer or "–", s.layer_type or "–", s.evidence)
-            for s in matches.sites
+            for s in found.sites
         ],
-        [s.remarks for s in matches.sites],
+        [s.remarks for s in found.sites],
     )
-    if matches.sites and matches.skips:
+    if found.sites and found.skips:
         say()
-    table(("left alone", "what", "type", "reason"), [(s.name, s.what, s.type, s.reason) for s in matches.skips])
+    table(("left alone", "what", "type", "reason"), [(s.name, s.what, s.type, s.reason) for s in found.skips])

@@ -2,7 +2,8 @@
 
 In evaluation a mean-only BatchNorm, a remaining BatchNorm and a per-channel affine all are ``y = a_c x + b_c``. Where
 the graph proves that a convolution or linear layer feeds one and nothing else, ``W ← a W``, ``c ← a c + b``; so do two
-affines in a row become one. What is left becomes a 1×1 convolution of each channel by itself.
+affines in a row become one. Where a layer without zero padding reads one and nothing else does, that layer takes it up
+(:mod:`normswap.nn.readers`). What is left becomes a 1×1 convolution of each channel by itself.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from normswap.graph.after_norm import after_norm
 from normswap.graph.code_reads import reads_in_code
 from normswap.graph.dataflow import Dataflow
 from normswap.graph.perturbation import confirm_feeds
+from normswap.graph.reading import reader_of
 from normswap.nn import FilterLayout
 from normswap.nn.kinds import is_layer
+from normswap.nn.readers import fused_inputs
 from normswap.norms import Affine, deployed
 from normswap.runs.calling import run_on
 from normswap.runs.inputs import Inputs
@@ -45,7 +48,8 @@ def fuse_affines(model: nn.Module, inputs: Inputs | None, ranks: Ranks) -> list[
     """Fuse every affine that directly follows a layer, or another affine, into it; one pass over one capture."""
     flow = Dataflow(capture(model, inputs, modes=(False,)))
     affines: dict[str, tuple[Affine, tuple[nn.Module, ...]]] = {}
-    feeding: dict[str, str] = {}
+    feeding: dict[str, str] = {}  # by the norm: the layer in front of it
+    reading_by: dict[str, str] = {}  # and the one behind it, where none in front may take it up
     open_pairs: list[tuple[str, str]] = []
     named = reads_in_code(flow.capture)
     for fqn in sorted(flow.order, key=flow.order.__getitem__):
@@ -56,20 +60,24 @@ def fuse_affines(model: nn.Module, inputs: Inputs | None, ranks: Ranks) -> list[
         if found is None:
             continue
         rank = _rank(flow, fqn, found[0], ranks)
-        feeds = flow.layer_feeding(fqn, found[0].scale.numel(), rank, _takes_affine)
-        if feeds.layer is None or feeds.reason:
+        channels = found[0].scale.numel()
+        feeds = flow.layer_feeding(fqn, channels, rank, _takes_affine)
+        if feeds.layer is not None and not feeds.reason:
+            affines[fqn], feeding[fqn] = found, feeds.layer
+            if feeds.gap:
+                open_pairs.append((feeds.layer, fqn))
             continue
-        affines[fqn], feeding[fqn] = found, feeds.layer
-        if feeds.gap:
-            open_pairs.append((feeds.layer, fqn))
+        reading = reader_of(flow, fqn, channels, rank)
+        if reading.layer is not None and not reading.reason and not found[1]:
+            affines[fqn], reading_by[fqn] = found, reading.layer
     closed = confirm_feeds(model, open_pairs, inputs) if open_pairs and inputs is not None else {}
     rows: list[FoldRow] = []
     taken: set[str] = set()
-    for fqn, layer in feeding.items():
+    for fqn, layer in (*feeding.items(), *reading_by.items()):
         if fqn in taken or layer in taken or ((layer, fqn) in open_pairs and (layer, fqn) not in closed):
             continue
         affine, after = affines[fqn]
-        _into(flow.capture.modules[layer], affine)
+        (_into if fqn in feeding else _into_reader)(flow.capture.modules[layer], affine)
         rest = _rest(after)
         for name in flow.capture.names[fqn]:
             put(model, name, rest)
@@ -105,6 +113,17 @@ def _into(layer: nn.Module, affine: Affine) -> None:
     with torch.no_grad():
         weight.copy_(FilterLayout.of(layer).scale(weight.double(), affine.scale))
         layer.bias = nn.Parameter(shift.to(weight.dtype), requires_grad=weight.requires_grad)
+
+
+def _into_reader(layer: nn.Module, affine: Affine) -> None:
+    trainable = next(layer.parameters()).requires_grad
+    with torch.no_grad():
+        for name, value in list(fused_inputs(layer, affine.scale, affine.shift)):
+            old = layer._parameters.get(name)
+            if old is None:  # a bias that there was not
+                layer.register_parameter(name, nn.Parameter(value.to(next(layer.parameters()).dtype), trainable))
+            else:
+                old.copy_(value)
 
 
 def _rest(after: tuple[nn.Module, ...]) -> nn.Module:

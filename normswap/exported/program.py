@@ -50,7 +50,7 @@ def from_exported(program: ExportedProgram) -> fx.GraphModule:
     lifter = Lifter(module)
     training = lifter.lift()
     if program.example_inputs is None:
-        lifter.notes.append("it holds no example inputs: that others have the sizes which it fixed is not checked")
+        lifter.notes.append("it holds no example inputs, so the sizes of other inputs are not checked")
     for text in lifter.notes:
         warnings.warn(f"exported program: {text}", stacklevel=2)
     _flatten_signature(module.graph)

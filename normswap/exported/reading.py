@@ -188,6 +188,5 @@ def dropout_call(node: fx.Node) -> Call | None:
 
 
 def writes_to_input(node: fx.Node) -> bool:
-    """Tell whether an ATen call works in place: ATen marks such by a trailing underscore."""
-    name: str = node.target._schema.name  # type: ignore[union-attr]
-    return name.endswith("_")
+    """Tell whether an ATen call works in place."""
+    return bool(node.target._schema.is_mutable)  # type: ignore[union-attr]

@@ -40,7 +40,8 @@ def capture(
     if how == "symbolic" or (how == "auto" and example_inputs is None):
         return capture_symbolic(model, modes)
     if example_inputs is None:
-        raise InputError("a record needs a run", code="no-inputs", hint=f"give {argument('example_inputs')}")
+        hint = f"give {argument('example_inputs')}"
+        raise InputError("recording needs inputs to run the model on", code="no-inputs", hint=hint)
     if how == "recorded":
         return capture_recorded(model, example_inputs, modes)
     traced = capture_symbolic(model, modes)

@@ -76,9 +76,10 @@ def _tail(module: nn.Module, graph: fx.Graph) -> tuple[nn.Module, ...] | str:
     return tuple(reversed(after))
 
 
-def _rank(norm: nn.Module) -> int:
-    """Return a number of axes that ``norm`` takes."""
-    return next((r for cls, r in ((nn.BatchNorm1d, 3), (nn.BatchNorm3d, 5)) if isinstance(norm, cls)), 4)
+def _rank(module: nn.Module) -> int:
+    """Return a number of axes that ``module``, a norm, takes."""
+    norm = norm_of(module)
+    return max((4,) if norm is None else norm.axes(module) or (4,))
 
 
 def _is_affine_then(module: nn.Module, state: NormState, after: tuple[nn.Module, ...]) -> bool:

@@ -1,4 +1,4 @@
-"""Call sites: who calls and who reads what, over all graphs of a capture."""
+"""Call sites: which node calls which module or functional norm, and who reads which tensor, in all graphs."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ class Calls:
         if key in self.functional:
             self._add(key, call.trace, call.node)
         elif f"{owner}:batch_norm" not in self.refused:
-            why = self.capture.opaque.get(owner, "it was seen in a run only")
+            why = self.capture.opaque.get(owner, "only a recorded run shows it")
             what = f"it is a call in the forward of {owner or 'the model'}, which cannot be rewritten"
             self._refuse(key, f"{what} ({why}): make it a BatchNorm module", [call])
 

@@ -1,10 +1,10 @@
-"""Channels: which of a model's layers and norms give and take one and the same channel, over all graphs of a capture.
+"""Equivalence classes of channels that must hold one scale, for cross-layer equalization (Nagel et al. 2019).
 
 Note [Channels that may be scaled]
 A channel c of a value may be multiplied by any s > 0 and the model stays the same function, if whatever gives it (a
 layer's filter, a norm's γ and β) is multiplied by s and all weights that it meets are divided by s: in between lie only
 operations with ``f(s z) = s f(z)`` per channel, such as ReLU and pooling. An addition ties its addends' channels to one
-another. What an operation does that is not known here, nobody may scale: it fixes the channels of its inputs. So do the
+another. An operation that the table does not know fixes the channels of its inputs: they keep their scale. So do the
 model's output, a hook that sees a value, and a linear layer without a norm, whose input people take for the features.
 """
 

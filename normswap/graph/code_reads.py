@@ -1,12 +1,13 @@
-"""Reads of a norm's attributes, found in the code of the forwards: what no graph and no record of a run shows.
+"""Static analysis of bytecode: reads of a norm's attributes that no graph and no record of a run shows.
 
 Note [Reads in the code]
 A norm's tensors and numbers are gone once it is replaced, so a forward that reads ``self.bn.running_mean`` itself would
 fail. A trace shows such a read where the tensor is computed with; it shows none of ``self.bn.num_features`` or
 ``self.bn.weight.dtype``, none behind a branch, and nothing at all of a forward that cannot be traced. The bytecode of
 the forward, of the methods that it names and of the functions that it names holds them all. ``self.a.bn.running_mean``
-names its norm, as does ``bn = self.a.bn``. In ``self.bns[0].running_mean`` it is anyone's guess: that counts in a
-forward that cannot be traced, for each norm below that the code can name, unless the record of a run shows which.
+names its norm, as does ``bn = self.a.bn``. In ``self.bns[0].running_mean`` the code does not tell which norm is read:
+in a forward that cannot be traced this counts for each norm below that the code can name, unless the record of a run
+shows which.
 """
 
 from __future__ import annotations
@@ -103,8 +104,8 @@ def _reads_of(
     if seen := sorted(unknown & _TENSORS, reverse=True):
         for path, norm in norms:
             if names & _WALKS or all(part.isdigit() or part in names for part in path.split(".")):
-                why = f"{whose} cannot be traced and reads the {seen[0]} of a module, perhaps of this one"
-                yield norm, Text(f"{why}: give {argument('example_inputs')}, which show of which")
+                why = f"{whose} cannot be traced and reads the {seen[0]} of a module, which may be this one"
+                yield norm, Text(f"{why}: give {argument('example_inputs')}, which show which one it is")
 
 
 def _codes(module: nn.Module, called: frozenset[str] = frozenset()) -> Iterator[tuple[_Code, bool]]:

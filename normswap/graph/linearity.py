@@ -1,4 +1,4 @@
-"""A numeric proof: whether a layer's forward is linear in its weight and bias is tried on noise."""
+"""Linearity test: whether a layer's forward is linear in its weight and bias, tested on random inputs."""
 
 from __future__ import annotations
 

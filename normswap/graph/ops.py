@@ -19,6 +19,7 @@ __all__ = [
     "is_functional_norm",
     "is_leaf",
     "norm_argument",
+    "order_of",
     "passes_through",
     "rank_of",
 ]
@@ -81,6 +82,23 @@ def passes_through(node: fx.Node, module: nn.Module | None) -> bool:
     if node.op == "call_module":
         return type(module) is nn.Identity
     return node.op == "call_method" and node.target == "contiguous"
+
+
+def order_of(node: fx.Node, module: nn.Module | None, rank: int | None) -> tuple[int, ...] | None:
+    """Return, for each axis of ``node``'s value, which axis of its first argument it is; None where it does more.
+
+    Args:
+        node: A call.
+        module: The module that it calls, if any.
+        rank: How many axes its value has, None where that is not known: then only what moves none counts.
+    """
+    if passes_through(node, module):
+        return tuple(range(rank or 0))
+    operation = of_call(node)
+    if rank is None or operation is None or operation.order is None:
+        return None
+    arguments = operation.bind(node.args, node.kwargs)
+    return None if arguments is None else operation.order(arguments, rank)
 
 
 # Note [Ranks]

@@ -1,12 +1,12 @@
-"""A numeric check that a layer feeds its norm and nothing else, where no graph can show it.
+"""The perturbation test: a numeric check that a layer feeds its norm and nothing else, where no graph can show it.
 
-Note [Garbage]
-The check runs on a copy of the model. The layer gets random weights that are the true ones only while it is being
-called, and returns random numbers; the norm, when it is handed those very numbers, takes the true output in their
-stead. Whoever else reads the weight, or uses or changes the output, computes something else than in a run of the
-untouched copy. The results of all operations are compared, not the model's output alone: a detector that finds
-nothing returns nothing. All is bit for bit the same where the pairs are right, so the tolerance is that of
-operations whose sums have no fixed order.
+Note [Perturbation test]
+The test runs on a copy of the model. The layer's weight is replaced by random numbers except while the layer is being
+called, and its output is replaced by random numbers, too; when the norm is handed those very numbers, it takes the true
+output in their stead. Whoever else reads the weight, or uses or changes the output, computes something else than in a
+run of the unperturbed copy. The results of all operations are compared, not the model's output alone: a detector that
+finds nothing returns nothing. Where the layer feeds its norm and nothing else, all results are bit for bit the same;
+the tolerance is for operations that add in no fixed order.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from normswap.runs.guard import copy_of, set_mode, untouched
 
 __all__ = ["Pair", "confirm_feeds"]
 
-_RANDOM_ORDER = 1e-5
+_SENSITIVITY = 1e-5
+"""The smallest change of a result, relative to its largest value, that is seen: sums in no fixed order change less."""
 _SAMPLES = 64
 Pair = tuple[str, str]
 """A layer and its norm, by fqn."""
@@ -41,12 +42,12 @@ Pair = tuple[str, str]
 def confirm_feeds(
     model: nn.Module, pairs: Sequence[Pair], inputs: tuple[Any, ...] | Mapping[str, Any]
 ) -> dict[Pair, frozenset[bool]]:
-    """Return those (layer, norm) pairs where the layer feeds the norm and nothing else, tried by runs on ``inputs``.
+    """Return the (layer, norm) pairs where the layer feeds the norm and nothing else, tested by runs on ``inputs``.
 
     Runs are in eval and, where the model runs in it, in train mode, on the inputs and on their negatives, which may
-    take another way through a model that branches on values, and with each flag of its forward turned (Note [Garbage]).
-    If all pairs together pass, each does; if
-    not, they are halved until the wrong ones stand alone.
+    take another way through a model that branches on values, and with each flag of its forward turned
+    (Note [Perturbation test]). If all pairs together pass, each does; if not, they are halved until the wrong ones
+    stand alone.
 
     Returns:
         The pairs that passed wherever they were called, each with the modes (train mode: True) in which it was called.
@@ -106,65 +107,65 @@ class _Trial:
 
         self.inputs = inputs
         self._signed = signed
-        self._digests = _Digests()
+        self._observer = _Observer()
         reference = self._run()
         self.runs = reference is not None
         self._reference = reference or []
 
-    def _run(self, garbage: Sequence[_Garbage] = ()) -> list[_Digest] | None:
-        """Return the digests of one run, None where the model does not run or garbage has gone astray."""
+    def _run(self, perturbations: Sequence[_Perturbation] = ()) -> list[_Summary] | None:
+        """Return what one run computes, None where the model does not run or a perturbation has gone astray."""
         inputs = pytree.tree_map_only(Tensor, self._signed, self.inputs)
         with untouched(self.model, values=True), torch.no_grad():
             torch.manual_seed(0)
             random.seed(0)
             np.random.seed(0)
             set_mode(self.model, self.training)
-            self._digests.found = []
+            self._observer.found = []
             try:
-                with torch.compiler.set_stance("force_eager"), self._digests:
+                with torch.compiler.set_stance("force_eager"), self._observer:
                     output = run_on(self.model, inputs, self.flags)
             except Exception:
                 return None
-            if any(one.astray() for one in garbage):
+            if any(one.astray() for one in perturbations):
                 return None
             kept = [*pytree.tree_leaves(output), *self.model.buffers()]
-            return self._digests.found + [_digest(leaf) for leaf in kept]
+            return self._observer.found + [_summary(leaf) for leaf in kept]
 
     def passes(self, pairs: Sequence[Pair]) -> set[Pair] | None:
-        """Return which of ``pairs`` the model calls, None where someone sees the garbage of one."""
-        garbage = [_Garbage(self.model, *pair, self._digests) for pair in pairs]
+        """Return which of ``pairs`` the model calls, None where a perturbation is seen elsewhere than in its norm."""
+        perturbations = [_Perturbation(self.model, *pair, self._observer) for pair in pairs]
         try:
-            for one in garbage:
+            for one in perturbations:
                 one.place()
-            found = self._run(garbage)
+            found = self._run(perturbations)
         finally:
-            for one in garbage:
+            for one in perturbations:
                 one.remove()
         if found is None or len(found) != len(self._reference):
             return None
         if not all(map(_same, found, self._reference)):
             return None
-        return {pair for pair, one in zip(pairs, garbage, strict=True) if one.calls}
+        return {pair for pair, one in zip(pairs, perturbations, strict=True) if one.calls}
 
 
-class _Garbage:
-    """Random numbers in place of a layer's weight and output, which its norm alone can undo."""
+class _Perturbation:
+    """Random numbers in place of a layer's weight and output, which its norm alone takes back."""
 
-    def __init__(self, model: nn.Module, layer: str, norm: str, digests: _Digests) -> None:
-        self.digests = digests
+    def __init__(self, model: nn.Module, layer: str, norm: str, observer: _Observer) -> None:
+        self.observer = observer
         self.layer, self.norm = model.get_submodule(layer), model.get_submodule(norm)
         own = self.layer._parameters
         self.tensors = [t for t in (own.get("weight"), own.get("bias")) if t is not None]
-        self.clean = [t.detach().clone() for t in self.tensors]
+        self.true = [t.detach().clone() for t in self.tensors]
         self.generator = torch.Generator().manual_seed(0)
-        self.wrong = [self._like(t) for t in self.clean]
+        self.perturbed = [self._like(t) for t in self.true]
         self.pending: list[tuple[Tensor, Tensor]] = []
         self.given: list[weakref.ref[Tensor]] = []
         self.calls, self.seen = 0, False
         self.handles: list[Any] = []
 
     def place(self) -> None:
-        self._write(self.wrong)
+        self._write(self.perturbed)
         self.handles = [
             self.layer.register_forward_pre_hook(self._before, prepend=True),
             self.layer.register_forward_hook(self._after),
@@ -174,7 +175,7 @@ class _Garbage:
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
-        self._write(self.clean)
+        self._write(self.true)
 
     def astray(self) -> bool:
         """Tell whether an output went elsewhere than into the norm, or is still held by someone after the run."""
@@ -185,7 +186,7 @@ class _Garbage:
         return any(ref() is not None for ref in self.given)
 
     def _write(self, values: Sequence[Tensor]) -> None:
-        with torch.no_grad(), self.digests.paused():
+        with torch.no_grad(), self.observer.paused():
             for tensor, value in zip(self.tensors, values, strict=True):
                 tensor.copy_(value)
 
@@ -195,21 +196,21 @@ class _Garbage:
         return torch.empty_like(x).copy_(noise * (spread + 1))
 
     def _before(self, layer: nn.Module, args: Any) -> None:
-        self._write(self.clean)
+        self._write(self.true)
 
     def _after(self, layer: nn.Module, args: Any, output: Tensor) -> Tensor:
-        self._write(self.wrong)
-        with self.digests.paused():
-            garbage = self._like(output)
-            self.pending.append((garbage.clone(), output))
-        self.given.append(weakref.ref(garbage))
-        return garbage
+        self._write(self.perturbed)
+        with self.observer.paused():
+            noise = self._like(output)
+            self.pending.append((noise.clone(), output))
+        self.given.append(weakref.ref(noise))
+        return noise
 
     def _undo(self, norm: nn.Module, args: Any, kwargs: Any) -> Any:
         x = args[0] if args else kwargs["input"]
-        with self.digests.paused():
-            for i, (garbage, output) in enumerate(self.pending):
-                if garbage.shape == x.shape and torch.equal(garbage, x):
+        with self.observer.paused():
+            for i, (noise, output) in enumerate(self.pending):
+                if noise.shape == x.shape and torch.equal(noise, x):
                     del self.pending[i]
                     self.calls += bool(x.numel())
                     return ((output, *args[1:]), kwargs) if args else (args, {**kwargs, "input": output})
@@ -217,15 +218,15 @@ class _Garbage:
         return args, kwargs
 
 
-_Digest = tuple[float, ...] | None
+_Summary = tuple[float, ...] | None
 
 
-class _Digests(TorchDispatchMode):
-    """Notes a few numbers of every result of every operation."""
+class _Observer(TorchDispatchMode):
+    """Summarizes every result of every operation: what two runs are compared by."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.found: list[_Digest] = []
+        self.found: list[_Summary] = []
         self._paused = False
 
     @contextmanager
@@ -240,7 +241,7 @@ class _Digests(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if not self._paused and _computes(func):
-            self.found += [_digest(leaf) for leaf in pytree.tree_leaves(result)]
+            self.found += [_summary(leaf) for leaf in pytree.tree_leaves(result)]
         return result
 
 
@@ -254,7 +255,7 @@ def _computes(func: torch._ops.OpOverload) -> bool:
     )
 
 
-def _digest(value: Any) -> _Digest:
+def _summary(value: Any) -> _Summary:
     """Return the sum and some of the values of a tensor, or a number; None for anything else."""
     if isinstance(value, (bool, int, float)):
         return (float(value),)
@@ -272,11 +273,11 @@ def _digest(value: Any) -> _Digest:
         return None
 
 
-def _same(a: _Digest, b: _Digest) -> bool:
+def _same(a: _Summary, b: _Summary) -> bool:
     if a is None or b is None or len(a) != len(b):
         return a is b
     size = max((abs(v) for v in b[1:] if math.isfinite(v)), default=0.0)
     ((x, *xs), (y, *ys)) = a, b
-    allowed = (_RANDOM_ORDER * abs(y), *[_RANDOM_ORDER * size] * len(ys))
+    allowed = (_SENSITIVITY * abs(y), *[_SENSITIVITY * size] * len(ys))
     pairs = zip((x, *xs), (y, *ys), allowed, strict=True)
     return all(abs(u - v) <= t if math.isfinite(u - v) else u == v or (u != u and v != v) for u, v, t in pairs)

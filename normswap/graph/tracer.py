@@ -1,4 +1,4 @@
-"""Tracing one forward: ``torch.fx``'s tracer, made read-only, with a node for every use of a value."""
+"""Tracing one forward: ``torch.fx``'s tracer, made read-only; every use of a value is a node."""
 
 from __future__ import annotations
 

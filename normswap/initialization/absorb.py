@@ -24,6 +24,7 @@ from normswap.initialization.base import Initializer, Outcome, Work
 from normswap.initialization.centring import moments_for
 from normswap.initialization.moments import Moments, centre
 from normswap.nn import FilterLayout
+from normswap.nn.readers import fused_inputs
 from normswap.norms import Assignment, Bias, Incoming, LinearOf, NewValue, NormState, Takes, named, of_present
 from normswap.records import InitRow
 from normswap.runs.watching import Statistics, measure_statistics
@@ -68,7 +69,7 @@ def absorb(
 
     Args:
         step: What is done there.
-        layer: The site's layer as it is before the step, None where the site has none.
+        layer: The layer that takes the norm up, as it is before the step; None where none does.
         moments: The input moments of layers whose weight is standardized, by fqn.
         data: What reaches the BatchNorm on data at hand.
     """
@@ -76,6 +77,10 @@ def absorb(
     if state.gamma.is_meta:
         return Absorbed({}, InitRow(site.norm, "nothing", ("on the meta device: structure only",)))
     factor = _factor(norm.takes, state)
+    if step.step.reader is not None:
+        assert layer is not None
+        values = _with_known_terms(_by_reader(step, layer, factor), state, layer, "reader")
+        return Absorbed(values, InitRow(site.norm, "exact"))
     handed = _by_affine(step, factor) if layer is None else _by_layer(step, layer, factor, moments)
     level, ratio = _expected(state, data)
     total = handed.excess * factor
@@ -88,9 +93,7 @@ def absorb(
     if bias is not None:
         values[f"{'affine' if layer is None else 'layer'}.bias"] = bias
     method = "exact" if norm.takes is Takes.AFFINE else "absorbed"
-    present = _present(state, layer)
-    known = {name: NewValue(new.value, of_present(new.terms, present)) for name, new in values.items()}
-    return Absorbed(known, InitRow(site.norm, method, handed.notes))
+    return Absorbed(_with_known_terms(values, state, layer, "layer"), InitRow(site.norm, method, handed.notes))
 
 
 def _factor(takes: Takes, state: NormState) -> Tensor:
@@ -106,6 +109,18 @@ def _by_affine(step: BoundStep, factor: Tensor) -> _Handed:
     terms = (LinearOf("norm.weight", state.inverse_std),) if step.norm.takes is Takes.AFFINE else ()
     values = {"affine.weight": NewValue(factor, terms)}
     return _Handed(values, torch.ones_like(factor), state.mean.double())
+
+
+def _by_reader(step: BoundStep, reader: nn.Module, factor: Tensor) -> Assignment:
+    """Return the values of the layer behind the norm: ``γ/σ·x + (β − γμ/σ)`` goes into its weight and bias."""
+    state = step.state
+    assert state.mean is not None
+    shift = state.beta.double() - factor * state.mean.double()
+    values = {}
+    for name, value in fused_inputs(reader, factor, shift):
+        scaled = name.startswith("weight")
+        values[name] = NewValue(value, (LinearOf(f"reader.{name}", factor if scaled else None, over_inputs=scaled),))
+    return named("reader", values)
 
 
 def _by_layer(step: BoundStep, layer: nn.Module, factor: Tensor, moments: Mapping[str, Moments]) -> _Handed:
@@ -132,12 +147,12 @@ def _by_layer(step: BoundStep, layer: nn.Module, factor: Tensor, moments: Mappin
     return _Handed(named("layer", encoded.values), encoded.excess, mean, notes)
 
 
-def _present(state: NormState, layer: nn.Module | None) -> frozenset[str]:
-    """Return the names of the old parameters that there are."""
-    names = {f"norm.{name}" for name, own in zip(("weight", "bias"), state.affine, strict=True) if own}
+def _with_known_terms(values: Assignment, state: NormState, layer: nn.Module | None, part: str) -> Assignment:
+    """Return ``values`` with the terms of those old parameters that there are."""
+    present = {f"norm.{name}" for name, own in zip(("weight", "bias"), state.affine, strict=True) if own}
     if layer is not None:
-        names |= {f"layer.{name}" for name, parameter in layer._parameters.items() if parameter is not None}
-    return frozenset(names)
+        present |= {f"{part}.{name}" for name, parameter in layer._parameters.items() if parameter is not None}
+    return {name: NewValue(new.value, of_present(new.terms, present)) for name, new in values.items()}
 
 
 def _expected(state: NormState, data: Statistics | None) -> tuple[Tensor, Tensor]:
@@ -179,7 +194,8 @@ class Absorb(Initializer):
     def values(self, step: BoundStep) -> Assignment:
         """Return the values that keep the site's function."""
         site = step.site
-        layer = None if site.layer is None else self.work.source.get_submodule(site.layer)
+        fqn = step.step.taken_up_by
+        layer = None if fqn is None else self.work.source.get_submodule(fqn)
         found = absorb(step, layer, self.moments, self.data.get(site.norm))
         self.rows[site.norm] = found.row
         return found.values

@@ -20,20 +20,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from normswap.initialization.absorb import absorb
 from normswap.initialization.moments import moments_of_covariance
-from normswap.initialization.patches import patches
 from normswap.initialization.regression import Covariances, SecondMoments, Solution, solve, surrogate_target
 from normswap.initialization.sampling import Rows, Sample, Sampling
+from normswap.initialization.site_values import Candidate, SiteValues
 from normswap.initialization.steadying import steady
 from normswap.initialization.targets import RegressionTarget
-from normswap.nn import FilterLayout
-from normswap.norms import apply, tensor_in
+from normswap.norms import apply
 from normswap.records import Fit, InitRow
 from normswap.runs.paired_sites import PairedSite, SiteBatch
 from normswap.stages.rewriting import Placed
@@ -44,27 +42,6 @@ _RIDGES = (1.0, 1e-2, 1e-4)
 _ROUNDS = 6  # of regression on what is seen
 _WORTH = 0.01  # the share of the error that another round must take away
 _FLOOR = 1e-3  # of the mean variance: a channel that varies less keeps about the gain it had
-
-
-@dataclass(frozen=True)
-class _Candidate:
-    """What a site may get.
-
-    Args:
-        weight: The source's filters. ``(C, fan_in)``
-        bias: Its bias. ``(C,)``
-        offsets: What the bias exceeds that by, in units of what the source really gives. ``(C,)``
-        prior: The norm's gain, times what it divides by. ``(C,)``
-        num_groups: The norm's groups.
-        ridge: The ridge that gave all this.
-    """
-
-    weight: Tensor
-    bias: Tensor
-    offsets: Tensor
-    prior: Tensor
-    num_groups: int | None
-    ridge: float
 
 
 @dataclass(frozen=True)
@@ -97,12 +74,10 @@ class SiteRegression:
     ) -> None:
         self.site, self.target, self.placed = site, target, placed
         self.least_group, self.spread = least_group, spread
-        self.source, self.norm = site.source, site.norm
-        self._groups = None if placed is None else placed.bound.norm.groups
-        self.parameters = (*self.source.parameters(), *(() if self.norm is None else self.norm.parameters()))
+        self.values = SiteValues(site, target, placed)
         self.batches = [batch for batch in batches if batch.x.numel() and batch.reference.numel()]
-        fan_in = self._layout.groups * self._layout.fan_in(self._weight)
-        self.sampling = Sampling(self.batches, target, fan_in)
+        layout = self.values.layout
+        self.sampling = Sampling(self.batches, target, layout.groups * layout.fan_in(self.values.weight))
 
     def run(self, original: nn.Module) -> InitRow:
         """Fit the site of ``original``, and return its row."""
@@ -111,7 +86,7 @@ class SiteRegression:
             return InitRow(name, "absorbed", ("no sample reaches it: not fitted",))
         if not all(self._agrees(batch) for batch in self.batches):
             return InitRow(name, "absorbed", ("the networks' shapes differ here: not fitted",))
-        sample = self.sampling.patches(self._patches)
+        sample = self.sampling.patches(self.values.patches)
         fit, held = _moments(sample.train), _moments(sample.validation)
         statistics = self.sampling.statistics()
         if not bool(fit.inputs.isfinite().all() and statistics.var.isfinite().all()):
@@ -130,8 +105,8 @@ class SiteRegression:
         for candidate in () if solution is None else self._candidates(solution):
             found = self._measure(candidate)
             best = found if found.noise < best.noise else best
-            self._restore(before)
-        self._restore(best)
+            self.values.restore(before.values, before.num_groups)
+        self.values.restore(best.values, best.num_groups)
         notes = [] if self.sampling.holds_out else [f"{self.sampling.samples} samples: none was held out"]
         if self.batches[0].shortcut is not None:
             notes.append("makes good its shortcut's error")
@@ -154,33 +129,14 @@ class SiteRegression:
 
     def _agrees(self, batch: SiteBatch) -> bool:
         return len(batch.x) == len(batch.reference) and (
-            self.source(batch.x[:1]).shape[1:] == batch.reference.shape[1:]
+            self.site.channels(batch.x[:1]).shape[1:] == batch.reference.shape[1:]
         )
-
-    @property
-    def _channel_wise(self) -> bool:
-        """Whether the source is a per-channel affine: a layer of one input value per output channel."""
-        return self.placed is not None and self.placed.layer is None
-
-    @property
-    def _layout(self) -> FilterLayout:
-        return FilterLayout(groups=len(self.target.gain)) if self._channel_wise else FilterLayout.of(self.source)
-
-    @property
-    def _weight(self) -> Tensor:
-        weight = FilterLayout.weight(self.source)
-        return weight[:, None] if self._channel_wise else weight
-
-    def _patches(self, x: Tensor) -> Tensor:
-        if self._channel_wise:
-            return _by_position(x)[..., None]
-        return patches(self.source, x)
 
     # --------------------------------------------------------------------------------------- the layer's weights
 
     def _regress(self, sample: Sample, fit: Covariances, held: Covariances) -> Solution | None:
         """Return the source's weights by ridge regression; None where the moments are not finite."""
-        groups = self._layout.groups
+        groups = self.values.layout.groups
         anchor = self.target.anchor.unflatten(0, (groups, -1))
         zero_sum = self.target.weight.centres
         importance = self.target.gain.double().square().view(groups, -1)
@@ -216,14 +172,14 @@ class SiteRegression:
 
     # -------------------------------------------------------------------------- signs, offsets and the norm's affine
 
-    def _candidates(self, solution: Solution) -> Iterator[_Candidate]:
+    def _candidates(self, solution: Solution) -> Iterator[Candidate]:
         weight, bias = solution.weight.flatten(0, 1), solution.bias.flatten()
         zeros, prior = torch.zeros_like(bias), self.target.gain.double()
-        plain = _Candidate(weight, bias, zeros, prior, self._groups, solution.ridge)
+        plain = Candidate(weight, bias, zeros, prior, self.values.groups, solution.ridge)
         if self.placed is None:
             yield plain
             return
-        self._load(plain)
+        self.values.load(plain)
         means, squares = self._units()
         norm = self.placed.bound.norm
         deviation = norm.divisor(means, squares)
@@ -232,18 +188,18 @@ class SiteRegression:
                 yield replace(plain, prior=prior * deviation, num_groups=count)
                 continue
             signs, offsets = (v.double() for v in steady(means, squares, count or 1, self.spread))
-            yield _Candidate(
+            yield Candidate(
                 weight * signs[:, None], bias * signs, offsets, prior * signs * deviation, count, solution.ridge
             )
 
     def _units(self) -> tuple[Tensor, Tensor]:
         """Return the mean and the mean square, per channel, of all that the norm takes one mean over. ``(n, C)``"""
         if self.placed is not None and self.placed.bound.norm.per_position:
-            z = self.sampling.outputs(self.source).train.values
+            z = self.sampling.outputs(self.site.channels).train.values
             return z, z.square()
         means, squares = [], []
         for chunk, held in self.sampling.chunks():
-            z = self.source(chunk.x)[~held].float()
+            z = self.site.channels(chunk.x)[~held].float()
             z = z.flatten(2) if z.ndim > 2 else z[..., None]
             means.append(z.mean(2))
             squares.append(z.square().mean(2))
@@ -251,24 +207,23 @@ class SiteRegression:
 
     def _group_counts(self) -> list[int | None]:
         if self.placed is None or self.least_group is None:
-            return [self._groups]
-        return [*self.placed.bound.norm.group_counts(len(self.target.gain), self.least_group)] or [self._groups]
+            return [self.values.groups]
+        return [*self.placed.bound.norm.group_counts(len(self.target.gain), self.least_group)] or [self.values.groups]
 
-    def _measure(self, candidate: _Candidate | None) -> _Result:
+    def _measure(self, candidate: Candidate | None) -> _Result:
         """Give the site the candidate's values, fit the norm's affine, and measure the held-out error.
 
         None is what the site has, its affine included.
         """
         if candidate is not None:
-            self._load(candidate)
-            if self.norm is not None:
-                _set_affine(self.norm, torch.ones_like(self.target.gain), torch.zeros_like(self.target.gain))
+            self.values.load(candidate)
+            self.values.set_affine(torch.ones_like(self.target.gain), torch.zeros_like(self.target.gain))
         sample = self.sampling.outputs(self.site.output)
         judging = sample.validation
         outputs = judging.values
-        if candidate is not None and self.norm is not None:
+        if candidate is not None and self.site.norm is not None:
             gain, shift = _affine(sample.train, candidate.prior.float())
-            _set_affine(self.norm, gain, shift)
+            self.values.set_affine(gain, shift)
             outputs = gain * outputs + shift
         unit = self.target.unit
         mean, std = _mean_and_std(outputs * unit)
@@ -278,44 +233,10 @@ class SiteRegression:
             mean=mean,
             std=std,
             target=_mean_and_std(judging.y * unit),
-            values=tuple(p.detach().clone() for p in self.parameters),
-            num_groups=self._groups,
+            values=tuple(p.detach().clone() for p in self.values.parameters),
+            num_groups=self.values.groups,
             ridge=candidate.ridge if candidate else None,
         )
-
-    def _load(self, candidate: _Candidate) -> None:
-        self._regroup(candidate.num_groups)
-        weight = self._layout.unflatten(candidate.weight, self._weight)
-        excess = torch.ones_like(candidate.bias)
-        if self._channel_wise:
-            self._weight.copy_(weight)
-        else:
-            stretch = self._stretch(candidate) if self.target.weight.free_length else 1.0
-            dtype = self._weight.dtype
-            encoded = self.target.weight.encode(self._layout, weight * stretch, excess / stretch, dtype)
-            apply(encoded.values, partial(tensor_in, self.source))
-            excess = encoded.excess
-        if isinstance(self.source.bias, Tensor):
-            self.source.bias.copy_(excess * candidate.bias + candidate.offsets)
-
-    def _stretch(self, candidate: _Candidate) -> Tensor:
-        """Return the factor that gives the filters, whose lengths are free, the length of the original's in the mean.
-
-        A filter's length decides what a learning rate does to it.
-        """
-        length = (self.target.anchor.norm(dim=1) / self.target.scale.double()).square().mean().sqrt()
-        found = candidate.weight.norm(dim=1).square().mean().sqrt()
-        return length / found if bool(length > 0) and bool(found > 0) else torch.ones_like(found)
-
-    def _restore(self, result: _Result) -> None:
-        for parameter, value in zip(self.parameters, result.values, strict=True):
-            parameter.copy_(value)
-        self._regroup(result.num_groups)
-
-    def _regroup(self, count: int | None) -> None:
-        if count is not None and self.placed is not None and self.norm is not None:
-            self._groups = count
-            self.placed.bound.norm.regroup(self.norm, count)
 
 
 def _moments(rows: Rows) -> Covariances:
@@ -337,16 +258,6 @@ def _affine(rows: Rows, prior: Tensor) -> tuple[Tensor, Tensor]:
     return gain, centre - gain * mean
 
 
-def _by_position(value: Tensor) -> Tensor:
-    """Return the channels ``(N, C, …)`` of each position as a row. ``(positions, C)``"""
-    return value.movedim(1, -1).flatten(0, -2)
-
-
 def _mean_and_std(value: Tensor) -> tuple[float, float]:
     value = value.double()
     return float(value.mean()), float(value.std(correction=0))
-
-
-def _set_affine(norm: nn.Module, gain: Tensor, shift: Tensor) -> None:
-    norm.weight.copy_(gain)  # type: ignore[operator]
-    norm.bias.copy_(shift)  # type: ignore[operator]

@@ -76,7 +76,7 @@ def _paired(original: nn.Module, placed: Sequence[Placed]) -> list[PairedSite]:
         owner, _, buffer = name.partition(":")
         module = original.get_submodule(owner)
         if one.bound.site.kind == NormKind.MODULE:
-            sites.append(PairedSite(name, source, one.norm, module))
+            sites.append(PairedSite(name, source, one.norm, module, moved=one.bound.site.axis == -1))
         elif isinstance(mean := getattr(module, buffer or "running_mean", None), Tensor):
             sites.append(PairedSite(name, source, one.norm, None, mean))
     return sites

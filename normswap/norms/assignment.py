@@ -13,17 +13,20 @@ __all__ = ["Assignment", "LinearOf", "NewValue", "apply", "named", "of_present",
 
 @dataclass(frozen=True)
 class LinearOf:
-    """A term of a new value that is linear in an old parameter: ``factor_c · old_c`` for each output channel c.
+    """A term of a new value that is linear in an old parameter: ``factor_c · old_c`` for each channel c.
 
     What follows a parameter in training, such as an optimizer's momentum, follows the same map.
 
     Args:
-        old: The old parameter: ``layer.weight``, ``layer.bias``, ``norm.weight`` (γ) or ``norm.bias`` (β).
-        factor: One factor per output channel; None is 1. ``(C,)``
+        old: The old parameter: ``layer.weight``, ``layer.bias``, ``norm.weight`` (γ) or ``norm.bias`` (β), or one of
+            the layer that reads the norm, ``reader.weight``.
+        factor: One factor per channel; None is 1. ``(C,)``
+        over_inputs: Whether the channels are those that a weight reads, and not those that it gives.
     """
 
     old: str
     factor: Tensor | None = None
+    over_inputs: bool = False
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from normswap.nn.kinds import class_of
 from normswap.norms.assignment import LinearOf, NewValue
-from normswap.norms.base import Affine, Bias, Encoding, Incoming, Norm, NormState, Stays, Takes
+from normswap.norms.base import Norm
+from normswap.norms.records import Affine, Bias, Encoding, Incoming, NormState, Stays, Takes
 from normswap.records import Site
 
 __all__ = ["BatchNormalization"]
@@ -63,8 +64,9 @@ class BatchNormalization(Norm):
         return torchs and "forward" not in module.__dict__
 
     @classmethod
-    def rank_of(cls, module: nn.Module) -> int | None:
-        return 4 if isinstance(module, nn.BatchNorm2d) else 5 if isinstance(module, nn.BatchNorm3d) else None
+    def axes(cls, module: nn.Module) -> tuple[int, ...]:
+        known = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
+        return next((axes for kind, axes in known.items() if isinstance(module, kind)), ())
 
     @classmethod
     def deployed(cls, module: nn.Module) -> Affine | Stays | nn.Module:

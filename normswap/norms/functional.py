@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from normswap.norms.base import NormState
+from normswap.norms.records import NormState
 
 __all__ = ["FunctionalNorm"]
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from normswap.norms.base import Encoding, Incoming, Norm
+from normswap.norms.base import Norm
+from normswap.norms.records import Encoding, Incoming
 from normswap.records import Site
 
 __all__ = ["Groups"]

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from normswap.nn import ChannelLayerNorm
-from normswap.norms.base import Affine, Encoding, Incoming, Norm, Stays
+from normswap.norms.base import Norm
+from normswap.norms.records import Affine, Encoding, Incoming, Stays
 from normswap.records import Site
 
 __all__ = ["LayerNormChannels", "LayerNormLastAxes"]

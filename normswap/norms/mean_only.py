@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from normswap.nn import MeanOnlyBatchNorm
 from normswap.norms.assignment import LinearOf, NewValue
-from normswap.norms.base import Affine, Bias, Encoding, Incoming, Norm, Stays, Takes
+from normswap.norms.base import Norm
+from normswap.norms.records import Affine, Bias, Encoding, Incoming, Stays, Takes
 from normswap.records import Site
 
 __all__ = ["MeanOnly"]
@@ -36,10 +37,6 @@ class MeanOnly(Norm):
     @classmethod
     def why_kept(cls, module: nn.Module) -> str:
         return "it is a mean-only BatchNorm already, from an earlier conversion"
-
-    @classmethod
-    def rank_of(cls, module: nn.Module) -> int | None:
-        return _mean_only(module).rank
 
     @classmethod
     def deployed(cls, module: nn.Module) -> Affine | Stays | nn.Module:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from normswap.nn import ChannelAffine
 from normswap.norms.assignment import LinearOf, NewValue
-from normswap.norms.base import Affine, Encoding, Incoming, Norm, Stays, Takes
+from normswap.norms.base import Norm
+from normswap.norms.records import Affine, Encoding, Incoming, Stays, Takes
 from normswap.records import Site
 
 __all__ = ["Nothing"]
@@ -23,15 +24,11 @@ class Nothing(Norm):
 
     modules = (ChannelAffine,)
     takes = Takes.AFFINE
+    leaves_nothing = True
 
     @classmethod
     def why_kept(cls, module: nn.Module) -> str:
         return "it is a per-channel affine, from an earlier conversion"
-
-    @classmethod
-    def rank_of(cls, module: nn.Module) -> int | None:
-        assert isinstance(module, ChannelAffine)
-        return module.rank
 
     @classmethod
     def deployed(cls, module: nn.Module) -> Affine | Stays | nn.Module:

@@ -47,6 +47,13 @@ def _dropout(module: type[nn.Module], name: str, function: Any, *, homogeneous: 
     )
 
 
+def _copy(name: str, *functions: Any) -> Operation:
+    """Return the row of an operation that changes no value, apart from rounding."""
+    return Operation(
+        name, functions, methods=(name,), signature="input memory_format", elementwise=True, homogeneous=True
+    )
+
+
 def _clamped(min: Any = -math.inf, max: Any = math.inf) -> nn.Module | None:
     """Return the module that clamps; None where the bounds are no two numbers in order, which it would refuse."""
     numbers = all(isinstance(bound, (int, float)) for bound in (min, max))
@@ -81,10 +88,10 @@ ACTIVATIONS: tuple[Operation, ...] = (
     _dropout(nn.Dropout2d, "dropout2d", F.dropout2d, homogeneous=True, lifted_from=_FEATURES),
     _dropout(nn.Dropout3d, "dropout3d", F.dropout3d, homogeneous=True, lifted_from=_FEATURES),
     Operation("identity", modules=(nn.Identity,), elementwise=True, homogeneous=True),
-    Operation(
-        "copy", (torch.clone, torch.detach), ("clone", "contiguous", "detach", "float"),
-        signature="input memory_format", elementwise=True, homogeneous=True,
-    ),
+    _copy("clone", torch.clone),
+    _copy("detach", torch.detach),
+    _copy("contiguous"),
+    _copy("float"),
     Operation("negative", (torch.neg, operator.neg), ("neg", "__neg__"), elementwise=True, homogeneous=True),
     # Not homogeneous.
     _activation(nn.ReLU6, "relu6", F.relu6, floor=0.0),
@@ -124,10 +131,10 @@ ACTIVATIONS: tuple[Operation, ...] = (
     _dropout(nn.AlphaDropout, "alpha_dropout", F.alpha_dropout, homogeneous=False),
     _dropout(nn.FeatureAlphaDropout, "feature_alpha_dropout", F.feature_alpha_dropout, homogeneous=False),
     # Of several values each, but with the same axes.
-    Operation(
-        "softmax", (F.softmax, F.log_softmax, F.softmin, torch.softmax, torch.log_softmax), ("softmax", "log_softmax"),
-        (nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.Softmax2d), "input dim", axes=KEPT,
-    ),
+    Operation("softmax", (F.softmax, torch.softmax), ("softmax",), (nn.Softmax,), axes=KEPT),
+    Operation("softmax2d", modules=(nn.Softmax2d,), axes=KEPT),
+    Operation("log_softmax", (F.log_softmax, torch.log_softmax), ("log_softmax",), (nn.LogSoftmax,), axes=KEPT),
+    Operation("softmin", (F.softmin,), modules=(nn.Softmin,), axes=KEPT),
     Operation("to", methods=("to",), signature="input *target", axes=KEPT),
 )  # fmt: skip
 """The operations that act on each value by itself."""

@@ -1,11 +1,14 @@
-"""Axis rules: how many axes a reshaping operation leaves, as its arguments tell (a function of those bound)."""
+"""Axis rules: how many axes an operation leaves, and where it moves them, as its bound arguments tell."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["flattened", "viewed"]
+__all__ = ["flattened", "moved", "permuted", "permuted_axes", "transposed", "viewed"]
+
+Order = tuple[int, ...]
+"""For each axis of the result, the axis of the argument that it was."""
 
 
 def flattened(arguments: Mapping[str, Any]) -> int | None:
@@ -19,3 +22,42 @@ def viewed(arguments: Mapping[str, Any]) -> int | None:
     if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):
         return len(sizes[0])
     return len(sizes) if len(sizes) > 1 else None
+
+
+def permuted_axes(arguments: Mapping[str, Any]) -> int | None:
+    """Return how many axes a permutation was given, be it one by one or as a list."""
+    order = _numbers(arguments["dims"])
+    return None if order is None else len(order)
+
+
+def permuted(arguments: Mapping[str, Any], rank: int) -> Order | None:
+    """Return the order that a permutation was given."""
+    order = _numbers(arguments["dims"])
+    return None if order is None or len(order) != rank else tuple(axis % rank for axis in order)
+
+
+def transposed(arguments: Mapping[str, Any], rank: int) -> Order | None:
+    """Return the order in which two axes have changed places."""
+    pair = _numbers((arguments["dim0"], arguments["dim1"]))
+    if pair is None or not all(-rank <= axis < rank for axis in pair):
+        return None
+    order = list(range(rank))
+    a, b = pair[0] % rank, pair[1] % rank
+    order[a], order[b] = order[b], order[a]
+    return tuple(order)
+
+
+def moved(arguments: Mapping[str, Any], rank: int) -> Order | None:
+    """Return the order in which one axis has gone to another place."""
+    pair = _numbers((arguments["source"], arguments["destination"]))
+    if pair is None or not all(-rank <= axis < rank for axis in pair):
+        return None
+    order = list(range(rank))
+    order.insert(pair[1] % rank, order.pop(pair[0] % rank))
+    return tuple(order)
+
+
+def _numbers(values: Any) -> tuple[int, ...] | None:
+    if len(values) == 1 and isinstance(values[0], (tuple, list)):
+        values = values[0]
+    return tuple(values) if all(isinstance(v, int) and not isinstance(v, bool) for v in values) else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from torch import nn
 
@@ -13,7 +13,7 @@ from normswap.operations.channel_rules import Numbering, Rule
 
 __all__ = ["KEPT", "Operation"]
 
-KEPT: Final = "kept"
+KEPT: Final[Literal["kept"]] = "kept"
 """The result has as many axes as the operation's first argument."""
 
 
@@ -33,6 +33,8 @@ class Operation:
         homogeneous: For an elementwise one, whether ``f(s z) = s f(z)`` for every ``s > 0``.
         axes: How many axes the result has: :data:`KEPT`, a number, or a function of the bound arguments; None where it
             is not known. Elementwise operations keep them.
+        order: Where it moves the axes: a function of the bound arguments and the number of axes that gives, for each
+            axis of the result, the one of the first argument that it was; None where it does more than move them.
         channels: What it does to channels that are scaled; None where that is not known. For an elementwise operation
             it follows from ``homogeneous``.
         rebuild: What makes a module of it, from the arguments named in ``settings``; None where a call of it is no
@@ -53,7 +55,8 @@ class Operation:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     elementwise: bool = False
     homogeneous: bool = False
-    axes: str | int | Callable[[Mapping[str, Any]], int | None] | None = None
+    axes: Literal["kept"] | int | Callable[[Mapping[str, Any]], int | None] | None = None
+    order: Callable[[Mapping[str, Any], int], tuple[int, ...] | None] | None = None
     channels: Rule | None = None
     rebuild: Callable[..., nn.Module | None] | None = None
     settings: tuple[str, ...] = ()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from normswap.operations import channel_rules as rules
-from normswap.operations.axis_rules import flattened, viewed
+from normswap.operations.axis_rules import flattened, moved, permuted, permuted_axes, transposed, viewed
 from normswap.operations.operation import KEPT, Operation
 
 __all__ = ["STRUCTURE"]
@@ -54,6 +54,13 @@ def _mean_pool(axes: int, module: type[nn.Module], adaptive: type[nn.Module], *f
     )  # fmt: skip
 
 
+def _reduction(function: Any) -> Operation:
+    return Operation(
+        function.__name__, (function,), (function.__name__,), signature="input dim keepdim",
+        defaults={"keepdim": False}, channels=rules.reduce,
+    )  # fmt: skip
+
+
 def _pad(axes: int, *modules: type[nn.Module]) -> Operation:
     return Operation(
         f"pad{axes}d", modules=modules, signature="input padding value",
@@ -73,7 +80,6 @@ _LAYERS = (
 _NORMS = (
     Operation(
         "batch_norm", (F.batch_norm, torch.batch_norm), modules=(nn.BatchNorm1d, nn.SyncBatchNorm), axes=KEPT,
-        signature="input *rest",
         lifted_from=(
             aten.batch_norm.default, aten.native_batch_norm.default, aten._native_batch_norm_legit.default,
             aten._native_batch_norm_legit_functional.default, aten._native_batch_norm_legit_no_training.default,
@@ -81,13 +87,13 @@ _NORMS = (
     ),
     Operation("batch_norm2d", modules=(nn.BatchNorm2d,), axes=4),
     Operation("batch_norm3d", modules=(nn.BatchNorm3d,), axes=5),
+    Operation("group_norm", (F.group_norm,), modules=(nn.GroupNorm,), axes=KEPT),
+    Operation("layer_norm", (F.layer_norm,), modules=(nn.LayerNorm,), axes=KEPT),
+    Operation("rms_norm", (F.rms_norm,), modules=(nn.RMSNorm,), axes=KEPT),
+    Operation("local_response_norm", (F.local_response_norm,), modules=(nn.LocalResponseNorm,), axes=KEPT),
     Operation(
-        "norm of each sample", (F.group_norm, F.layer_norm, F.rms_norm, F.instance_norm, F.local_response_norm),
-        modules=(
-            nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm,
-            nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d,
-        ),
-        signature="input *rest", axes=KEPT,
+        "instance_norm", (F.instance_norm,),
+        modules=(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), axes=KEPT,
     ),
 )  # fmt: skip
 _SPACE = (
@@ -111,10 +117,9 @@ _SPACE = (
         signature="input size scale_factor mode align_corners recompute_scale_factor antialias",
         axes=KEPT, channels=rules.same,
     ),
-    Operation(
-        "reduce", (torch.mean, torch.sum, torch.amax), ("mean", "sum", "amax"), signature="input dim keepdim",
-        defaults={"keepdim": False}, channels=rules.reduce,
-    ),
+    _reduction(torch.mean),
+    _reduction(torch.sum),
+    _reduction(torch.amax),
 )  # fmt: skip
 _ARITHMETIC = (
     Operation(
@@ -142,6 +147,18 @@ _SHAPE = (
     Operation(
         "flatten", (torch.flatten,), ("flatten",), (nn.Flatten,), "input start_dim end_dim",
         defaults={"start_dim": 0, "end_dim": -1}, axes=flattened, channels=rules.flatten,
+    ),
+    Operation(
+        "transpose", (torch.transpose, torch.swapaxes, torch.swapdims, aten.transpose.int),
+        ("transpose", "swapaxes", "swapdims"), signature="input dim0 dim1", axes=KEPT, order=transposed,
+    ),
+    Operation(
+        "permute", (torch.permute, aten.permute.default), ("permute",), signature="input *dims",
+        axes=permuted_axes, order=permuted,
+    ),
+    Operation(
+        "movedim", (torch.movedim, torch.moveaxis), ("movedim", "moveaxis"), signature="input source destination",
+        axes=KEPT, order=moved,
     ),
     Operation("view", (torch.reshape,), ("view", "reshape"), signature="input *size", axes=viewed),
     Operation(

@@ -21,6 +21,7 @@ __all__ = [
     "of_module",
     "reads_no_value",
     "value_free_names",
+    "written_by",
 ]
 
 
@@ -85,6 +86,15 @@ def named(name: str) -> Operation:
 def called_by(operation: Operation) -> frozenset[Any]:
     """Return what a ``TorchFunctionMode`` sees where ``operation`` is called: functions, and the methods themselves."""
     return frozenset((*operation.functions, *(getattr(Tensor, name) for name in operation.methods)))
+
+
+def written_by(operation: Operation) -> frozenset[Any]:
+    """Return the methods among :func:`called_by` that write their result to the tensor that they are called on.
+
+    torch's names for such end in one underscore, Python's begin with ``__i``.
+    """
+    names = (name for name in operation.methods if (name[-1] == "_" != name[-2]) or name.startswith("__i"))
+    return frozenset(getattr(Tensor, name) for name in names)
 
 
 def lifted_from(*operations: Operation) -> frozenset[Any]:

@@ -27,6 +27,7 @@ class Step:
         norm: What replaces the norm, in words (``GroupNorm(4 groups of 16)``).
         num_groups: The group count, where the norm has groups.
         notes: What a person should know about it.
+        reader: The layer behind the norm that takes it up, where no layer in front of it does.
     """
 
     site: Site
@@ -34,6 +35,12 @@ class Step:
     norm: str
     num_groups: int | None = None
     notes: tuple[str, ...] = ()
+    reader: str | None = None
+
+    @property
+    def taken_up_by(self) -> str | None:
+        """The layer that takes the norm up, in front of it or behind it; None where none does."""
+        return self.site.layer or self.reader
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,7 @@ class Plan:
             (
                 step.site.norm,
                 step.site.norm_type,
-                step.site.layer or "–",
+                step.taken_up_by or "–",
                 step.weight or "–",
                 step.norm,
                 step.site.evidence,
@@ -88,7 +95,7 @@ class Plan:
         """Return one line: how many norms convert, how many layers take part, what is skipped."""
         norms = len(self.steps)
         kept = sum(skip.what == "norm" and skip.code != "not-batch-norm" for skip in self.skips)
-        absorbed = sum(step.site.layer is not None for step in self.steps)
+        absorbed = sum(step.taken_up_by is not None for step in self.steps)
         return f"{norms} of {norms + kept} BatchNorms convert, {absorbed} together with their layer"
 
     def to_json(self, indent: int | None = 2) -> str:

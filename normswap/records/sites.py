@@ -62,6 +62,11 @@ class Site:
         aliases: Further fqns of the same norm.
         found_by: A :class:`FoundBy`.
         caveat: What the numeric check of a layer could not reach, or None.
+        axis: The axis of the layer's output that its channels are on: 1, or −1 for a linear layer whose output has its
+            last axis moved to the norm's axis 1.
+        readers: The layers that read the norm's output, which goes nowhere else, and into which what the norm is in
+            evaluation may go.
+        unread: Why the layer that reads the norm's output may not take it up, or None.
     """
 
     norm: str
@@ -84,6 +89,14 @@ class Site:
     aliases: tuple[str, ...] = ()
     found_by: str = FoundBy.SYMBOLIC
     caveat: str | None = None
+    axis: int = 1
+    readers: tuple[str, ...] = ()
+    unread: str | None = None
+
+    @property
+    def writers(self) -> tuple[str, ...]:
+        """The layers that give the norm its channels."""
+        return () if self.layer is None else (self.layer,)
 
     @property
     def evidence(self) -> str:

@@ -1,4 +1,4 @@
-"""One eager run of a model on inputs."""
+"""Forward passes: a model is called eagerly on copies of its inputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Read-only, whatever happens: a model's state, mode, hooks and the random generators are put back as they were."""
+"""Snapshot and restore: a model's state, mode and hooks, and the random generators, are put back whatever happens."""
 
 from __future__ import annotations
 

@@ -23,6 +23,7 @@ class PairedSite:
         norm: The converted network's norm behind it; None where a layer is fitted alone.
         original: The original's norm module, or the layer where it is fitted alone; None for a functional norm.
         running_mean: The functional norm's buffer, by which its calls are known.
+        moved: Whether the last axis of the source's output is moved to the norm's axis 1.
     """
 
     name: str
@@ -30,15 +31,21 @@ class PairedSite:
     norm: nn.Module | None
     original: nn.Module | None
     running_mean: Tensor | None = None
+    moved: bool = False
 
     @property
     def end(self) -> nn.Module:
         """The converted network's module whose output is the site's."""
         return self.source if self.norm is None else self.norm
 
+    def channels(self, x: Tensor) -> Tensor:
+        """Return what reaches the norm, or the source's output where there is none, for the source's input ``x``."""
+        y: Tensor = self.source(x)
+        return y.movedim(-1, 1) if self.moved else y
+
     def output(self, x: Tensor) -> Tensor:
         """Return what the converted network gives here for the source's input ``x``."""
-        y: Tensor = self.source(x)
+        y = self.channels(x)
         return y if self.norm is None else self.norm(y)
 
 

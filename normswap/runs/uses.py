@@ -10,12 +10,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from normswap.operations.table import TABLE, called_by, named
+from normswap.operations.table import TABLE, called_by, named, written_by
 from normswap.runs.calling import Batch, run_on_data
 
 __all__ = ["ADDITIONS", "Uses", "addends_of", "find_uses"]
 
-_IN_PLACE: frozenset[Any] = frozenset({Tensor.add_, Tensor.__iadd__})
+_IN_PLACE = written_by(named("add"))
 ADDITIONS = called_by(named("add"))
 _RELUS = frozenset[Any]().union(*(called_by(row) for row in TABLE.rows if row.floor == 0))
 _CLAMPS = frozenset[Any]().union(*(called_by(row) for row in TABLE.rows if isinstance(row.floor, str)))

@@ -63,7 +63,7 @@ class Statistics:
         var, mean = torch.var_mean(x, [0, *range(2, x.ndim)], correction=0)
         return cls(mean.double(), var.double(), x[:, 0].numel(), len(x))
 
-    def __add__(self, other: Statistics) -> Statistics:
+    def __add__(self, other: Statistics) -> Statistics:  # as Chan, Golub, LeVeque 1979 merge variances
         values = self.values + other.values
         share = other.values / values
         step = other.mean - self.mean

@@ -85,7 +85,18 @@ class BoundStep:
         weight, norm = recipe.weight(site), recipe.norm(site, groups)
         words = str(norm) if groups is None else f"{norm} of {site.num_features // groups}"
         name = weight.name if site.layer is not None else None
-        return cls(Step(site, name, words, groups, recipe.notes(site)), weight, norm, source)
+        forward = site.layer is None and norm.leaves_nothing and not source.after
+        reader = site.readers[0] if forward and site.readers else None
+        notes = recipe.notes(site)
+        if reader is not None:
+            notes += (f"goes into {reader}, which reads it",)
+        elif forward and site.unread is not None:
+            notes += (site.unread,)
+        return cls(Step(site, name, words, groups, notes, reader), weight, norm, source)
+
+    def without_reader(self) -> BoundStep:
+        """Return the same with a per-channel affine of its own in place of the layer behind the norm."""
+        return dataclasses.replace(self, step=dataclasses.replace(self.step, reader=None, notes=()))
 
     def with_state(self, state: NormState) -> BoundStep:
         """Return the same at a norm of other values."""
@@ -168,8 +179,9 @@ def bind(plan: Plan, recipe: Recipe, model: nn.Module) -> BoundPlan:
                 f"'{step.site.norm}' has {source.state.num_features} channels, the plan says {step.site.num_features}"
             )
             raise misfit(plan, what)
-        if step.site.layer is not None:
-            submodule(model, step.site.layer, plan)
+        for fqn in (step.site.layer, step.reader, *(alias.rpartition(".")[0] for alias in step.site.aliases)):
+            if fqn is not None:
+                submodule(model, fqn, plan)
         steps.append(BoundStep(step, recipe.weight(step.site), recipe.norm(step.site, step.num_groups), source))
     return BoundPlan(plan, recipe, tuple(steps))
 

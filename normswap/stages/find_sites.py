@@ -14,6 +14,7 @@ from normswap.graph.after_norm import after_norm
 from normswap.graph.code_reads import reads_in_code
 from normswap.graph.dataflow import Dataflow
 from normswap.graph.perturbation import confirm_feeds
+from normswap.graph.reading import reader_of
 from normswap.nn import FilterLayout
 from normswap.nn.kinds import class_of, is_layer
 from normswap.norms import is_convertible, norm_of
@@ -50,7 +51,7 @@ def find_sites(flow: Dataflow, example_inputs: Inputs | None = None, *, has_data
     """
     capture = flow.capture
     sites, skips, sources = _norms(flow)
-    found = [_with_layer(flow, site, has_data) for site in sites]
+    found = [_with_layer(flow, _with_reader(flow, site), has_data) for site in sites]
     gaps = {one.site.norm: one.gap for one in found if one.gap}
     refused: dict[str, str] = {}
     for one in found:
@@ -105,6 +106,12 @@ class _Placed:
     refused: str | None = None
 
 
+def _with_reader(flow: Dataflow, site: Site) -> Site:
+    """Return the site with the layer that reads its norm, where one does and nothing else."""
+    found = reader_of(flow, site.norm, site.num_features, site.rank)
+    return replace(site, readers=(found.layer,) if found.layer and not found.reason else (), unread=found.reason)
+
+
 def _with_layer(flow: Dataflow, site: Site, has_data: bool) -> _Placed:
     if not (site.has_statistics or has_data):
         return _Placed(replace(site, reason="the norm stores no statistics"))
@@ -122,6 +129,7 @@ def _with_layer(flow: Dataflow, site: Site, has_data: bool) -> _Placed:
         fan_in=layout.fan_in(weight),
         depthwise=layout.groups == layout.in_channels(weight) > 1,
         proof=Proof.PROVEN,
+        axis=found.axis,
     )
     return _Placed(site, found.gap)
 

@@ -43,8 +43,20 @@ def make_plan(
                 )
             continue
         steps.append(BoundStep.at(site, recipe, recipe.groups_at(site), found.sources[site.norm]))
+    steps = _each_layer_once(steps)
     plan = Plan(model_name, recipe.name, recipe.options(), tuple(step.step for step in steps), tuple(skips))
     return BoundPlan(plan, recipe, tuple(steps))
+
+
+def _each_layer_once(steps: list[BoundStep]) -> list[BoundStep]:
+    """Return the steps such that a layer takes up one norm: that which it feeds before one that it reads."""
+    taken = {step.site.layer for step in steps}
+    found = []
+    for step in steps:
+        reader = step.step.reader
+        found.append(step.without_reader() if reader is not None and reader in taken else step)
+        taken.add(reader)
+    return found
 
 
 def _refusal(site: Site, recipe: Recipe, options: Options, has_data: bool) -> tuple[str, str] | None:

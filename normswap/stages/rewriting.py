@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from normswap.errors import PlanError
 from normswap.nn import ChannelAffine, FilterLayout
+from normswap.nn.kinds import is_layer
 from normswap.norms import Assignment, Bias, apply, tensor_in
 from normswap.records import NormKind, Plan
 from normswap.stages.bound import BoundPlan, BoundStep, submodule
@@ -29,13 +30,15 @@ class Placed:
     Args:
         bound: The step.
         layer: The layer that takes the statistics up, None where none does.
-        affine: The per-channel affine in front of the norm, where there is no layer.
+        reader: The layer behind the norm that takes it up, where that does.
+        affine: The per-channel affine in front of the norm, where no layer takes it up.
         norm: The new norm, or the old one where it stays; None where there is none.
         kept: The tensors of a norm that is a call and stays, by the names that they have in a BatchNorm.
     """
 
     bound: BoundStep
     layer: nn.Module | None
+    reader: nn.Module | None
     affine: ChannelAffine | None
     norm: nn.Module | None
     kept: Mapping[str, Tensor]
@@ -53,14 +56,14 @@ class Placed:
     @property
     def parts(self) -> tuple[nn.Module, ...]:
         """The modules that the step has touched."""
-        return tuple(part for part in (self.layer, self.affine, self.norm) if part is not None)
+        return tuple(part for part in (self.layer, self.reader, self.affine, self.norm) if part is not None)
 
     def tensor(self, name: str) -> Tensor:
-        """Return the tensor that an assignment calls ``layer.…``, ``affine.…`` or ``norm.…``."""
+        """Return the tensor that an assignment calls ``layer.…``, ``reader.…``, ``affine.…`` or ``norm.…``."""
         part, _, rest = name.partition(".")
         if part == "norm" and rest in self.kept:
             return self.kept[rest]
-        module = {"layer": self.layer, "affine": self.affine, "norm": self.norm}[part]
+        module = {"layer": self.layer, "reader": self.reader, "affine": self.affine, "norm": self.norm}[part]
         assert module is not None, f"nothing was placed that has a tensor {name}"
         return tensor_in(module, rest)
 
@@ -123,6 +126,7 @@ def _place(model: nn.Module, plan: Plan, step: BoundStep) -> Placed:
     site, state = step.site, step.state
     stays = step.norm.bias is Bias.KEPT
     layer: nn.Module | None = None
+    reader: nn.Module | None = None
     affine: ChannelAffine | None = None
     if site.layer is not None:
         layer = submodule(model, site.layer, plan)
@@ -130,18 +134,22 @@ def _place(model: nn.Module, plan: Plan, step: BoundStep) -> Placed:
         step.weight.register(layer)
         if "parametrizations" in layer._modules:
             layer.get_submodule("parametrizations").train(layer.training)
+    elif step.step.reader is not None:
+        reader = submodule(model, step.step.reader, plan)
+        if is_layer(reader):
+            _prepare_bias(reader, step.norm.bias)
     elif not stays:
         affine = ChannelAffine(state.num_features, site.rank, device=state.gamma.device, dtype=state.gamma.dtype)
     if stays:
         owner = submodule(model, _owner(step), plan) if step.source.call is not None else None
         kept = {} if owner is None or step.source.call is None else step.source.call.tensors_of(owner)
         norm = submodule(model, site.norm, plan) if step.source.call is None else None
-        return Placed(step, layer, affine, norm, kept)
+        return Placed(step, layer, reader, affine, norm, kept)
     new = step.norm.build(site, state.gamma)
     for part in (affine, new):
         if part is not None and not state.trainable:
             part.requires_grad_(False)
-    return Placed(step, layer, affine, new, {})
+    return Placed(step, layer, reader, affine, new, {})
 
 
 def _prepare_bias(layer: nn.Module, bias: Bias) -> None:

@@ -1,0 +1,121 @@
+"""The values of one site of a converted network, while it is fitted: tried, measured with, and put back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from normswap.initialization.patches import patches
+from normswap.initialization.targets import RegressionTarget
+from normswap.nn import FilterLayout
+from normswap.norms import apply, tensor_in
+from normswap.runs.paired_sites import PairedSite
+from normswap.stages.rewriting import Placed
+
+__all__ = ["Candidate", "SiteValues"]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What a site may get.
+
+    Args:
+        weight: The source's filters. ``(C, fan_in)``
+        bias: Its bias. ``(C,)``
+        offsets: What the bias exceeds that by, in units of what the source really gives. ``(C,)``
+        prior: The norm's gain, times what it divides by. ``(C,)``
+        num_groups: The norm's groups.
+        ridge: The ridge that gave all this.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    offsets: Tensor
+    prior: Tensor
+    num_groups: int | None
+    ridge: float
+
+
+class SiteValues:
+    """A site of the converted network: its layer or affine, its norm, and what they hold.
+
+    Args:
+        site: Where it lies.
+        target: What the original gives there.
+        placed: What was put there; None for a layer without a norm.
+    """
+
+    def __init__(self, site: PairedSite, target: RegressionTarget, placed: Placed | None) -> None:
+        self.site, self.target, self.placed = site, target, placed
+        self.groups = None if placed is None else placed.bound.norm.groups
+        norm = () if site.norm is None else site.norm.parameters()
+        self.parameters = (*site.source.parameters(), *norm)
+
+    @property
+    def channel_wise(self) -> bool:
+        """Whether the source is a per-channel affine: a layer of one input value per output channel."""
+        return self.placed is not None and self.placed.layer is None
+
+    @property
+    def layout(self) -> FilterLayout:
+        """Where the source's filters lie in its weight."""
+        return FilterLayout(groups=len(self.target.gain)) if self.channel_wise else FilterLayout.of(self.site.source)
+
+    @property
+    def weight(self) -> Tensor:
+        """The source's weight, of an affine as one filter of one value per channel."""
+        weight = FilterLayout.weight(self.site.source)
+        return weight[:, None] if self.channel_wise else weight
+
+    def patches(self, x: Tensor) -> Tensor:
+        """Return what each of the source's filters is multiplied with. ``(positions, groups, fan_in)``"""
+        if self.channel_wise:
+            return x.movedim(1, -1).flatten(0, -2)[..., None]
+        return patches(self.site.source, x)
+
+    def load(self, candidate: Candidate) -> None:
+        """Give the source the candidate's weight and bias, and the norm its groups."""
+        self.regroup(candidate.num_groups)
+        weight = self.layout.unflatten(candidate.weight, self.weight)
+        excess = torch.ones_like(candidate.bias)
+        if self.channel_wise:
+            self.weight.copy_(weight)
+        else:
+            stretch = self._stretch(candidate) if self.target.weight.free_length else 1.0
+            dtype = self.weight.dtype
+            encoded = self.target.weight.encode(self.layout, weight * stretch, excess / stretch, dtype)
+            apply(encoded.values, partial(tensor_in, self.site.source))
+            excess = encoded.excess
+        if isinstance(self.site.source.bias, Tensor):
+            self.site.source.bias.copy_(excess * candidate.bias + candidate.offsets)
+
+    def _stretch(self, candidate: Candidate) -> Tensor:
+        """Return the factor that gives the filters, whose lengths are free, the length of the original's in the mean.
+
+        A filter's length decides what a learning rate does to it.
+        """
+        length = (self.target.anchor.norm(dim=1) / self.target.scale.double()).square().mean().sqrt()
+        found = candidate.weight.norm(dim=1).square().mean().sqrt()
+        return length / found if bool(length > 0) and bool(found > 0) else torch.ones_like(found)
+
+    def restore(self, values: tuple[Tensor, ...], groups: int | None) -> None:
+        """Put values of all parameters, and the group count, back."""
+        for parameter, value in zip(self.parameters, values, strict=True):
+            parameter.copy_(value)
+        self.regroup(groups)
+
+    def regroup(self, count: int | None) -> None:
+        """Give the norm another number of groups, where it has groups."""
+        if count is not None and self.placed is not None and self.site.norm is not None:
+            self.groups = count
+            self.placed.bound.norm.regroup(self.site.norm, count)
+
+    def set_affine(self, gain: Tensor, shift: Tensor) -> None:
+        """Give the norm its γ and β. ``(C,)`` each"""
+        norm = self.site.norm
+        if norm is not None:
+            norm.weight.copy_(gain)  # type: ignore[operator]
+            norm.bias.copy_(shift)  # type: ignore[operator]
