@@ -21,10 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normswap.checks.comparison import OnnxFile, verify
+from normswap.checks.comparison import verify
+from normswap.checks.onnx_file import OnnxFile
 from normswap.demo.data import load_calibration, load_digits, load_network
 from normswap.deploy.folding import fold
-from normswap.deploy.onnx import export_onnx
+from normswap.deploy.onnx.export import export_onnx
 from normswap.errors import InputError
 from normswap.norms import is_convertible
 from normswap.pipeline import swap_norms

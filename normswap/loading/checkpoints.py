@@ -75,7 +75,7 @@ def _check_module(root: nn.Module, path: Path, *, trusting: bool) -> None:
         tables = [own.get(table) for table in ("_parameters", "_buffers", "_modules")]
         names = [*own, *(name for table in tables if isinstance(table, dict) for name in table)]
         if not all(isinstance(name, str) for name in names):
-            raise _bent(path, f"a {type(module).__name__} in it has an attribute whose name is no text")
+            raise _bent(path, f"a {type(module).__name__} in it has an attribute whose name is not text")
         if id(module) in above or not all(isinstance(table, dict) for table in tables):
             raise _bent(path, f"a {type(module).__name__} in it has no module tree")
         noted += _checked_attributes(module, path, trusting=trusting)
@@ -89,7 +89,7 @@ def _check_module(root: nn.Module, path: Path, *, trusting: bool) -> None:
                 ancestors.append((child, above | {id(module)}))
         for table in tables[:2]:
             if not all(isinstance(value, torch.Tensor | None) for value in table.values()):  # type: ignore[union-attr]
-                raise _bent(path, f"a {type(module).__name__} in it has a parameter that is no tensor")
+                raise _bent(path, f"a {type(module).__name__} in it has a parameter that is not a tensor")
     for module, name, value in noted:  # at the end: a module that stands in several places was visited as often
         if not bind(module, name, value):
             raise _bent(path, f"{name!r} of a {type(module).__name__} in it is a method, {value.name!r}")
