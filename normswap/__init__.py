@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 from normswap.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from normswap.checks.comparison import Verification as Verification
     from normswap.checks.comparison import verify as verify
+    from normswap.checks.verification import Verification as Verification
     from normswap.deploy.folding import Folding as Folding
     from normswap.deploy.folding import fold as fold
     from normswap.deploy.folding import fold_with_report as fold_with_report
-    from normswap.deploy.onnx import ExportArtifact as ExportArtifact
-    from normswap.deploy.onnx import export_onnx as export_onnx
+    from normswap.deploy.onnx.artifact import ExportArtifact as ExportArtifact
+    from normswap.deploy.onnx.export import export_onnx as export_onnx
     from normswap.deploy.rows import FoldRow as FoldRow
     from normswap.errors import NormswapError as NormswapError
     from normswap.exported.program import from_exported as from_exported
@@ -39,19 +39,19 @@ _HOMES = {
     "Conversion": "pipeline",
     "FoldRow": "deploy.rows",
     "Folding": "deploy.folding",
-    "ExportArtifact": "deploy.onnx",
+    "ExportArtifact": "deploy.onnx.artifact",
     "InitReport": "records",
     "NormswapError": "errors",
     "Plan": "records",
     "Recipe": "recipes",
     "SiteCost": "records",
-    "Verification": "checks.comparison",
+    "Verification": "checks.verification",
     "all_recipes": "recipes",
     "convert": "pipeline",
     "fold": "deploy.folding",
     "fold_with_report": "deploy.folding",
     "from_exported": "exported.program",
-    "export_onnx": "deploy.onnx",
+    "export_onnx": "deploy.onnx.export",
     "initialize": "initialization.data_dependent",
     "make_recipe": "recipes",
     "plan": "pipeline",

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import TypeVar
 
-from normswap.checks.comparison import Verification
 from normswap.checks.conversion import Promise, refuse_empty, refuse_unfit
+from normswap.checks.verification import Verification
 from normswap.errors import InputError, argument
 from normswap.graph import capture
 from normswap.graph.dataflow import Dataflow

@@ -520,7 +520,7 @@ def test_a_state_dict_needs_its_architecture_and_takes_its_arguments(folder: Pat
         (
             "convert model.pt --input-shape 1x3xa",
             2,
-            "error[input-shape]: --input-shape '1x3xa' is no shape\n  hint: write --input-shape 1x3x224x224\n",
+            "error[input-shape]: --input-shape '1x3xa' is not a shape\n  hint: write --input-shape 1x3x224x224\n",
         ),
         (
             "convert model.pt --option gain=perhaps",
@@ -530,7 +530,9 @@ def test_a_state_dict_needs_its_architecture_and_takes_its_arguments(folder: Pat
         (
             "convert model.pt --to ln --num-groups 2",
             2,
-            "error[unknown-option]: recipe 'ln' has no option 'num_groups'\n  hint: its options are axes, eps\n",
+            "error[unknown-option]: there is no option 'num_groups'\n"
+            "  hint: the recipe's options are axes, eps; those of every conversion include, exclude, init, scale, "
+            "spread, tune_steps, check, inplace\n",
         ),
         (
             "inspect text.pt",
@@ -552,7 +554,7 @@ def test_a_state_dict_needs_its_architecture_and_takes_its_arguments(folder: Pat
         (
             "convert model.pt --arch-kwargs width",
             2,
-            "error[arch-kwargs]: --arch-kwargs 'width' cannot be read: 'width' is no NAME=VALUE\n"
+            "error[arch-kwargs]: --arch-kwargs 'width' cannot be read: 'width' is not NAME=VALUE\n"
             """  hint: write --arch-kwargs num_classes=10 or --arch-kwargs '{"num_classes": 10}'\n""",
         ),
         (
@@ -970,7 +972,7 @@ def test_a_shape_is_read(text: str, shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("text", ["", "0x3", "1x", "x3", "1x-3", "1.5x3", "1 3"])
 def test_what_is_no_shape_is_refused(text: str) -> None:
-    with pytest.raises(InputError, match="is no shape"):
+    with pytest.raises(InputError, match="is not a shape"):
         read_shapes([text])
 
 

@@ -20,8 +20,10 @@ from torch.nn.utils import parametrizations
 
 from normswap.checks.comparison import verify
 from normswap.demo.network import DigitsResNet
-from normswap.deploy import onnx as exporting
-from normswap.deploy.onnx import export_onnx, weight_arithmetic
+from normswap.deploy.onnx import export, lowering, trials, weights
+from normswap.deploy.onnx.export import export_onnx
+from normswap.deploy.onnx.inputs import resized
+from normswap.deploy.onnx.weights import weight_arithmetic
 from normswap.errors import ExportError, InputError, VerificationError
 from normswap.nn import ChannelLayerNorm, MeanOnlyBatchNorm
 
@@ -370,7 +372,7 @@ def test_a_failed_verification_leaves_the_old_file_and_nothing_else(
 ) -> None:
     path = tmp_path / "m.onnx"
     path.write_bytes(b"the old file")
-    merge = exporting._merge_affine
+    merge = lowering._merge_affine
 
     def wrong(model: Any, x: Any, multiply: Any, add: Any) -> None:
         merge(model, x, multiply, add)
@@ -382,7 +384,7 @@ def test_a_failed_verification_leaves_the_old_file_and_nothing_else(
 
         return onnx_ir.tensor(array)
 
-    monkeypatch.setattr(exporting, "_merge_affine", wrong)
+    monkeypatch.setattr(lowering, "_merge_affine", wrong)
     with pytest.raises(VerificationError, match="'output' differs by") as error:
         export_onnx(network(), path, example_inputs=torch.randn(2, 3, 6, 6))
     assert error.value.code == "export-mismatch"
@@ -397,11 +399,45 @@ def test_a_failed_verification_leaves_the_old_file_and_nothing_else(
 def test_a_file_that_would_be_too_large_gets_its_weights_beside_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exporting, "SINGLE_FILE_LIMIT", 0)
+    monkeypatch.setattr(export, "SINGLE_FILE_LIMIT", 0)
     model, x = network(), torch.randn(2, 3, 6, 6)
     artifact = export_onnx(model, tmp_path / "m.onnx", example_inputs=x)
     assert {file.name for file in tmp_path.iterdir()} == {"m.onnx", "m.onnx.data"}
     assert verify(model, artifact.path, x).ok
+
+
+def unlike_each_other(samples: Tensor) -> bool:
+    return len(torch.unique(samples, dim=0)) == len(samples)
+
+
+def test_repeated_samples_are_made_different_from_each_other() -> None:
+    given = {"x": torch.arange(12.0).reshape(2, 2, 3), "named": [torch.arange(6.0).reshape(2, 3)], "flag": 7}
+    for batch in (1, 2, 3, 5):
+        found = resized(given, batch)
+        assert found["x"].shape == (batch, 2, 3)
+        assert torch.equal(found["x"][:2], given["x"][:batch])  # type: ignore[index]
+        assert unlike_each_other(found["x"])
+        assert unlike_each_other(found["named"][0])
+        assert found["flag"] == 7
+    assert not unlike_each_other(given["x"][[0, 1, 0]])  # type: ignore[index]  # the negative control
+
+
+def test_no_two_samples_of_an_exports_trials_are_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that mixes a batch's samples up is found only by samples that differ."""
+    tried: list[Tensor] = []
+
+    def seen(a: Any, b: Any, inputs: Any, **options: Any) -> Any:
+        tried.append(inputs["x"])
+        return verify(a, b, inputs, **options)
+
+    class Named(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 2
+
+    monkeypatch.setattr(trials, "verify", seen)
+    export_onnx(Named().eval(), tmp_path / "m.onnx", example_inputs=torch.randn(1, 3, 6, 6))
+    assert [len(x) for x in tried] == [1, 3]
+    assert all(map(unlike_each_other, tried))
 
 
 def test_verification_can_be_left_out(tmp_path: Path) -> None:
@@ -419,7 +455,7 @@ def test_weights_that_a_user_computes_are_folded_into_constants(tmp_path: Path) 
 
 
 def test_weight_arithmetic_that_is_left_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exporting, "_fold_constants", lambda model: None)
+    monkeypatch.setattr(weights, "_fold_constants", lambda model: None)
     with pytest.raises(ExportError, match="1 weights are computed in the graph; the first: Conv") as error:
         export_onnx(
             StandardizedConv(64, 64, 3).eval(),

@@ -19,9 +19,11 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
-from normswap.checks.comparison import TOLERANCES, Verification, named_leaves, verify
+from normswap.checks.comparison import TOLERANCES, verify
 from normswap.checks.self_check import eval_output, keeps_output
+from normswap.checks.verification import Verification
 from normswap.errors import InputError, VerificationError
+from normswap.runs.arguments import named_leaves
 
 FLOATS = sorted(TOLERANCES, key=str)
 

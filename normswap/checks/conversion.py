@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from normswap.checks.comparison import Verification
 from normswap.checks.self_check import eval_output, keeps_output
+from normswap.checks.verification import Verification
 from normswap.errors import InputError, NothingToConvertError, VerificationError, argument
 from normswap.records import Plan
 from normswap.runs.inputs import Inputs, make_up_inputs

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from normswap.checks.comparison import Verification, verify
+from normswap.checks.comparison import verify
+from normswap.checks.verification import Verification
 from normswap.runs.calling import run_on
 from normswap.runs.guard import copy_of, set_mode, untouched
 from normswap.runs.inputs import Inputs

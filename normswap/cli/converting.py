@@ -35,7 +35,7 @@ from normswap.storage.writing import staged
 if TYPE_CHECKING:
     from torch import nn
 
-    from normswap.deploy.onnx import ExportArtifact
+    from normswap.deploy.onnx.artifact import ExportArtifact
     from normswap.pipeline import Conversion
 
 __all__ = ["convert_model"]

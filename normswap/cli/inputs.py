@@ -77,7 +77,7 @@ def required_inputs(model: nn.Module | None, given: InputFlags, use: str = "") -
 
 def stated_inputs(model: nn.Module | None, paths: Sequence[Path]) -> Any:
     """Return noise of the sizes that one of the .onnx files states, None where a program has inputs of its own."""
-    from normswap.checks.comparison import OnnxFile
+    from normswap.checks.onnx_file import OnnxFile
     from normswap.runs.recorded_inputs import recorded_inputs
 
     if model is not None and recorded_inputs(model) is not None:

@@ -19,7 +19,7 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as cause:
-        why = (cause.strerror or str(cause)) if isinstance(cause, OSError) else "it is no text file"
+        why = (cause.strerror or str(cause)) if isinstance(cause, OSError) else "it is not a text file"
         raise InputError(f"cannot read {str(path)!r}: {why}", code="file-unreadable", hint="check the path") from None
 
 

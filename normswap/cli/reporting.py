@@ -17,8 +17,8 @@ from normswap.cli.spelling import spell
 from normswap.records import InitReport, Plan, SiteCost, Skip
 
 if TYPE_CHECKING:
-    from normswap.checks.comparison import OutputRow, Verification
-    from normswap.deploy.onnx import ExportArtifact
+    from normswap.checks.verification import OutputRow, Verification
+    from normswap.deploy.onnx.artifact import ExportArtifact
     from normswap.pipeline import Conversion
 
 __all__ = [

@@ -21,7 +21,7 @@ def read_shapes(texts: Sequence[str] | None) -> Shapes:
     for text in texts or ():
         if not re.fullmatch(r"[1-9]\d*([xX×,][1-9]\d*)*", text):
             raise InputError(
-                f"--input-shape {text!r} is no shape", code="input-shape", hint="write --input-shape 1x3x224x224"
+                f"--input-shape {text!r} is not a shape", code="input-shape", hint="write --input-shape 1x3x224x224"
             )
         shapes.append(tuple(map(int, re.split("[xX×,]", text))))
     return tuple(shapes)
@@ -45,7 +45,7 @@ def read_arch_kwargs(text: str | None) -> dict[str, Any]:
 def _assignment(text: str) -> tuple[str, Any]:
     name, equals, value = text.strip().partition("=")
     if not equals or not name.isidentifier():
-        raise ValueError(f"{text!r} is no NAME=VALUE")
+        raise ValueError(f"{text!r} is not NAME=VALUE")
     try:
         return name, json.loads(value)
     except ValueError:
@@ -74,7 +74,7 @@ def read_recipe_options(recipe: str, given: Mapping[str, Any], texts: Sequence[s
         name = name.strip().replace("-", "_")
         if not equals or not name.isidentifier():
             raise InputError(
-                f"--option {text!r} is no NAME=VALUE",
+                f"--option {text!r} is not NAME=VALUE",
                 code="option-value",
                 hint="write --option axes=channel; `normswap recipes` lists the options",
             )

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import fx, nn
 
-from normswap.checks.comparison import Verification, training_modules
 from normswap.checks.self_check import eval_output, keeps_output
+from normswap.checks.verification import Verification
 from normswap.deploy.affines import fuse_affines, put, ranks_on, standing_alone
 from normswap.deploy.rows import FoldRow
 from normswap.errors import FoldError, Text, VerificationError, argument
@@ -19,6 +19,7 @@ from normswap.norms import Affine, Stays, deployed
 from normswap.records import text_table
 from normswap.runs.guard import copy_of
 from normswap.runs.inputs import Inputs, example_of, make_up_inputs
+from normswap.runs.modes import training_modules
 from normswap.stages.forwards import is_rewritten, trace_own_forward
 from normswap.storage.origin import forget
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -74,19 +75,10 @@ def _check_module(root: nn.Module, path: Path, *, trusting: bool) -> None:
         tables = [own.get(table) for table in ("_parameters", "_buffers", "_modules")]
         names = [*own, *(name for table in tables if isinstance(table, dict) for name in table)]
         if not all(isinstance(name, str) for name in names):
-            raise _bent(path, f"a {type(module).__name__} in it has an attribute whose name is no text")
+            raise _bent(path, f"a {type(module).__name__} in it has an attribute whose name is not text")
         if id(module) in above or not all(isinstance(table, dict) for table in tables):
             raise _bent(path, f"a {type(module).__name__} in it has no module tree")
-        for name, value in own.items():
-            if isinstance(value, Noted):
-                noted.append((module, name, value))
-            if trusting:  # a class of the user's may well keep such things
-                break
-            method = callable(getattr(type(module), name, None)) or name == "_compiled_call_impl"
-            if method and callable(value):
-                raise _bent(path, f"a {type(module).__name__} in it has its method {name!r} replaced")
-            if name in HOOK_TABLES and (not isinstance(value, dict) or value):
-                raise _bent(path, f"a {type(module).__name__} in it has entries in {name!r}")
+        noted += _checked_attributes(module, path, trusting=trusting)
         if id(module) in seen:
             continue
         seen.add(id(module))
@@ -97,10 +89,24 @@ def _check_module(root: nn.Module, path: Path, *, trusting: bool) -> None:
                 ancestors.append((child, above | {id(module)}))
         for table in tables[:2]:
             if not all(isinstance(value, torch.Tensor | None) for value in table.values()):  # type: ignore[union-attr]
-                raise _bent(path, f"a {type(module).__name__} in it has a parameter that is no tensor")
+                raise _bent(path, f"a {type(module).__name__} in it has a parameter that is not a tensor")
     for module, name, value in noted:  # at the end: a module that stands in several places was visited as often
         if not bind(module, name, value):
             raise _bent(path, f"{name!r} of a {type(module).__name__} in it is a method, {value.name!r}")
+
+
+def _checked_attributes(module: nn.Module, path: Path, *, trusting: bool) -> Iterator[tuple[nn.Module, str, Noted]]:
+    """Refuse replaced methods and filled hook tables; yield what stands for a bound method."""
+    for name, value in vars(module).items():
+        if isinstance(value, Noted):
+            yield module, name, value
+        if trusting:  # a class of the user's may well keep such things
+            break
+        method = callable(getattr(type(module), name, None)) or name == "_compiled_call_impl"
+        if method and callable(value):
+            raise _bent(path, f"a {type(module).__name__} in it has its method {name!r} replaced")
+        if name in HOOK_TABLES and (not isinstance(value, dict) or value):
+            raise _bent(path, f"a {type(module).__name__} in it has entries in {name!r}")
 
 
 def _bent(path: Path, what: str) -> InputError:

@@ -127,7 +127,7 @@ def _unsafe(what: str) -> InputError:
 def _check_records(reader: Any, names: list[str]) -> None:
     for name in names:
         if not _RECORDS.fullmatch(name):
-            raise _unsafe(f"its record {name!r} is none of a plain program's")
+            raise _unsafe(f"its record {name!r} is not one of a plain program's")
     for kind in ("weights", "constants"):
         payloads = json.loads(reader.get_record(f"data/{kind}/model_{kind}_config.json"))["config"]
         for name, payload in payloads.items():

@@ -107,7 +107,7 @@ class _Machine:
         """Put `items` into the container on top of the stack."""
         target = self.stack[-1]
         if not isinstance(target, Made):
-            raise _odd("an entry is put into something that is no container")
+            raise _odd("an entry is put into something that is not a container")
         target.items += items
         self.scan.values.update(item for item in items if isinstance(item, Global))
 
@@ -121,7 +121,7 @@ class _Machine:
         args = self.stack.pop()
         callee = self.stack.pop()
         if not isinstance(callee, Global) or type(args) is not tuple:
-            raise _odd("something that is no plain name is called")
+            raise _odd("something that is not a plain name is called")
         self.scan.calls.append(Call(opcode, callee, args))
         self.stack.append(Made(callee, args))
 
@@ -132,7 +132,7 @@ class _Machine:
             raise _odd("a state is given to something that was not made from a name")
         self.scan.calls.append(Call("BUILD", target.maker, state))
 
-    def step(self, opcode: str, arg: object) -> None:
+    def step(self, opcode: str, arg: object) -> None:  # noqa: C901 - one case for each opcode
         """Move the stack as the unpickler would."""
         stack = self.stack
         if opcode in CONSTANTS:

@@ -48,5 +48,5 @@ def _attribute(owner: nn.Module, name: str) -> Tensor:
     child, _, attribute = name.rpartition(".")
     value = getattr(owner.get_submodule(child) if child else owner, attribute)
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is no tensor")
+        raise TypeError(f"{name} is not a tensor")
     return value

@@ -217,7 +217,7 @@ def _set(model: nn.Module, fqn: str, key: str, value: Any) -> None:
     except AttributeError:
         raise ValueError(f"the model has no module '{fqn}'") from None
     if not _may_be_set(module, key):
-        raise ValueError(f"'{fqn}.{key}' is no attribute that may be set")
+        raise ValueError(f"'{fqn}.{key}' is not an attribute that may be set")
     vars(module)[key] = value
 
 

@@ -90,7 +90,7 @@ def check_target(path: Path, inputs: Sequence[Path] = ()) -> Path:
         elif not target.parent.is_dir():
             why = f"there is no folder {str(path.parent)!r}"
         elif target.exists() and not target.is_file():
-            why = "it is no file that could be replaced"
+            why = "it is not a file that can be replaced"
         elif target.exists() and not os.access(target, os.W_OK):
             why = "it is read-only"
         elif any(file.exists() and target == Path(os.path.realpath(file)) for file in inputs):

@@ -1,0 +1,135 @@
+"""A folded model becomes a verified ONNX file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from normswap.deploy.onnx.artifact import ExportArtifact, describe
+from normswap.deploy.onnx.inputs import batch_size, bind_inputs, dynamic_axes, enlarged, resized
+from normswap.deploy.onnx.lowering import lower_group_norms
+from normswap.deploy.onnx.program import name_axes, to_onnx
+from normswap.deploy.onnx.trials import verified
+from normswap.deploy.onnx.weights import fold_weights
+from normswap.deploy.unfolded import unfolded
+from normswap.errors import ExportError, InputError, first_line, function, parameter
+from normswap.runs.modes import training_modules
+from normswap.storage.writing import check_target, reported, staged
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+__all__ = ["export_onnx"]
+
+OLDEST_OPSET = 18  # the oldest that torch.onnx writes without a conversion that may fail
+SINGLE_FILE_LIMIT = 1_900_000_000  # bytes of weights; a protobuf message ends at 2 GiB
+
+
+def export_onnx(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    example_inputs: Any,
+    opset: int = 18,
+    dynamic_batch: bool = True,
+    dynamic_spatial: bool = False,
+    verify_outputs: bool = True,
+    rtol: float | None = None,
+) -> ExportArtifact:
+    """Write a folded model to an ONNX file that onnxruntime runs fast and that computes what the model does.
+
+    The file appears, complete and checked, or not at all; a file that was at ``path`` stays until then.
+    Weights of more than 1.9 GB go to a second file, ``path`` with ``.data`` appended.
+
+    Args:
+        model: In eval mode and folded; is not changed.
+        path: Where to write; the name ends with ``.onnx``.
+        example_inputs: A tensor, a tuple of positional inputs, or a dict of keyword inputs.
+        opset: The operator set, 18 or newer; see Note [GroupNorm below opset 21].
+        dynamic_batch: Whether axis 0 of every input may have any size.
+        dynamic_spatial: Whether the axes from 2 on may have any size.
+        verify_outputs: Whether to compare the file with the model, on the example batch and on another size.
+        rtol: The difference to allow, relative to each output's largest value; default five times that of ``verify``,
+            because another library sums in another order, layer after layer.
+
+    Returns:
+        What was written, with the comparison.
+
+    Raises:
+        ExportError: The model is in train mode, is not folded, or has no ONNX form.
+        VerificationError: The file computes something else.
+        InputError: The example inputs do not fit the model.
+    """
+    path = Path(path)
+    _refuse(model, path, opset)
+    inputs = bind_inputs(model, example_inputs)
+    trials = {"": inputs}
+    if dynamic_batch:
+        batch = max(2, batch_size(inputs))  # torch.export may take an example size of 1 for a constant
+        inputs, trials[f"batch {batch + 1}"] = resized(inputs, batch), resized(inputs, batch + 1)
+    if dynamic_spatial:
+        trials["larger"] = pytree.tree_map_only(Tensor, enlarged, inputs)
+    dims = dynamic_axes(inputs, dynamic_batch, dynamic_spatial)
+    program = to_onnx(model, inputs, dims, opset)
+    name_axes(program, dims)
+    lower_group_norms(program.model)
+    fold_weights(program.model)
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # names files of this machine
+
+    with staged(path) as place:
+        with reported(path):
+            _write(program.model, place(path))
+        verification = verified(model, place(path), trials, rtol) if verify_outputs else None
+        return describe(program.model, path, verification)
+
+
+def _refuse(model: nn.Module, path: Path, opset: int) -> None:
+    """Raise ExportError for what must not be exported, before anything else happens."""
+    import onnx
+
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model is a {type(model).__name__}", code="export-model", hint="give a torch.nn.Module")
+    if training := training_modules(model):
+        raise ExportError(
+            f"the model is in train mode ({training[0]!r} and {len(training) - 1} more modules)",
+            code="export-train-mode",
+            hint="call model.eval() before export_onnx()",
+        )
+    for fqn, module in model.named_modules():
+        if why := unfolded(module):
+            raise ExportError(
+                f"{fqn!r} is not folded: {why}",
+                code="export-unfolded",
+                hint=f"fold it first: {function('fold')}",
+            )
+    newest = onnx.defs.onnx_opset_version()
+    if not OLDEST_OPSET <= opset <= newest:
+        raise ExportError(
+            f"opset {opset} cannot be written (this torch and onnx: {OLDEST_OPSET} to {newest})",
+            code="export-opset",
+            hint=f"leave {parameter('opset')} at its default, 18, which runs fastest in onnxruntime",
+        )
+    if path.suffix != ".onnx":
+        raise ExportError(f"{str(path)!r} does not end with .onnx", code="export-path", hint=f"write {path.stem}.onnx")
+    check_target(path)
+
+
+def _write(model: ir.Model, path: Path) -> None:
+    """Write the file and check it."""
+    import onnx
+    import onnx_ir as ir
+
+    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    ir.save(model, path, external_data=f"{path.name}.data" if size > SINGLE_FILE_LIMIT else None)
+    try:
+        onnx.checker.check_model(path, full_check=True)
+    except Exception as cause:
+        raise ExportError(
+            f"the exported graph is not valid ONNX: {first_line(cause)}",
+            code="export-invalid",
+            hint="try another opset",
+        ) from cause

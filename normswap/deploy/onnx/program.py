@@ -1,0 +1,89 @@
+"""torch's own ONNX form of a model, with readable names and the dynamic axes that were asked for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from normswap.deploy.onnx.quiet import quiet
+from normswap.errors import ExportError, InputError, argument, first_line, full_cause
+from normswap.runs.arguments import named_leaves
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+__all__ = ["name_axes", "to_onnx"]
+
+
+def to_onnx(model: nn.Module, inputs: dict[str, Any], dims: Any, opset: int) -> torch.onnx.ONNXProgram:
+    """Return torch's own ONNX form of the model, with readable names."""
+    in_names = [name for name, x in named_leaves(inputs) if isinstance(x, Tensor)]
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            out_names = [
+                name if name not in in_names else f"{name}_out"
+                for name, _ in named_leaves(model(**pytree.tree_map_only(Tensor, torch.clone, inputs)))
+            ]
+    except Exception as cause:
+        raise InputError(
+            f"{type(model).__name__} failed on the example inputs: {type(cause).__name__}: {first_line(cause)}",
+            code="export-forward",
+            hint="give inputs that model(...) accepts in eval mode, and with 2 samples for dynamic_batch",
+        ) from cause
+    try:
+        with quiet(), torch.random.fork_rng(devices=[]), torch.no_grad():
+            program = torch.onnx.export(
+                model,
+                kwargs=inputs,
+                dynamo=True,
+                opset_version=opset,
+                dynamic_shapes=dims,
+                input_names=in_names,
+                output_names=out_names,
+                verbose=False,
+            )
+    except Exception as failure:
+        origin = failure.__cause__ or failure
+        dynamic = any(pytree.tree_leaves(dims))
+        raise ExportError(
+            f"torch cannot export {type(model).__name__}: {first_line(origin)}",
+            code="export-failed",
+            hint=(f"pass {argument('dynamic_batch', False)} if it fixes the size; " if dynamic else "")
+            + f"the whole reason: {full_cause()}",
+        ) from origin
+    assert program is not None  # only without dynamo
+    if (got := program.model.opset_imports[""]) != opset:
+        raise ExportError(
+            f"torch wrote opset {got} and cannot convert it to {opset}",
+            code="export-opset",
+            hint=f"pass {argument('opset', got)}",
+        )
+    return program
+
+
+def name_axes(program: torch.onnx.ONNXProgram, dims: Any) -> None:
+    """Give the dynamic axes their names; an axis that the exporter has fixed is an error."""
+    import onnx_ir as ir
+
+    wanted = [d for d in pytree.tree_leaves(dims, is_leaf=_is_axes) if d is not None]
+    renamed: dict[str | ir.SymbolicDim, str] = {}
+    for value, axes in zip(program.model.graph.inputs, wanted, strict=True):
+        for axis, name in axes.items():
+            size = value.shape[axis] if value.shape is not None else None
+            if not isinstance(size, ir.SymbolicDim):
+                raise ExportError(
+                    f"the model fixes axis {axis} of {value.name!r} to {size}",
+                    code="export-batch" if axis == 0 else "export-spatial",
+                    hint=f"pass {argument('dynamic_batch' if axis == 0 else 'dynamic_spatial', False)}",
+                )
+            if size.value is not None and size.value != name and size.value.isidentifier():
+                renamed[size.value] = name
+    if renamed:
+        program.rename_axes(renamed)
+
+
+def _is_axes(leaf: Any) -> bool:
+    return isinstance(leaf, dict) and all(isinstance(axis, int) for axis in leaf)
