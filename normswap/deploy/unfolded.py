@@ -6,12 +6,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.weight_norm import WeightNorm
 
-from normswap.nn import ChannelLayerNorm
+from normswap.norms import Stays, deployed
 
-__all__ = ["is_own", "unfolded"]
-
-KEPT_BY_FOLD = (ChannelLayerNorm,)
-"""Plain modules without parametrizations that have no equal in torch.nn."""
+__all__ = ["needs_package", "unfolded"]
 
 
 def unfolded(module: nn.Module) -> str:
@@ -20,10 +17,16 @@ def unfolded(module: nn.Module) -> str:
         return f"{', '.join(module.parametrizations)} is parametrized"  # type: ignore[arg-type]
     if any(isinstance(hook, WeightNorm) for hook in module._forward_pre_hooks.values()):
         return "a torch.nn.utils.weight_norm hook computes its weight"
-    return f"it is a {type(module).__name__}" if is_own(module) and not isinstance(module, KEPT_BY_FOLD) else ""
+    stays = isinstance(deployed(module), Stays)
+    return f"it is a {type(module).__name__}" if _is_own(module) and not stays else ""
 
 
-def is_own(module: nn.Module) -> bool:
+def needs_package(model: nn.Module) -> list[str]:
+    """Return the names of the modules whose class is of this package: a file that names classes loads with it alone."""
+    return [name for name, module in model.named_modules() if _is_own(module)]
+
+
+def _is_own(module: nn.Module) -> bool:
     """Tell whether the module's class, or one that it derives from, is of this package and not of its demo."""
     names = [cls.__module__.split(".") for cls in type(module).__mro__]
     return any(name[0] == "normswap" and name[1:2] != ["demo"] for name in names)
