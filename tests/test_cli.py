@@ -709,12 +709,27 @@ def named_terms(source: str) -> list[tuple[str, bool]]:
             name = getattr(node.func, "id", getattr(node.func, "attr", ""))
             if name in ("argument", "parameter") and isinstance(node.args[0], ast.Constant):
                 found.append((node.args[0].value, rendered))
-            rendered = rendered or name.endswith("Error") or name in ("Text", "option")
+            rendered = rendered or name.endswith("Error") or name in ("Text", "option", "Flag")
         for child in ast.iter_child_nodes(node):
             walk(child, rendered)
 
     walk(ast.parse(source), False)
     return found
+
+
+# Here texts are put together from parts, and all of them end in errors, which render them.
+IN_PARTS = {"refusals.py", "trials.py", "entries.py", "find_sites.py", "graph/__init__.py"}
+
+
+def test_every_text_that_names_arguments_is_rendered() -> None:
+    loose = {
+        str(path.relative_to(REPOSITORY / "normswap"))
+        for path in (REPOSITORY / "normswap").rglob("*.py")
+        if not all(rendered for _, rendered in named_terms(path.read_text("utf-8")))
+    }
+    assert {path for path in loose if not path.endswith(tuple(IN_PARTS))} == set()
+    assert named_terms("hint = f'give {argument(\"a\")}'") == [("a", False)]  # the negative controls
+    assert named_terms("InputError('b', hint=f'give {argument(\"a\")}')") == [("a", True)]
 
 
 def test_every_argument_that_a_message_names_is_a_flag_of_some_command() -> None:
