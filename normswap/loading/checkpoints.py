@@ -82,11 +82,7 @@ def _check_module(root: nn.Module, path: Path, *, trusting: bool) -> None:
                 noted.append((module, name, value))
             if trusting:  # a class of the user's may well keep such things
                 break
-            method = callable(getattr(type(module), name, None)) or name == "_compiled_call_impl"
-            if method and callable(value):
-                raise _bent(path, f"a {type(module).__name__} in it has its method {name!r} replaced")
-            if name in HOOK_TABLES and (not isinstance(value, dict) or value):
-                raise _bent(path, f"a {type(module).__name__} in it has entries in {name!r}")
+            _check_attribute(module, name, value, path)
         if id(module) in seen:
             continue
         seen.add(id(module))
@@ -101,6 +97,14 @@ def _check_module(root: nn.Module, path: Path, *, trusting: bool) -> None:
     for module, name, value in noted:  # at the end: a module that stands in several places was visited as often
         if not bind(module, name, value):
             raise _bent(path, f"{name!r} of a {type(module).__name__} in it is a method, {value.name!r}")
+
+
+def _check_attribute(module: nn.Module, name: str, value: object, path: Path) -> None:
+    method = callable(getattr(type(module), name, None)) or name == "_compiled_call_impl"
+    if method and callable(value):
+        raise _bent(path, f"a {type(module).__name__} in it has its method {name!r} replaced")
+    if name in HOOK_TABLES and (not isinstance(value, dict) or value):
+        raise _bent(path, f"a {type(module).__name__} in it has entries in {name!r}")
 
 
 def _bent(path: Path, what: str) -> InputError:
