@@ -190,7 +190,7 @@ class _Scope:
         self.layers.append(_Layer(path, v.channels, size, 0))
         return self.put(f"{path}({v.name})", size, ())
 
-    def _convolution(self, v: _Value, outputs: int | None) -> _Value:
+    def _convolution(self, v: _Value, outputs: int | None) -> _Value:  # noqa: C901, PLR0915 - one draw after another
         n, c = v.rank, v.channels
         transposed = self.rarely(5)
         divisors = [g for g in (1, 2, 3, c) if c % g == 0]

@@ -64,7 +64,7 @@ def test_a_group_of_one_value_is_refused() -> None:
     recipe = GroupedRecipe(group_size=1)
     assert "one value" in (recipe.refuse(site(8, rank=2)) or "")
     assert "one value" in (recipe.refuse(site(8, rank=4, spatial=1)) or "")
-    assert "give example inputs" in (recipe.refuse(site(8, rank=None)) or "")
+    assert "give example_inputs=" in (recipe.refuse(site(8, rank=None)) or "")
     assert recipe.refuse(site(8, rank=4)) is None
     assert GroupedRecipe().refuse(site(8, rank=2)) is None
 

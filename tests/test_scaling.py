@@ -200,8 +200,8 @@ def test_a_network_without_a_free_channel_is_left_as_it_is() -> None:
         nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.SiLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
     ).eval()
     channels = find_channels(Dataflow(capture(model)), {"1": (), "4": ()}, ["0", "3"])
-    gains = {name: torch.ones(2, 4) for name in ("0", "3")}
-    assert choose_scales(model, gains, channels, [(torch.randn(8, 3, 8, 8),)], shaped=False) is None
+    gamma_sigma = {name: torch.ones(2, 4) for name in ("0", "3")}
+    assert choose_scales(model, gamma_sigma, channels, [(torch.randn(8, 3, 8, 8),)], shaped=False) is None
 
 
 def test_statistics_that_cannot_be_are_refused_and_overflows_are_told() -> None:

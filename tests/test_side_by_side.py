@@ -84,7 +84,7 @@ def change(site: PairedSite) -> None:
 
 
 class Log:
-    """A fit that notes what it is given, and changes the parameters if asked to."""
+    """A fit that records what it is given, and changes the parameters if asked to."""
 
     def __init__(self, *, changing: bool = False) -> None:
         self.found: dict[str, list[SiteBatch]] = {}
@@ -529,12 +529,12 @@ def test_an_error_in_a_fit_leaves_nothing_behind(error: BaseException) -> None:
     original, converted = networks(Chain())
     before = fingerprint(original), fingerprint(converted)
 
-    def fit(site: PairedSite, batches: Sequence[SiteBatch]) -> None:
+    def fit_site(site: PairedSite, batches: Sequence[SiteBatch]) -> None:
         if site.name == "bn2":
             raise error
 
     with pytest.raises(type(error)):
-        run_side_by_side(original, converted, sites_of(original, converted, PAIRS), images(), fit)
+        run_side_by_side(original, converted, sites_of(original, converted, PAIRS), images(), fit_site)
     assert (fingerprint(original), fingerprint(converted)) == before
 
 
@@ -565,7 +565,7 @@ def test_activations_are_let_go() -> None:
     refs: list[weakref.ref[Tensor]] = []
     alive: list[int] = []
 
-    def fit(site: PairedSite, batches: Sequence[SiteBatch]) -> None:
+    def fit_site(site: PairedSite, batches: Sequence[SiteBatch]) -> None:
         gc.collect()
         alive.append(sum(ref() is not None for ref in refs))
         for found in batches:
@@ -576,7 +576,7 @@ def test_activations_are_let_go() -> None:
 
     original, converted = networks(Longer(*(nn.Sequential(conv(), nn.BatchNorm2d(C), nn.ReLU()) for _ in range(4))))
     pairs = {f"{i}.0": f"{i}.1" for i in range(4)}
-    run_side_by_side(original, converted, sites_of(original, converted, pairs), images(), fit)
+    run_side_by_side(original, converted, sites_of(original, converted, pairs), images(), fit_site)
     gc.collect()
     assert len(refs) == 16
     assert [ref() is not None for ref in refs] == [False] * 16

@@ -1,4 +1,4 @@
-"""How far a converted network's outputs agree with the original's on unlabelled data."""
+"""Output agreement of a converted network with the original on unlabelled data: relative error, cosine, same class."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from normswap.runs.tensors import tensors_of
 
 __all__ = ["agreement"]
 
-
 _Pairs = dict[int, list[tuple[Tensor, Tensor]]]  # of each output: what both networks give, batch after batch
 
 
@@ -34,10 +33,10 @@ def agreement(original: nn.Module, converted: nn.Module, batches: Sequence[Batch
         set_mode(original, False)
         set_mode(converted, False)
         try:
-            pairs = _of_held_samples(models, batches)
+            pairs = _on_held_out_samples(models, batches)
         except InputError:  # a model may take no other number of samples than the batches'
             pairs = None
-        pairs = _held_rows(_of_batches(models, batches)) if pairs is None else pairs
+        pairs = _held_out_rows(_on_batches(models, batches)) if pairs is None else pairs
     error = size = 0.0
     cosines: list[Tensor] = []  # those of each output
     same: list[Tensor] = []  # of the first one
@@ -61,7 +60,7 @@ def agreement(original: nn.Module, converted: nn.Module, batches: Sequence[Batch
     )
 
 
-def _of_held_samples(models: Sequence[nn.Module], batches: Sequence[Batch]) -> _Pairs | None:
+def _on_held_out_samples(models: Sequence[nn.Module], batches: Sequence[Batch]) -> _Pairs | None:
     """Return what the models give for the held-out samples; None where batches cannot be taken apart, or few are."""
     counts = [sample_count(batch) for batch in batches]
     if sum(counts) < LEAST_SAMPLES:
@@ -74,10 +73,10 @@ def _of_held_samples(models: Sequence[nn.Module], batches: Sequence[Batch]) -> _
             return None
         parts += [part] if bool(held.any()) else []
         before += count
-    return _of_batches(models, parts)
+    return _on_batches(models, parts)
 
 
-def _of_batches(models: Sequence[nn.Module], batches: Sequence[Batch]) -> _Pairs:
+def _on_batches(models: Sequence[nn.Module], batches: Sequence[Batch]) -> _Pairs:
     """Return what the models give for whole batches, of each output that has the same shape in both."""
     pairs: _Pairs = {}
     for inputs in batches:
@@ -88,7 +87,7 @@ def _of_batches(models: Sequence[nn.Module], batches: Sequence[Batch]) -> _Pairs
     return pairs
 
 
-def _held_rows(pairs: _Pairs) -> _Pairs:
+def _held_out_rows(pairs: _Pairs) -> _Pairs:
     """Return the rows of the held-out samples, counted along the outputs' first axis; all where they are few."""
     chosen: _Pairs = {}
     for i, several in pairs.items():

@@ -27,6 +27,7 @@ from normswap.demo.data import load_calibration, load_digits, load_network
 from normswap.deploy.folding import fold
 from normswap.deploy.onnx.export import export_onnx
 from normswap.errors import InputError
+from normswap.norms import is_convertible
 from normswap.pipeline import swap_norms
 from normswap.recipes import all_recipes, make_recipe
 from normswap.records import text_table
@@ -208,7 +209,7 @@ def run_demo(
         milliseconds = _latencies([row.file for row in results], images[:1])
     return DemoReport(
         model=type(network).__name__,
-        norms=sum(isinstance(module, nn.BatchNorm2d) for module in network.modules()),
+        norms=sum(map(is_convertible, network.modules())),
         digits=len(images),
         calibration=len(calibration),
         rows=tuple(dataclasses.replace(row, milliseconds=ms) for row, ms in zip(results, milliseconds, strict=True)),

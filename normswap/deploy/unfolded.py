@@ -1,4 +1,4 @@
-"""What is still to fold in a model, and which of its modules only normswap has."""
+"""What is still to fold in a module, and which modules of a folded model only normswap has."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.weight_norm import WeightNorm
 
-from normswap.norms import Stays, deployed
+from normswap.norms import Affine, deployed
 
 __all__ = ["needs_package", "unfolded"]
 
@@ -17,8 +17,9 @@ def unfolded(module: nn.Module) -> str:
         return f"{', '.join(module.parametrizations)} is parametrized"  # type: ignore[arg-type]
     if any(isinstance(hook, WeightNorm) for hook in module._forward_pre_hooks.values()):
         return "a torch.nn.utils.weight_norm hook computes its weight"
-    stays = isinstance(deployed(module), Stays)
-    return f"it is a {type(module).__name__}" if _is_own(module) and not stays else ""
+    answer = deployed(module)
+    ours = isinstance(answer, Affine) and answer.otherwise is None
+    return f"it is a {type(module).__name__}" if ours else ""
 
 
 def needs_package(model: nn.Module) -> list[str]:

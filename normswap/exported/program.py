@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from normswap.errors import CaptureError, InputError, first_line
 from normswap.exported.lifting import Lifter, refuse_control_flow
 from normswap.exported.reading import is_constant
+from normswap.norms import is_convertible
 from normswap.runs.recorded_inputs import RECORD, by_name, record_of
 
 __all__ = ["from_exported", "to_exported"]
@@ -56,7 +57,7 @@ def from_exported(program: ExportedProgram) -> fx.GraphModule:
     _flatten_signature(module.graph)
     rebuilt = copy.deepcopy(fx.GraphModule(module, module.graph))
     type(rebuilt).__name__ = _name_of(program)  # each GraphModule has a class of its own
-    norms = {n: m.training for n, m in rebuilt.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    norms = {n: m.training for n, m in rebuilt.named_modules() if is_convertible(m)}
     rebuilt.train(training)
     for name, mode in norms.items():
         rebuilt.get_submodule(name).training = mode

@@ -62,15 +62,15 @@ def equalize(
         example: Inputs that the copy is checked on.
     """
     model = flow.capture.model
-    gains = dict(_gains(bound))
-    if not gains or any(p.is_meta for p in model.parameters()):
+    gamma_sigma = dict(_gamma_sigma(bound))
+    if not gamma_sigma or any(p.is_meta for p in model.parameters()):
         return model, {}
     inputs = example if example is not None else make_up_inputs(model)
     if inputs is None:
         return model, {}
     norms = {step.site.norm: tuple(one for _, one in step.source.after) for step in bound.modules}
     channels = find_channels(flow, norms, [step.site.layer for step in bound.modules if step.site.layer])
-    scales = _from_data_or_noise(model, gains, channels, batches, inputs)
+    scales = _from_data_or_noise(model, gamma_sigma, channels, batches, inputs)
     if scales is None:
         return model, {}
     try:
@@ -86,23 +86,23 @@ def equalize(
 
 def _from_data_or_noise(
     model: nn.Module,
-    gains: Mapping[str, Tensor],
+    gamma_sigma: Mapping[str, Tensor],
     channels: Channels,
     batches: Sequence[Batch] | None,
     inputs: Inputs,
 ) -> Tensor | None:
     """Return the scales chosen on the first calibration samples or, without any, on noise that the model takes."""
     if batches is not None:
-        return choose_scales(model, gains, channels, _first_samples(batches), shaped=False)
+        return choose_scales(model, gamma_sigma, channels, _first_samples(batches), shaped=False)
     for noise in noises_like(inputs):
         try:
-            return choose_scales(model, gains, channels, [noise], shaped=True)
+            return choose_scales(model, gamma_sigma, channels, [noise], shaped=True)
         except Exception:  # a model may take no other batch size than the example's
             continue
     return None
 
 
-def _gains(bound: BoundPlan) -> Iterator[tuple[str, Tensor]]:
+def _gamma_sigma(bound: BoundPlan) -> Iterator[tuple[str, Tensor]]:
     """Yield the layers whose filters are centred, each with γ and σ of the norm behind it. ``(2, C)``"""
     for layer, step in centred_layers(bound):
         state = step.state
@@ -124,7 +124,7 @@ def _first_samples(batches: Sequence[Batch]) -> Sequence[Batch]:
 
 def choose_scales(
     model: nn.Module,
-    gains: Mapping[str, Tensor],
+    gamma_sigma: Mapping[str, Tensor],
     channels: Channels,
     batches: Iterable[Batch],
     *,
@@ -134,12 +134,12 @@ def choose_scales(
 
     Args:
         model: The original; it is only read.
-        gains: γ and σ of the norm behind each layer that will be standardized, by the layer's fqn. ``(2, C)``
+        gamma_sigma: γ and σ of the norm behind each layer that will be standardized, by the layer's fqn. ``(2, C)``
         channels: The channels.
         batches: Inputs of the model.
         shaped: Whether they are noise, to be shaped by each BatchNorm.
     """
-    layers = [name for name in gains if name in channels.inputs and bool((channels.inputs[name] != FIXED).any())]
+    layers = [name for name in gamma_sigma if name in channels.inputs and bool((channels.inputs[name] != FIXED).any())]
     sums: dict[str, list[Tensor]] = {}
 
     def see(name: str, layer: nn.Module, x: Tensor) -> None:
@@ -155,7 +155,7 @@ def choose_scales(
         covariance = second / n - mean[:, :, None] * mean[:, None]
         if not bool(covariance.isfinite().all()):
             return None
-        costs += costs_of(model.get_submodule(name), gains[name], covariance.cpu(), channels.inputs[name])
+        costs += costs_of(model.get_submodule(name), gamma_sigma[name], covariance.cpu(), channels.inputs[name])
     v = least_cost(costs, channels.count)
     return None if bool((v == 1).all()) else 1 / v
 

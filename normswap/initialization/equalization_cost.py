@@ -72,19 +72,19 @@ class Cost:
             product += step * form[index]
 
 
-def costs_of(layer: nn.Module, gains: Tensor, covariance: Tensor, numbers: Tensor) -> list[Cost]:
+def costs_of(layer: nn.Module, gamma_sigma: Tensor, covariance: Tensor, numbers: Tensor) -> list[Cost]:
     """Return the cost of each of a layer's groups.
 
     Args:
         layer: The layer.
-        gains: γ and σ of the norm behind it. ``(2, C)``
+        gamma_sigma: γ and σ of the norm behind it. ``(2, C)``
         covariance: S: the covariance, for each group, of its channels' sums over a patch. ``(groups, n, n)``
         numbers: The numbers of the layer's input channels. ``(in_channels,)``
     """
     layout = FilterLayout.of(layer)
     weight = FilterLayout.weight(layer).detach().double().cpu()
     means = _kernel_means(layout, weight).unflatten(0, (layout.groups, -1))  # (groups, out/groups, in/groups)
-    gamma, sigma = gains.double().cpu()
+    gamma, sigma = gamma_sigma.double().cpu()
     size = gamma.square().sum().clamp(min=1e-30)
     means = means * (gamma / sigma).view(layout.groups, -1, 1)
     n = covariance.shape[-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -77,12 +78,7 @@ def _check_module(root: nn.Module, path: Path, *, trusting: bool) -> None:
             raise _bent(path, f"a {type(module).__name__} in it has an attribute whose name is not text")
         if id(module) in above or not all(isinstance(table, dict) for table in tables):
             raise _bent(path, f"a {type(module).__name__} in it has no module tree")
-        for name, value in own.items():
-            if isinstance(value, Noted):
-                noted.append((module, name, value))
-            if trusting:  # a class of the user's may well keep such things
-                break
-            _check_attribute(module, name, value, path)
+        noted += _checked_attributes(module, path, trusting=trusting)
         if id(module) in seen:
             continue
         seen.add(id(module))
@@ -99,12 +95,18 @@ def _check_module(root: nn.Module, path: Path, *, trusting: bool) -> None:
             raise _bent(path, f"{name!r} of a {type(module).__name__} in it is a method, {value.name!r}")
 
 
-def _check_attribute(module: nn.Module, name: str, value: object, path: Path) -> None:
-    method = callable(getattr(type(module), name, None)) or name == "_compiled_call_impl"
-    if method and callable(value):
-        raise _bent(path, f"a {type(module).__name__} in it has its method {name!r} replaced")
-    if name in HOOK_TABLES and (not isinstance(value, dict) or value):
-        raise _bent(path, f"a {type(module).__name__} in it has entries in {name!r}")
+def _checked_attributes(module: nn.Module, path: Path, *, trusting: bool) -> Iterator[tuple[nn.Module, str, Noted]]:
+    """Refuse replaced methods and filled hook tables; yield what stands for a bound method."""
+    for name, value in vars(module).items():
+        if isinstance(value, Noted):
+            yield module, name, value
+        if trusting:  # a class of the user's may well keep such things
+            break
+        method = callable(getattr(type(module), name, None)) or name == "_compiled_call_impl"
+        if method and callable(value):
+            raise _bent(path, f"a {type(module).__name__} in it has its method {name!r} replaced")
+        if name in HOOK_TABLES and (not isinstance(value, dict) or value):
+            raise _bent(path, f"a {type(module).__name__} in it has entries in {name!r}")
 
 
 def _bent(path: Path, what: str) -> InputError:
