@@ -136,7 +136,7 @@ class _Machine:
             raise _odd("a state is given to something that was not made from a name")
         self.scan.calls.append(Call("BUILD", target.maker, state))
 
-    def step(self, opcode: str, arg: object) -> None:  # noqa: C901 - one case for each opcode
+    def step(self, opcode: str, arg: object) -> None:
         """Move the stack as the unpickler would."""
         stack = self.stack
         if opcode in CONSTANTS:
