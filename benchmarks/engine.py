@@ -29,6 +29,7 @@ from normswap.graph import capture_recorded
 from normswap.loading.importing import import_quietly
 from normswap.recipes import make_recipe
 from normswap.records import text_table
+from normswap.stages.bound import BoundPlan, bind
 from normswap.stages.rewriting import rewrite
 
 PLANNING, REWRITING, INITIALIZING, GROWING, RECORDING, REMEMBERING = 5.0, 3.0, 1.5, 1.5, 1.5, 1.2
@@ -127,11 +128,11 @@ def rewriting(repetitions: int) -> Iterator[Ratio]:
     """Putting the new modules in against copying the model; the copy that is rewritten is not counted in."""
     model = resnet50()
     for name in RECIPES:
-        plan, recipe = ns.plan(model, name), make_recipe(name)
+        bound = bind(ns.plan(model, name), make_recipe(name), model)
 
-        def prepared(plan: ns.Plan = plan, recipe: ns.Recipe = recipe) -> Callable[[], Any]:
+        def prepared(bound: BoundPlan = bound) -> Callable[[], Any]:
             target = copy.deepcopy(model)
-            return lambda: rewrite(target, plan, recipe)
+            return lambda: rewrite(target, bound)
 
         change, copying = medians(repetitions, prepared, lambda: lambda: copy.deepcopy(model))
         yield Ratio(f"rewrite of ResNet-50 to {name}", "copy.deepcopy", change, copying, REWRITING)

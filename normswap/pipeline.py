@@ -16,6 +16,7 @@ from normswap.checks.verification import Verification
 from normswap.errors import InputError, argument
 from normswap.graph import capture
 from normswap.graph.dataflow import Dataflow
+from normswap.graph.records import refuse_wrappers
 from normswap.initialization.base import Progress, Work, initializer_for
 from normswap.initialization.equalization import EQUALIZED, equalize
 from normswap.initialization.match import Match, match_sites
@@ -131,6 +132,7 @@ def convert(
             code="no-calibration",
             hint=f"give {argument('calibration')}, some hundred unlabelled samples, or a number",
         )
+    refuse_wrappers(model)
     refuse_unfit(model)
     data = Data.of(model, example_inputs, calibration, forward_fn)
     skeleton = skeleton_of(model)
@@ -184,6 +186,7 @@ def rank_sites(
         raise InputError(
             f"'{recipe.name}' is exact: no site has an error", code="exact-recipe", hint=f"choose from {inexact}"
         )
+    refuse_wrappers(model)
     refuse_unfit(model)
     data = Data.of(model, example_inputs, calibration, forward_fn)
     work = _prepared(model, recipe, chosen, data, None, scale=chosen.scale)

@@ -241,12 +241,16 @@ def _entries(graph: Graph, anchors: set[int]) -> list[Any]:
 
 def _producer(graph: Graph, value: Any) -> tuple[Any, str]:
     """Return the call of a layer whose output is ``value`` and goes nowhere else, or None and why there is none."""
+    moved = False
     while True:
         if not isinstance(value, fx.Node) or value.op != "call_function":
             return None, "an input of the model feeds it"
         consumers = [user for user in value.users if _op(user) not in _NO_VALUE]
         if len(consumers) != 1 or sum(n is value for n in _uses(consumers[0])) != 1:
             return None, f"{value.name} goes to {', '.join(user.name for user in consumers)}"
+        if not moved and _moves_last_to_channels(value):
+            moved, value = True, value.args[0]
+            continue
         if _op(value) not in _SAME:
             break
         if _op(value) in (aten.dropout, aten.feature_dropout) and value.args[2]:
@@ -257,9 +261,21 @@ def _producer(graph: Graph, value: Any) -> tuple[Any, str]:
     if value.args[1] not in graph.tensors:
         return None, f"the weight of {value.name} is computed"
     given, weight = value.meta["val"].ndim, value.args[1].meta["val"]
-    if given != (2 if _op(value) is aten.linear else weight.ndim):
+    if moved:
+        fits = _op(value) is aten.linear and given > 2
+    else:
+        fits = given == (2 if _op(value) is aten.linear else weight.ndim)
+    if not fits:
         return None, f"the channels of {value.name} are not the norm's: it has {given} axes"
     return value, ""
+
+
+def _moves_last_to_channels(node: fx.Node) -> bool:
+    """Tell whether ``node`` puts the last axis of its argument in the place of a norm's channels."""
+    last = node.meta["val"].ndim - 1
+    if _op(node) is aten.transpose:
+        return {axis % (last + 1) for axis in node.args[1:]} == {1, last}
+    return _op(node) is aten.permute and [axis % (last + 1) for axis in node.args[1]][:2] == [0, last]
 
 
 def _uses(node: fx.Node) -> list[fx.Node]:

@@ -123,7 +123,7 @@ def test_a_match_falls_back_on_what_absorbing_on_the_same_data_gives(monkeypatch
     seen = []
     monkeypatch.setattr(
         "normswap.initialization.fitting.absorb",
-        lambda placed, moments, data: seen.append(data) or absorb(placed, moments, data),
+        lambda step, layer, moments, data: seen.append(data) or absorb(step, layer, moments, data),
     )
     model, x = network(), other_domain(20)
     ns.swap_norms(model, "gn", calibration=list(x.split(7)), num_groups=GROUPS)

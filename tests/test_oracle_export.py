@@ -29,12 +29,11 @@ NOT_EXPORTED = {
     "untraceable_root",
     "branch_hides_a_use",
 }
-# The fold is right there by numbers and no pair of the graph: through a pool, a reshape or a transposition, into a
-# computed weight, of a norm whose tensors are read elsewhere. The oracle says less than the zoo.
+# The fold is right there by numbers and no pair of the graph: through a pool or a reshape, into a computed weight, of a
+# norm whose tensors are read elsewhere. The oracle says less than the zoo.
 BY_NUMBERS_ONLY = {
     "norm_after_average_pool",
     "reshape_between",
-    "linear_transposed_to_channels",
     "weight_norm",
     "statistics_read_elsewhere",
 }

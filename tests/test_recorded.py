@@ -296,6 +296,29 @@ def test_a_layer_is_absorbed_where_runs_show_that_it_may_be(name: str) -> None:
     assert distance(outputs(result.model, x), outputs(model, x)) < EXACT
 
 
+@pytest.mark.parametrize(
+    ("use", "alone"),
+    [
+        (lambda m, y: m.bn(y.transpose(1, 2)), True),
+        (lambda m, y: m.bn(y.movedim(-1, 1)), True),
+        (lambda m, y: m.bn(y.flip(-1).transpose(1, 2)), False),
+        (lambda m, y: m.bn(y.transpose(1, 2)) + y.transpose(1, 2), False),
+        (lambda m, y: m.bn(y.transpose(1, 2) * 1.0), False),
+    ],
+)
+def test_a_layer_feeds_a_norm_through_axes_that_are_moved_and_through_nothing_else(use: Any, alone: bool) -> None:
+    class Moved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.bn = nn.Linear(5, 6), nn.BatchNorm1d(6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return use(self, self.fc(x))
+
+    model, x = randomize_(Moved(), 0).double(), torch.randn(3, 7, 5, dtype=torch.float64)
+    assert (("fc", "bn") in confirm_feeds(model, [("fc", "bn")], (x,))) == alone
+
+
 @pytest.mark.parametrize(("share", "alone"), [(0.0, True), (1e-3, False), (1e-4, False)])
 def test_a_use_that_hardly_shows_in_any_result_is_seen(share: float, alone: bool) -> None:
     """In one operation with a large value: no result of its own, and no other, changes much."""

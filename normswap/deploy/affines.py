@@ -60,7 +60,7 @@ def fuse_affines(model: nn.Module, inputs: Inputs | None, ranks: Ranks) -> list[
         if found is None:
             continue
         rank = _rank(flow, fqn, found[0], ranks)
-        channels = found[0].scale.numel()
+        channels = found[0].factor.numel()
         feeds = flow.layer_feeding(fqn, channels, rank, _takes_affine)
         if feeds.layer is not None and not feeds.reason:
             affines[fqn], feeding[fqn] = found, feeds.layer
@@ -109,16 +109,16 @@ def _rank(flow: Dataflow, fqn: str, affine: Affine, ranks: Ranks) -> int | None:
 def _into(layer: nn.Module, affine: Affine) -> None:
     weight, bias = FilterLayout.weight(layer), layer.bias
     old = bias.detach().double() if isinstance(bias, Tensor) else torch.zeros_like(affine.shift)
-    shift = affine.scale * old + affine.shift
+    shift = affine.factor * old + affine.shift
     with torch.no_grad():
-        weight.copy_(FilterLayout.of(layer).scale(weight.double(), affine.scale))
+        weight.copy_(FilterLayout.of(layer).multiply_outputs(weight.double(), affine.factor))
         layer.bias = nn.Parameter(shift.to(weight.dtype), requires_grad=weight.requires_grad)
 
 
 def _into_reader(layer: nn.Module, affine: Affine) -> None:
     trainable = next(layer.parameters()).requires_grad
     with torch.no_grad():
-        for name, value in list(fused_inputs(layer, affine.scale, affine.shift)):
+        for name, value in list(fused_inputs(layer, affine.factor, affine.shift)):
             old = layer._parameters.get(name)
             if old is None:  # a bias that there was not
                 layer.register_parameter(name, nn.Parameter(value.to(next(layer.parameters()).dtype), trainable))
@@ -162,12 +162,12 @@ def standing_alone(affine: Affine, rank: int | None, like: Tensor) -> nn.Module 
 
     A convolution by 1×1 of each channel by itself, or a diagonal linear layer for vectors.
     """
-    channels = affine.scale.numel()
+    channels = affine.factor.numel()
     if rank == 2:
         linear = skip_init(nn.Linear, channels, channels, device=like.device, dtype=like.dtype)
         assert isinstance(linear, nn.Linear)
         with torch.no_grad():
-            linear.weight.copy_(torch.diag(affine.scale))
+            linear.weight.copy_(torch.diag(affine.factor))
             linear.bias.copy_(affine.shift)
         return linear
     if rank not in (3, 4, 5):
@@ -176,7 +176,7 @@ def standing_alone(affine: Affine, rank: int | None, like: Tensor) -> nn.Module 
     conv = skip_init(make, channels, channels, 1, groups=channels, device=like.device, dtype=like.dtype)
     assert isinstance(conv, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
     with torch.no_grad():
-        conv.weight.copy_(affine.scale.view_as(conv.weight))
+        conv.weight.copy_(affine.factor.view_as(conv.weight))
         assert conv.bias is not None
         conv.bias.copy_(affine.shift)
     return conv

@@ -35,7 +35,7 @@ def scales_with_its_parameters(layer: nn.Module) -> bool:
     x = noise.input_of(layer)
     scale, shift = noise.like(weight, channels).abs() + 0.5, noise.like(weight, channels)
     bias = layer.bias if isinstance(layer.bias, Tensor) else torch.zeros_like(shift)
-    moved = {"weight": layout.scale(weight, scale), "bias": bias * scale + shift}
+    moved = {"weight": layout.multiply_outputs(weight, scale), "bias": bias * scale + shift}
     axis = -1 if isinstance(layer, nn.Linear) else 1
     before, after = _outputs(layer, ({"weight": weight, "bias": bias}, x), (moved, x))
     if before is None or after is None:

@@ -2,11 +2,12 @@
 
 Note [Perturbation test]
 The test runs on a copy of the model. The layer's weight is replaced by random numbers except while the layer is being
-called, and its output is replaced by random numbers, too; when the norm is handed those very numbers, it takes the true
-output in their stead. Whoever else reads the weight, or uses or changes the output, computes something else than in a
-run of the unperturbed copy. The results of all operations are compared, not the model's output alone: a detector that
-finds nothing returns nothing. Where the layer feeds its norm and nothing else, all results are bit for bit the same;
-the tolerance is for operations that add in no fixed order.
+called, and its output is replaced by random numbers, too. When the norm is handed those very numbers, or those with
+the last axis moved to the place of the channels, it takes the true output in their stead. Whoever else reads the
+weight, or uses or changes the output, computes something else than in a run of the unperturbed copy. The results of all
+operations are compared, not the model's output alone: a detector that finds nothing returns nothing. Where the layer
+feeds its norm and nothing else, all results are bit for bit the same; the tolerance is for operations that add in no
+fixed order.
 """
 
 from __future__ import annotations
@@ -210,12 +211,22 @@ class _Perturbation:
         x = args[0] if args else kwargs["input"]
         with self.observer.paused():
             for i, (noise, output) in enumerate(self.pending):
-                if noise.shape == x.shape and torch.equal(noise, x):
+                true = _in_place_of(x, noise, output)
+                if true is not None:
                     del self.pending[i]
                     self.calls += bool(x.numel())
-                    return ((output, *args[1:]), kwargs) if args else (args, {**kwargs, "input": output})
+                    return ((true, *args[1:]), kwargs) if args else (args, {**kwargs, "input": true})
         self.seen = True
         return args, kwargs
+
+
+def _in_place_of(x: Tensor, noise: Tensor, output: Tensor) -> Tensor | None:
+    """Return ``output``, as it is or with its last axis as the norm's channels, where ``x`` is ``noise`` like that."""
+    if noise.shape == x.shape and torch.equal(noise, x):
+        return output
+    if noise.ndim > 2 and noise.movedim(-1, 1).shape == x.shape and torch.equal(noise.movedim(-1, 1), x):
+        return output.movedim(-1, 1)
+    return None
 
 
 _Summary = tuple[float, ...] | None

@@ -206,7 +206,7 @@ class _Pass:
             for tensor in weight.gains:
                 own = factor.to(tensor.dtype)
                 whole = tensor is weight.direction
-                tensor.copy_(layout.scale(tensor, own) if whole else tensor * own.view(_like(tensor)))
+                tensor.copy_(layout.multiply_outputs(tensor, own) if whole else tensor * own.view(_like(tensor)))
             if bias is not None:
                 bias.copy_((bias.to(mean) - mean) * factor)
 

@@ -169,7 +169,7 @@ def scale_channels(model: nn.Module, channels: Channels, scales: Tensor) -> None
             layer, factor = model.get_submodule(name), scales[numbers]
             if bool((factor != 1).any()):
                 weight = FilterLayout.weight(layer)
-                weight.copy_(FilterLayout.of(layer).scale_inputs(weight.double(), 1 / factor.to(weight.device)))
+                weight.copy_(FilterLayout.of(layer).multiply_inputs(weight.double(), 1 / factor.to(weight.device)))
 
 
 def _scale_outputs(module: nn.Module, factor: Tensor) -> None:
@@ -179,7 +179,7 @@ def _scale_outputs(module: nn.Module, factor: Tensor) -> None:
     assert isinstance(weight, Tensor)
     factor = factor.to(weight.device)
     layout = FilterLayout() if weight.ndim == 1 else FilterLayout.of(module)
-    weight.copy_(layout.scale(weight.double(), factor))
+    weight.copy_(layout.multiply_outputs(weight.double(), factor))
     if isinstance(bias, Tensor):
         bias.copy_(bias.double() * factor)
 

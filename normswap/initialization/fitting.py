@@ -109,7 +109,7 @@ class SiteRegression:
         self.values.restore(best.values, best.num_groups)
         notes = [] if self.sampling.holds_out else [f"{self.sampling.samples} samples: none was held out"]
         if self.batches[0].shortcut is not None:
-            notes.append("makes good its shortcut's error")
+            notes.append("compensates the error of its shortcut")
         fitted = Fit(
             samples=self.sampling.samples,
             mean=best.target[0],

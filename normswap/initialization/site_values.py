@@ -97,7 +97,7 @@ class SiteValues:
 
         A filter's length decides what a learning rate does to it.
         """
-        length = (self.target.anchor.norm(dim=1) / self.target.scale.double()).square().mean().sqrt()
+        length = (self.target.anchor.norm(dim=1) / self.target.inverse_std.double()).square().mean().sqrt()
         found = candidate.weight.norm(dim=1).square().mean().sqrt()
         return length / found if bool(length > 0) and bool(found > 0) else torch.ones_like(found)
 

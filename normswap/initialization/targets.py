@@ -19,7 +19,7 @@ _INVERSE_FLOOR = 1e-2  # of the mean |γ|: a channel with less is not asked to m
 
 @dataclass(frozen=True)
 class RegressionTarget:
-    """What the original does at a site, per channel ``(C,)``: ``y = gain·t + shift``, ``t = (x − mean)·scale``.
+    """What the original does at a site, per channel ``(C,)``: ``y = gain·t + shift``, ``t = (x − mean)·inverse_std``.
 
     ``anchor`` are the filters that give t on the original's own input, ``(C, fan_in)``; ``weight`` is the form of the
     layer's weight. ``unit`` turns y into what the user's own model gives: 1 over the scale that a channel was
@@ -29,7 +29,7 @@ class RegressionTarget:
     gain: Tensor
     shift: Tensor
     mean: Tensor
-    scale: Tensor
+    inverse_std: Tensor
     anchor: Tensor
     weight: Weight
     unit: Tensor
@@ -64,7 +64,7 @@ class RegressionTarget:
     def targets(self, batch: SiteBatch) -> tuple[Tensor, Tensor]:
         """Return t, which the source is to give, and y, which the norm is to give, shaped as the original's output."""
         shape = (1, -1, *(1,) * (batch.reference.ndim - 2))
-        t = (batch.reference.float() - self.mean.view(shape)) * self.scale.view(shape)
+        t = (batch.reference.float() - self.mean.view(shape)) * self.inverse_std.view(shape)
         y = self.gain.view(shape) * t + self.shift.view(shape)
         if batch.shortcut is not None:
             error = batch.shortcut[0].float() - batch.shortcut[1].float()

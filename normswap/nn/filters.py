@@ -81,7 +81,7 @@ class FilterLayout:
         split = filters.view(g, n_out, n_in // g, *kernel)
         return split.transpose(1, 2).reshape(like.shape).contiguous()
 
-    def scale(self, weight: Tensor, factor: Tensor) -> Tensor:
+    def multiply_outputs(self, weight: Tensor, factor: Tensor) -> Tensor:
         """Return ``weight`` with the filter of output channel ``c`` multiplied by ``factor[c]``."""
         if self.axis is not None:
             shape = [1] * weight.ndim
@@ -89,7 +89,7 @@ class FilterLayout:
             return weight * factor.view(shape)
         return self.unflatten(self.flatten(weight) * factor[:, None], weight)
 
-    def scale_inputs(self, weight: Tensor, factor: Tensor) -> Tensor:
+    def multiply_inputs(self, weight: Tensor, factor: Tensor) -> Tensor:
         """Return ``weight`` with all that input channel ``c`` is multiplied with multiplied by ``factor[c]``."""
         trailing = (1,) * (weight.ndim - 2)
         if self.transposed:

@@ -54,25 +54,25 @@ def _pads(conv: _ConvNd) -> bool:
     return any(conv.padding)
 
 
-def fused_inputs(module: nn.Module, scale: Tensor, shift: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yield the parameters of ``module``, a reader, that take up ``scale_c·x + shift_c`` of its input, by name.
+def fused_inputs(module: nn.Module, factor: Tensor, shift: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters of ``module``, a reader, that take up ``factor_c·x + shift_c`` of its input, by name.
 
     Args:
         module: The reader, whose parameters are plain; a bias that it does not have counts as zeros.
-        scale: a. ``(channels,)`` float64.
+        factor: a. ``(channels,)`` float64.
         shift: b. ``(channels,)`` float64.
     """
     if isinstance(module, _RECURRENT):
         for end in ("", "_reverse") if module.bidirectional else ("",):
             weight, bias = (getattr(module, f"{name}_ih_l0{end}").detach().double() for name in ("weight", "bias"))
-            yield f"weight_ih_l0{end}", weight * scale
+            yield f"weight_ih_l0{end}", weight * factor
             yield f"bias_ih_l0{end}", bias + weight @ shift
         return
     layout = FilterLayout.of(module)
     weight = FilterLayout.weight(module).detach().double()
     bias = module._parameters.get("bias")
-    met = layout.scale_inputs(weight, shift).flatten(1).sum(1)
-    yield "weight", layout.scale_inputs(weight, scale)
+    met = layout.multiply_inputs(weight, shift).flatten(1).sum(1)
+    yield "weight", layout.multiply_inputs(weight, factor)
     yield "bias", met if bias is None else bias.detach().double() + met
 
 

@@ -186,17 +186,17 @@ class Encoding:
 
 @dataclass(frozen=True)
 class Affine:
-    """What a norm is in evaluation: ``y = scale·x + shift`` per channel. ``(C,)`` each, float64.
+    """What a norm is in evaluation: ``y = factor·x + shift`` per channel. ``(C,)`` each, float64.
 
     Args:
-        scale: The factors.
+        factor: The factors.
         shift: The summands.
         rank: The number of axes of x, where the module knows it.
         otherwise: The module that stands where no neighbour takes the affine up; None for a 1×1 convolution of each
             channel by itself.
     """
 
-    scale: Tensor
+    factor: Tensor
     shift: Tensor
     rank: int | None = None
     otherwise: nn.Module | None = None

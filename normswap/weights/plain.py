@@ -24,5 +24,5 @@ class PlainWeight(Weight):
         return None
 
     def encode(self, layout: FilterLayout, weight: Tensor, factor: Tensor, dtype: torch.dtype) -> WeightEncoding:
-        scaled = NewValue(layout.scale(weight, factor), (LinearOf("layer.weight", factor),))
+        scaled = NewValue(layout.multiply_outputs(weight, factor), (LinearOf("layer.weight", factor),))
         return WeightEncoding({"weight": scaled}, torch.ones_like(factor))
