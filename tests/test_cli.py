@@ -17,6 +17,7 @@ import subprocess
 import sys
 import termios
 import types
+import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -310,6 +311,29 @@ def test_a_folded_program_needs_no_class(folder: Path) -> None:
     assert load_model(folder / "folded.pt2")(torch.zeros(2, 3, 8, 8)).shape == (2, 32, 6, 6)
     with pytest.raises(InputError, match="Net"):
         load_model(folder / "folded.pt")
+
+
+def test_fold_says_which_modules_need_normswap_to_be_loaded(folder: Path) -> None:
+    succeed("convert", "model.pt", "--to", "ln", "--option", "axes=channel", "-o", "m.safetensors")
+    shown = succeed("fold", "m.safetensors", "-o", "m.pt").stdout
+    assert re.search(
+        r"needs +normswap, to be loaded: 2 modules \(1, 4\) of its own; a \.pt2 program needs no class", shown
+    )
+    assert "normswap" in pickled(folder / "m.pt")
+    program = succeed("fold", "m.safetensors", "-o", "m.pt2", "--input-shape", "2x3x12x12", "--json").stdout
+    assert json.loads(program)["needs_normswap"] == []
+    told = succeed("convert", "model.pt", "--to", "ln", "--option", "axes=channel", "--fold", "-o", "f.pt").stderr
+    assert "note: f.pt needs normswap, to be loaded: 2 modules (1, 4)" in told
+    succeed("convert", "model.pt", "--to", "gn+ws", "-o", "g.safetensors")  # the negative control
+    shown = succeed("fold", "g.safetensors", "-o", "g.pt").stdout
+    assert "needs" not in shown
+    assert "normswap" not in pickled(folder / "g.pt")
+
+
+def pickled(path: Path) -> str:
+    """Return what a file by torch.save names, as text."""
+    with zipfile.ZipFile(path) as file:
+        return file.read(next(n for n in file.namelist() if n.endswith("data.pkl"))).decode("latin-1")
 
 
 @pytest.mark.parametrize(
@@ -685,12 +709,27 @@ def named_terms(source: str) -> list[tuple[str, bool]]:
             name = getattr(node.func, "id", getattr(node.func, "attr", ""))
             if name in ("argument", "parameter") and isinstance(node.args[0], ast.Constant):
                 found.append((node.args[0].value, rendered))
-            rendered = rendered or name.endswith("Error") or name in ("Text", "option")
+            rendered = rendered or name.endswith("Error") or name in ("Text", "option", "Flag")
         for child in ast.iter_child_nodes(node):
             walk(child, rendered)
 
     walk(ast.parse(source), False)
     return found
+
+
+# Here texts are put together from parts, and all of them end in errors, which render them.
+IN_PARTS = {"refusals.py", "trials.py", "entries.py", "find_sites.py", "graph/__init__.py"}
+
+
+def test_every_text_that_names_arguments_is_rendered() -> None:
+    loose = {
+        str(path.relative_to(REPOSITORY / "normswap"))
+        for path in (REPOSITORY / "normswap").rglob("*.py")
+        if not all(rendered for _, rendered in named_terms(path.read_text("utf-8")))
+    }
+    assert {path for path in loose if not path.endswith(tuple(IN_PARTS))} == set()
+    assert named_terms("hint = f'give {argument(\"a\")}'") == [("a", False)]  # the negative controls
+    assert named_terms("InputError('b', hint=f'give {argument(\"a\")}')") == [("a", True)]
 
 
 def test_every_argument_that_a_message_names_is_a_flag_of_some_command() -> None:

@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from normswap.checks.self_check import eval_output, keeps_output
 from normswap.checks.verification import Verification
-from normswap.errors import InputError, NothingToConvertError, VerificationError, argument
+from normswap.errors import InputError, NothingToConvertError, VerificationError, argument, marked
 from normswap.records import Plan
 from normswap.runs.inputs import Inputs, make_up_inputs
 
@@ -52,7 +52,7 @@ def refuse_empty(plan: Plan) -> None:
     raise NothingToConvertError(
         f"no norm of the {plan.model} can be converted by '{plan.recipe}'",
         code="nothing-to-convert",
-        hint=f"'{norms[0].name}': {norms[0].reason}" if norms else "the model has no BatchNorm",
+        hint=f"'{norms[0].name}': {marked(norms[0].reason)}" if norms else "the model has no BatchNorm",
     )
 
 

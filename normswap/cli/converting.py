@@ -23,8 +23,8 @@ from normswap.cli.flags import (
     flattened,
 )
 from normswap.cli.inputs import calibration_batches, example_inputs, required_inputs, samples_of
-from normswap.cli.outputs import save_whole, store, write_text
-from normswap.cli.reporting import as_record, show_conversion, show_plan
+from normswap.cli.outputs import needing_normswap, save_whole, store, write_text
+from normswap.cli.reporting import as_record, needs, show_conversion, show_plan
 from normswap.cli.requests import Files, Request, Writing
 from normswap.cli.sources import Source
 from normswap.errors import NothingToConvertError
@@ -171,6 +171,8 @@ def _write(result: Conversion, files: Files, place: Place, example: Any, writing
     if writing.fold and files.target is not None:
         with working(f"writing {files.target}"):
             save_whole(folded, place(files.target), example)
+        for label, text in needs(needing_normswap(folded, files.target)):
+            note(f"{files.target} {label} {text}")
     if files.onnx is None:
         return None
     with working(f"writing {files.onnx} and verifying it"):

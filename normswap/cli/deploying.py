@@ -15,8 +15,8 @@ import normswap as ns
 from normswap.cli.console import facts, note, print_json, say, table, working
 from normswap.cli.flags import OUTPUT, InputFlags, Json, Model, Opset, Reading, flattened
 from normswap.cli.inputs import example_inputs, required_inputs
-from normswap.cli.outputs import save_whole
-from normswap.cli.reporting import describe_check, show_artifact, written
+from normswap.cli.outputs import needing_normswap, save_whole
+from normswap.cli.reporting import describe_check, needs, show_artifact, written
 from normswap.cli.sources import Source
 from normswap.errors import InputError
 from normswap.storage.writing import staged
@@ -50,6 +50,9 @@ def fold_model(
     MODEL is what `normswap convert` wrote or, after training, normswap.save in Python. BatchNorms that are left are
     merged into their layers. The output loads where normswap is not installed: a .pt file has MODEL's own class and
     torch.nn's modules, a .pt2 program needs no class.
+
+    One norm has no equal in torch.nn, that of `convert --to ln --option axes=channel`: a .pt file with it loads only
+    where normswap is installed, which the report says; a .pt2 program or an ONNX file needs no normswap.
     """
     program = model.suffix == ".pt2"
     target = output or model.with_name(f"{model.stem}.folded.pt{2 if program else ''}")
@@ -66,10 +69,12 @@ def fold_model(
             folding = ns.fold_with_report(network, example_inputs=inputs)
         with working(f"writing {target}"):
             save_whole(folding.model, place(target), inputs)
+        needing = needing_normswap(folding.model, target)
     if as_json:
         record = {
             "rows": [dataclasses.asdict(row) for row in folding.rows],
             "left": [dataclasses.asdict(row) for row in folding.left],
+            "needs_normswap": needing,
             "check": None if folding.check is None else json.loads(folding.check.to_json()),
             "written": [str(target)],
         }
@@ -80,6 +85,7 @@ def fold_model(
         [
             ("folded", _what_became(folding.rows)),
             ("checked", describe_check(folding.check)),
+            *needs(needing),
             *written([target]),
         ]
     )

@@ -11,7 +11,7 @@ from normswap.storage.writing import reported
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["read_text", "save_whole", "store", "write_text"]
+__all__ = ["needing_normswap", "read_text", "save_whole", "store", "write_text"]
 
 
 def read_text(path: Path) -> str:
@@ -49,6 +49,13 @@ def _save_program(model: nn.Module, path: Path, inputs: Any) -> None:
     program = to_exported(model.eval(), as_inputs(inputs))
     with reported(path):
         torch.export.save(program, path)
+
+
+def needing_normswap(model: nn.Module, path: Path) -> list[str]:
+    """Return the modules of a folded model for which its file loads only where normswap is; a program names none."""
+    from normswap.deploy.unfolded import needs_package
+
+    return [] if path.suffix == ".pt2" else needs_package(model)
 
 
 def save_whole(model: nn.Module, path: Path, inputs: Any) -> None:

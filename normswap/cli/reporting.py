@@ -25,6 +25,7 @@ __all__ = [
     "as_record",
     "costs_as_record",
     "describe_check",
+    "needs",
     "show_artifact",
     "show_check",
     "show_conversion",
@@ -214,6 +215,12 @@ def show_check(check: Verification) -> None:
 def _result(row: OutputRow) -> str:
     """Return what a cell has room for: by how much an output differs is in the cells beside it."""
     return "ok" if row.ok else "differs" if row.tolerance and isfinite(row.max_abs) else row.reason
+
+
+def needs(names: Sequence[str]) -> list[tuple[str, str]]:
+    """Return the line about a file that is loaded only where normswap is, none where there are no such modules."""
+    text = f"normswap, to be loaded: {_counted(names, 'module')} of its own; a .pt2 program needs no class"
+    return [("needs", text)] if names else []
 
 
 def written(outputs: Sequence[Path]) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""What is still to fold in a module: the question that export asks before it writes anything."""
+"""What is still to fold in a module, and which modules of a folded model only normswap has."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from normswap.norms import Affine, deployed
 
-__all__ = ["unfolded"]
+__all__ = ["needs_package", "unfolded"]
 
 
 def unfolded(module: nn.Module) -> str:
@@ -20,3 +20,14 @@ def unfolded(module: nn.Module) -> str:
     answer = deployed(module)
     ours = isinstance(answer, Affine) and answer.otherwise is None
     return f"it is a {type(module).__name__}" if ours else ""
+
+
+def needs_package(model: nn.Module) -> list[str]:
+    """Return the names of the modules whose class is of this package: a file that names classes loads with it alone."""
+    return [name for name, module in model.named_modules() if _is_own(module)]
+
+
+def _is_own(module: nn.Module) -> bool:
+    """Tell whether the module's class, or one that it derives from, is of this package and not of its demo."""
+    names = [cls.__module__.split(".") for cls in type(module).__mro__]
+    return any(name[0] == "normswap" and name[1:2] != ["demo"] for name in names)

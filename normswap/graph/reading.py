@@ -87,7 +87,7 @@ def _unfit(flow: Dataflow, fqn: str, channels: int, rank: int | None, axis: int)
     if not is_plain(layer):
         return "its forward is not torch's own"
     if rank is None:
-        return f"the number of axes between them is not known: give {argument('example_inputs')}"
+        return Text(f"the number of axes between them is not known: give {argument('example_inputs')}")
     there = rank - 1 if reads_last_axis(layer) else 1
     takes = rank if not is_layer(layer) or reads_last_axis(layer) else FilterLayout.weight(layer).ndim
     if axis != there or rank != takes or input_channels(layer) != channels:

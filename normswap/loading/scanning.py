@@ -103,6 +103,10 @@ class _Machine:
         items, self.stack = self.stack, self.marks.pop()
         return items
 
+    def put_tuple(self, items: list[object]) -> None:
+        self.stack.append(tuple(items))
+        self.scan.values.update(item for item in items if isinstance(item, Global))
+
     def store(self, items: list[object]) -> None:
         """Put `items` into the container on top of the stack."""
         target = self.stack[-1]
@@ -132,7 +136,7 @@ class _Machine:
             raise _odd("a state is given to something that was not made from a name")
         self.scan.calls.append(Call("BUILD", target.maker, state))
 
-    def step(self, opcode: str, arg: object) -> None:  # noqa: C901 - one case for each opcode
+    def step(self, opcode: str, arg: object) -> None:
         """Move the stack as the unpickler would."""
         stack = self.stack
         if opcode in CONSTANTS:
@@ -154,17 +158,16 @@ class _Machine:
         elif opcode == "MARK":
             self.marks.append(stack)
             self.stack = []
-        elif opcode == "TUPLE":
-            items = self.pop_mark()
-            self.stack.append(tuple(items))
-            self.scan.values.update(item for item in items if isinstance(item, Global))
+        else:
+            self.combine(opcode)
+
+    def combine(self, opcode: str) -> None:
+        """Move the stack for an opcode that makes something of what is on it."""
+        stack = self.stack
+        if opcode == "TUPLE":
+            self.put_tuple(self.pop_mark())
         elif opcode in ("TUPLE1", "TUPLE2", "TUPLE3"):
-            size = int(opcode[-1])
-            if len(stack) < size:
-                raise IndexError(opcode)
-            made = tuple(stack[-size:])
-            stack[-size:] = [made]
-            self.scan.values.update(item for item in made if isinstance(item, Global))
+            self.put_tuple([stack.pop() for _ in range(int(opcode[-1]))][::-1])
         elif opcode == "APPEND":
             item = stack.pop()
             self.store([item])

@@ -272,7 +272,7 @@ def _layer_skips(flow: Dataflow, sites: list[Site], refused: Mapping[str, str]) 
             if leaf := flow.enclosing_leaf(fqn):
                 code, reason = "inside-leaf", f"it belongs to a {leaf}, whose own code calls it"
             elif fqn in refused:
-                code, reason = "not-absorbed", f"its weight is left as it is: {refused[fqn]}"
+                code, reason = "not-absorbed", Text(f"its weight is left as it is: {marked(refused[fqn])}")
             elif not flow.calls.get(fqn):
                 code, reason = (
                     ("opaque", f"{hidden} could not be traced")
