@@ -37,6 +37,7 @@ from normswap.checks.comparison import (
     verify,
 )
 from normswap.checks.self_check import own_rounding
+from normswap.deploy.affines import is_hooked
 from normswap.errors import (
     ExportError,
     InputError,
@@ -48,7 +49,7 @@ from normswap.errors import (
     marked,
     parameter,
 )
-from normswap.nn import ChannelLayerNorm
+from normswap.norms import Affine, deployed
 from normswap.storage.writing import check_target, reported, staged
 
 if TYPE_CHECKING:
@@ -61,7 +62,6 @@ OLDEST_OPSET = 18  # the oldest that torch.onnx writes without a conversion that
 SINGLE_FILE_LIMIT = 1_900_000_000  # bytes of weights; a protobuf message ends at 2 GiB
 SPATIAL = {1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "width")}
 WEIGHTED = {"Conv": (1, 2), "ConvTranspose": (1, 2), "Gemm": (1, 2), "MatMul": (0, 1)}
-KEPT_BY_FOLD = (ChannelLayerNorm,)  # has no equal in torch.nn and no parametrization: a plain module
 
 
 @dataclass(frozen=True)
@@ -241,9 +241,11 @@ def _unfolded(module: nn.Module) -> str:
         return f"{', '.join(module.parametrizations)} is parametrized"  # type: ignore[arg-type]
     if any(isinstance(hook, WeightNorm) for hook in module._forward_pre_hooks.values()):
         return "a torch.nn.utils.weight_norm hook computes its weight"
-    names = [cls.__module__.split(".") for cls in type(module).__mro__]
-    ours = any(name[0] == "normswap" and name[1:2] != ["demo"] for name in names)
-    return f"it is a {type(module).__name__}" if ours and not isinstance(module, KEPT_BY_FOLD) else ""
+    answer = deployed(module)
+    if not isinstance(answer, Affine) or answer.otherwise is not None or is_hooked(module):
+        return ""
+    needs = "" if answer.rank else f", which folding may leave without {argument('example_inputs')}"
+    return f"it is a {type(module).__name__}{needs}"
 
 
 def _bind(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
