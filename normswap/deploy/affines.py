@@ -29,7 +29,7 @@ from normswap.norms import Affine, deployed
 from normswap.runs.calling import run_on
 from normswap.runs.inputs import Inputs
 
-__all__ = ["fuse_affines", "put", "ranks_on", "standing_alone"]
+__all__ = ["fuse_affines", "is_hooked", "put", "ranks_on", "standing_alone"]
 
 Ranks = Mapping[int, int]
 """The number of axes that reach a module, by its id."""
@@ -89,7 +89,12 @@ def fuse_affines(model: nn.Module, inputs: Inputs | None, ranks: Ranks) -> list[
 def _may_go(flow: Dataflow, module: nn.Module) -> bool:
     """Tell whether nobody sees the module but by its calls: no hook, and no read of its tensors."""
     tensors = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
-    return not (module._forward_hooks or module._forward_pre_hooks or any(map(flow.reads, tensors)))
+    return not (is_hooked(module) or any(map(flow.reads, tensors)))
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Tell whether a hook on its calls keeps an affine where it is."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _takes_affine(module: nn.Module) -> bool:

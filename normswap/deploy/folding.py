@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from normswap.checks.self_check import eval_output, keeps_output
 from normswap.checks.verification import Verification
-from normswap.deploy.affines import fuse_affines, put, ranks_on, standing_alone
+from normswap.deploy.affines import fuse_affines, is_hooked, put, ranks_on, standing_alone
 from normswap.deploy.rows import FoldRow
 from normswap.errors import FoldError, Text, VerificationError, argument
 from normswap.nn.plain import make_plain
@@ -106,8 +106,7 @@ def _simplify(model: nn.Module) -> None:
         if not all(name.rstrip("0123456789") in _PARTS for name in module._modules):
             continue
         kept = OrderedDict((n, m) for n, m in module._modules.items() if type(m) is not nn.Identity)
-        hooked = module._forward_hooks or module._forward_pre_hooks
-        if len(kept) == len(module._modules) or hooked or not fqn:
+        if len(kept) == len(module._modules) or is_hooked(module) or not fqn:
             continue
         only = next(iter(kept.values()), nn.Identity())
         simpler[id(module)] = only if len(kept) < 2 else nn.Sequential(kept)
@@ -143,7 +142,7 @@ def _in_place_of(module: nn.Module, affine: Affine, ranks: Mapping[int, int]) ->
     new = standing_alone(affine, affine.rank or ranks.get(id(module)), like=next(module.parameters()))
     if new is None:
         return None, Text(f"its input's number of axes is unknown: give {argument('example_inputs')}")
-    if module._forward_hooks or module._forward_pre_hooks:
+    if is_hooked(module):
         return None, "a forward hook is on it"
     return new, ""
 

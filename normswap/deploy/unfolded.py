@@ -6,6 +6,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.weight_norm import WeightNorm
 
+from normswap.deploy.affines import is_hooked
+from normswap.errors import argument
 from normswap.norms import Affine, deployed
 
 __all__ = ["needs_package", "unfolded"]
@@ -18,8 +20,10 @@ def unfolded(module: nn.Module) -> str:
     if any(isinstance(hook, WeightNorm) for hook in module._forward_pre_hooks.values()):
         return "a torch.nn.utils.weight_norm hook computes its weight"
     answer = deployed(module)
-    ours = isinstance(answer, Affine) and answer.otherwise is None
-    return f"it is a {type(module).__name__}" if ours else ""
+    if not isinstance(answer, Affine) or answer.otherwise is not None or is_hooked(module):
+        return ""
+    needs = "" if answer.rank else f", which folding may leave without {argument('example_inputs')}"
+    return f"it is a {type(module).__name__}{needs}"
 
 
 def needs_package(model: nn.Module) -> list[str]:

@@ -8,9 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
 from normswap.errors import InitializationError, PlanError
 from normswap.graph.after_norm import after_norm
+from normswap.nn import FilterLayout
+from normswap.nn.kinds import class_of, is_layer
+from normswap.nn.readers import input_channels, is_reader, why_no_affine
 from normswap.norms import Norm, NormState, is_convertible, norm_of
 from normswap.norms.functional import FunctionalNorm
 from normswap.recipes import Recipe
@@ -179,11 +184,43 @@ def bind(plan: Plan, recipe: Recipe, model: nn.Module) -> BoundPlan:
                 f"'{step.site.norm}' has {source.state.num_features} channels, the plan says {step.site.num_features}"
             )
             raise misfit(plan, what)
-        for fqn in (step.site.layer, step.reader, *(alias.rpartition(".")[0] for alias in step.site.aliases)):
-            if fqn is not None:
-                submodule(model, fqn, plan)
+        for alias in step.site.aliases:
+            submodule(model, alias.rpartition(".")[0], plan)
+        _refuse_unfit_layers(plan, step, model)
         steps.append(BoundStep(step, recipe.weight(step.site), recipe.norm(step.site, step.num_groups), source))
     return BoundPlan(plan, recipe, tuple(steps))
+
+
+def _refuse_unfit_layers(plan: Plan, step: Step, model: nn.Module) -> None:
+    """Raise PlanError where the layer of a step, or the one that reads its norm, cannot take the norm up."""
+    channels = step.site.num_features
+    if step.site.layer is not None:
+        layer = submodule(model, step.site.layer, plan)
+        if reason := _why_no_weight(step.site.layer, layer, is_layer(layer)):
+            raise misfit(plan, reason)
+        own = FilterLayout.of(layer).out_channels(FilterLayout.weight(layer))
+        if own != channels:
+            raise misfit(plan, f"'{step.site.layer}' has {own} output channels and the norm {channels}")
+    if step.reader is not None:
+        reader = submodule(model, step.reader, plan)
+        if reason := _why_no_weight(step.reader, reader, is_reader(reader)):
+            raise misfit(plan, reason)
+        own = input_channels(reader)
+        if own != channels:
+            raise misfit(plan, f"'{step.reader}' has {own} input channels and the norm {channels}")
+        if reason := why_no_affine(reader):
+            raise misfit(plan, f"'{step.reader}', which reads '{step.site.norm}', cannot take it up: {reason}")
+
+
+def _why_no_weight(fqn: str, module: nn.Module, is_known: bool) -> str | None:
+    """Return why ``module`` has no plain weight that could take a norm up, None where it has one."""
+    if not is_known:
+        return f"'{fqn}' is a {class_of(module).__name__}, which has no weight to take the norm up"
+    if parametrize.is_parametrized(module):
+        return f"the weight of '{fqn}' is already parametrized"
+    if any(is_lazy(p) for p in module._parameters.values() if p is not None):
+        return f"'{fqn}' is not initialized yet: run the model once"
+    return None
 
 
 def _source(plan: Plan, site: Site, model: nn.Module, calls: dict[str, dict[str, FunctionalNorm]]) -> NormSource:
