@@ -637,11 +637,16 @@ class Writer:
                 f"{value}.permute(*{given})",
                 f"torch.permute({value}, {given})",
                 f"{value}.permute(dims={given})",
-                f"{value}.mT",
-                f"{value}.contiguous()",
-                f"{value}.flip(1)",
-                f"{value}.reshape({value}.shape)",
-                f"{value}.flatten({self.rank - 2}).view({value}.shape)",
+                f"torch.permute(input={value}, dims={list(given)})",
+                self.random.choice(
+                    [
+                        f"{value}.mT",
+                        f"{value}.contiguous()",
+                        f"{value}.flip(1)",
+                        f"{value}.reshape({value}.shape)",
+                        f"{value}.flatten({self.rank - 2}).view({value}.shape)",
+                    ]
+                ),
             ]
         )  # fmt: skip
 
@@ -723,36 +728,50 @@ def recipes_for(number: int) -> tuple[str, ...]:
     return ("none", ("wn", "mobn", "wn+mobn")[number % 3], ("gn", "ln", "gn+aws", "gn+ws", "ws")[number % 5])
 
 
-TRIED = 30
+def quick(network: Network) -> ns.Plan:
+    """Check one exact recipe and a fold, with inputs, in both modes; return the plan."""
+    model = network.model()
+    result = ns.convert(model, "none", example_inputs=network.inputs(), check=False)
+    conversion_checks.same(network, result.model, model, "none")
+    with conversion_checks.held(model, result.model):
+        conversion_checks.same(network, result.model, model, "none in train mode with the statistics held")
+    conversion_checks.folded_is_same(network, model, "the folded original")
+    return result.plan
 
 
-@pytest.mark.parametrize("part", range(4))
-def test_compositions_of_norms_movements_and_layers_keep_every_promise(part: int) -> None:
-    """Converted by an exact recipe and folded each is the original, in both modes; at its expected statistics, too."""
-    for number, network in enumerate(compositions(TRIED, start=10_000 * part)):
-        check(network, recipes_for(number))
+TRIED = 500
 
 
-def test_the_compositions_have_what_they_are_for() -> None:
+def test_compositions_of_norms_movements_and_layers_keep_their_function_and_have_what_they_are_for() -> None:
     kinds: Counter[str] = Counter()
-    for network in compositions(8 * TRIED):
-        plan = ns.plan(network.model(), "none", example_inputs=network.inputs())
+    for network in compositions(TRIED):
         kinds.update(network.features)
-        for step in plan.steps:
+        for step in quick(network).steps:
             kinds["read"] += step.reader is not None
             kinds["moved to channels"] += step.site.layer is not None and step.site.axis == -1
             kinds["unread"] += step.site.unread is not None
             kinds["alone"] += step.taken_up_by is None
-    assert kinds["read"] > 40, kinds
-    assert kinds["moved to channels"] > 10, kinds
-    assert kinds["unread"] > 10, kinds
-    assert kinds["alone"] > 10, kinds
+    assert kinds["read"] > 80, kinds
+    assert kinds["moved to channels"] > 20, kinds
+    assert kinds["unread"] > 20, kinds
+    assert kinds["alone"] > 20, kinds
     assert len(kinds) > 9, kinds
+
+
+def test_some_compositions_keep_every_promise_by_all_kinds_of_recipes() -> None:
+    """At its expected statistics, planned without inputs, folded, and held against torch.export's graph, too."""
+    for number, network in enumerate(compositions(40, start=10_000)):
+        check(network, recipes_for(number))
+
+
+def _try_all(found: Iterator[Network]) -> None:
+    for network in found:
+        quick(network)
 
 
 @pytest.mark.parametrize("what", ["axis", "padding", "order"])
 def test_a_wrong_answer_is_found_among_the_compositions(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The control: an axis that is not looked at, a border that is, an order that is the inverse one."""
+    """The control: an axis that is not looked at, a border that is not, an order that is the inverse one."""
     if what == "axis":
         monkeypatch.setattr(reading, "reads_last_axis", lambda module: isinstance(module, _ConvNd))
     elif what == "padding":
@@ -765,10 +784,5 @@ def test_a_wrong_answer_is_found_among_the_compositions(what: str, monkeypatch: 
             return order and tuple(order.index(axis) for axis in range(len(order)))
 
         monkeypatch.setattr(reading, "order_of", inverse)
-    with pytest.raises((BrokenPromiseError, AssertionError)):
-        _check_all(compositions(8 * TRIED))
-
-
-def _check_all(found: Iterator[Network]) -> None:
-    for network in found:
-        check(network, ("none",), oracle=False)
+    with pytest.raises((BrokenPromiseError, ns.NormswapError)):
+        _try_all(compositions(TRIED))
