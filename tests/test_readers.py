@@ -20,6 +20,7 @@ from zoo import ZOO, Entry, randomize_
 
 import normswap as ns
 from normswap.graph import reading
+from normswap.nn import readers
 
 Recurrent = (nn.LSTM, nn.GRU, nn.RNN)
 
@@ -553,7 +554,7 @@ class Writer:
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
-        self.rank = self.random.choice([2, 3, 3, 3, 4, 4])
+        self.rank = self.random.choice([2, 3, 3, 3, 4, 4, 4])
         self.shape = (SIDE,) * (self.rank - 1)
         self.init: list[str] = []
         self.body: list[str] = []
@@ -569,7 +570,7 @@ class Writer:
     def network(self) -> Network:
         value = "x"
         for _ in range(self.random.choice([1, 1, 2, 3])):
-            value = self.random.choice([self.read, self.read, self.fed, self.fed, self.alone])(value)
+            value = self.random.choice([self.read, self.read, self.read, self.fed, self.fed, self.alone])(value)
         forward = "\n        ".join([*self.body, f"return {value}"])
         init = "\n        ".join(["super().__init__()", *self.init])
         source = (
@@ -598,10 +599,20 @@ class Writer:
         if self.rarely(8):
             kind = kind.replace(")", ", affine=False)")
         name = self.module(kind)
-        if self.rarely(15):
+        if self.rarely(30):
             self.features.add("hook")
             self.init.append(f"{name}.register_forward_hook(double)")
         return self.put(f"{name}({value})")
+
+    def aimed(self, value: str, source: int, destination: int) -> str:
+        """One axis moved to where it is wanted, or such movements as there are."""
+        if self.rank < 3 or self.rarely(2):
+            return self.moves(value)
+        self.features.add("moved")
+        order = list(range(self.rank))
+        order.insert(destination % self.rank, order.pop(source))
+        code = [f"{value}.movedim({source}, {destination})", f"{value}.permute({tuple(order)})"]
+        return self.put(self.random.choice([*code, f"{value}.transpose({source}, {destination})"]))
 
     def moves(self, value: str) -> str:
         """No, one or several movements of axes, in all the ways to write them, that now and then move the batch."""
@@ -614,7 +625,7 @@ class Writer:
         fixed = 0 if self.rarely(6) else 1
         order = axes[:fixed] + self.random.sample(axes[fixed:], self.rank - fixed)
         a, b = (self.random.choice(axes[fixed:]) for _ in range(2))
-        if self.random.random() < 0.5:  # the two that matter most
+        if self.random.random() < 0.7:  # those that matter most
             a, b = self.random.choice([(1, self.rank - 1), (self.rank - 1, 1), (1, -1), (-1, 1)])
             order = (
                 self.random.choice([[0, *range(2, self.rank), 1], [0, self.rank - 1, *range(1, self.rank - 1)]])
@@ -674,7 +685,7 @@ class Writer:
                 choices.append(f"nn.{kind}({SIDE}, {SIDE // 2}{first}, num_layers=2, bidirectional=True)")
         name = self.module(self.random.choice(choices))
         self.layers.append(name)
-        if self.rarely(15):
+        if self.rarely(30):
             self.features.add("hook")
             self.init.append(f"{name}.register_forward_pre_hook(lambda module, args: (2 * args[0], *args[1:]))")
         return name
@@ -684,7 +695,7 @@ class Writer:
 
     def between(self, value: str) -> str:
         """What forks the value, changes it or looks at it, mostly nothing."""
-        kind = self.random.choice([""] * 8 + ["fork", "relu", "train", "in place", "returned"])
+        kind = self.random.choice([""] * 20 + ["fork", "relu", "train", "in place", "returned"])
         if not kind:
             return value
         self.features.add(kind)
@@ -702,11 +713,12 @@ class Writer:
 
     def read(self, value: str) -> str:
         """A norm that a layer reads."""
-        return self.layer(self.between(self.moves(self.norm(value))))
+        y = self.norm(value)
+        return self.layer(self.between(y if self.rarely(3) else self.aimed(y, 1, -1)))
 
     def fed(self, value: str) -> str:
         """A norm that a layer feeds; an activation behind it, so that it is not read, too."""
-        y = self.norm(self.between(self.moves(self.layer(value))))
+        y = self.norm(self.between(self.aimed(self.layer(value), -1, 1)))
         return self.put(f"{y}.relu()") if self.random.random() < 0.7 else y
 
     def alone(self, value: str) -> str:
@@ -739,7 +751,7 @@ def quick(network: Network) -> ns.Plan:
     return result.plan
 
 
-TRIED = 500
+TRIED = 250
 
 
 def test_compositions_of_norms_movements_and_layers_keep_their_function_and_have_what_they_are_for() -> None:
@@ -751,8 +763,8 @@ def test_compositions_of_norms_movements_and_layers_keep_their_function_and_have
             kinds["moved to channels"] += step.site.layer is not None and step.site.axis == -1
             kinds["unread"] += step.site.unread is not None
             kinds["alone"] += step.taken_up_by is None
-    assert kinds["read"] > 80, kinds
-    assert kinds["moved to channels"] > 20, kinds
+    assert kinds["read"] > 40, kinds
+    assert kinds["moved to channels"] > 10, kinds
     assert kinds["unread"] > 20, kinds
     assert kinds["alone"] > 20, kinds
     assert len(kinds) > 9, kinds
@@ -771,18 +783,17 @@ def _try_all(found: Iterator[Network]) -> None:
 
 @pytest.mark.parametrize("what", ["axis", "padding", "order"])
 def test_a_wrong_answer_is_found_among_the_compositions(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The control: an axis that is not looked at, a border that is not, an order that is the inverse one."""
+    """The control: an axis that is not looked at, a border that is not, axes that seem never to move."""
     if what == "axis":
         monkeypatch.setattr(reading, "reads_last_axis", lambda module: isinstance(module, _ConvNd))
     elif what == "padding":
-        monkeypatch.setattr(reading, "why_no_affine", lambda module: None)
+        monkeypatch.setattr(readers, "_pads", lambda conv: False)
     else:
         order_of = reading.order_of
 
-        def inverse(*args: Any) -> Any:
-            order = order_of(*args)
-            return order and tuple(order.index(axis) for axis in range(len(order)))
+        def unmoved(node: Any, module: Any, rank: int | None) -> Any:
+            return order_of(node, module, rank) and tuple(range(rank or 0))
 
-        monkeypatch.setattr(reading, "order_of", inverse)
-    with pytest.raises((BrokenPromiseError, ns.NormswapError)):
+        monkeypatch.setattr(reading, "order_of", unmoved)
+    with pytest.raises(BrokenPromiseError, match="wrong output"):
         _try_all(compositions(TRIED))
