@@ -30,7 +30,8 @@ class Work:
     """What an initializer works on.
 
     Args:
-        source: The original, or a copy of it with scaled channels; only read.
+        original: The user's model; only read.
+        source: It, or a copy of it with scaled channels, which is what is converted; only read.
         bound: What is done to it.
         options: How.
         example: Inputs of the model.
@@ -42,6 +43,7 @@ class Work:
         progress: Called with what is done, how much of it is, and how much there is.
     """
 
+    original: nn.Module
     source: nn.Module
     bound: BoundPlan
     options: Options
