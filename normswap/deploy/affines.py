@@ -22,14 +22,14 @@ from normswap.graph.code_reads import reads_in_code
 from normswap.graph.dataflow import Dataflow
 from normswap.graph.perturbation import confirm_feeds
 from normswap.graph.reading import reader_of
-from normswap.nn import FilterLayout
+from normswap.nn import FilterLayout, RankCheck
 from normswap.nn.kinds import is_layer
 from normswap.nn.readers import fused_inputs
 from normswap.norms import Affine, deployed
-from normswap.runs.calling import run_on
+from normswap.runs.calling import run_on_data
 from normswap.runs.inputs import Inputs
 
-__all__ = ["fuse_affines", "is_hooked", "put", "ranks_on", "standing_alone"]
+__all__ = ["fuse_affines", "is_hooked", "put", "rank_of", "ranks_on", "standing_alone"]
 
 Ranks = Mapping[int, int]
 """The number of axes that reach a module, by its id."""
@@ -50,6 +50,7 @@ def fuse_affines(model: nn.Module, inputs: Inputs | None, ranks: Ranks) -> list[
     affines: dict[str, tuple[Affine, tuple[nn.Module, ...]]] = {}
     feeding: dict[str, str] = {}  # by the norm: the layer in front of it
     reading_by: dict[str, str] = {}  # and the one behind it, where none in front may take it up
+    held: dict[str, int] = {}  # the ranks that only an example shows
     open_pairs: list[tuple[str, str]] = []
     named = reads_in_code(flow.capture)
     for fqn in sorted(flow.order, key=flow.order.__getitem__):
@@ -59,7 +60,9 @@ def fuse_affines(model: nn.Module, inputs: Inputs | None, ranks: Ranks) -> list[
         found = _affine_of(module)
         if found is None:
             continue
-        rank = _rank(flow, fqn, found[0], ranks)
+        rank, by_example = _rank(flow, fqn, found[0], ranks)
+        if by_example and rank is not None:
+            held[fqn] = rank
         channels = found[0].factor.numel()
         feeds = flow.layer_feeding(fqn, channels, rank, _takes_affine)
         if feeds.layer is not None and not feeds.reason:
@@ -77,8 +80,9 @@ def fuse_affines(model: nn.Module, inputs: Inputs | None, ranks: Ranks) -> list[
         if fqn in taken or layer in taken or ((layer, fqn) in open_pairs and (layer, fqn) not in closed):
             continue
         affine, after = affines[fqn]
-        (_into if fqn in feeding else _into_reader)(flow.capture.modules[layer], affine)
-        rest = _rest(after)
+        target = flow.capture.modules[layer]
+        (_into if fqn in feeding else _into_reader)(target, affine)
+        rest = _rest(after, held.get(fqn) if is_layer(target) or fqn in reading_by else None)
         for name in flow.capture.names[fqn]:
             put(model, name, rest)
         taken |= {fqn, layer}
@@ -105,10 +109,18 @@ def _takes_affine(module: nn.Module) -> bool:
     return isinstance(affine, Affine) and affine.otherwise is None and {*module._parameters} == {"weight", "bias"}
 
 
-def _rank(flow: Dataflow, fqn: str, affine: Affine, ranks: Ranks) -> int | None:
+def _rank(flow: Dataflow, fqn: str, affine: Affine, ranks: Ranks) -> tuple[int | None, bool]:
+    """Return the number of axes that reach an affine, and whether only example inputs show it."""
+    proven = (None if affine.rank_by_example else affine.rank) or flow.rank(fqn)
+    if proven:
+        return proven, False
     seen = {axes for axes, _ in flow.capture.shapes.get(fqn, ())}
-    known = affine.rank or ranks.get(id(flow.capture.modules[fqn]))
-    return known or flow.rank(fqn, (seen.pop(), 0) if len(seen) == 1 else None)
+    return rank_of(flow.capture.modules[fqn], affine, ranks) or (seen.pop() if len(seen) == 1 else None), True
+
+
+def rank_of(module: nn.Module, affine: Affine, ranks: Ranks) -> int | None:
+    """Return the number of axes that reach an affine: by itself or by the example inputs, the newest first."""
+    return ranks.get(id(module)) or affine.rank
 
 
 def _into(layer: nn.Module, affine: Affine) -> None:
@@ -131,9 +143,10 @@ def _into_reader(layer: nn.Module, affine: Affine) -> None:
                 old.copy_(value)
 
 
-def _rest(after: tuple[nn.Module, ...]) -> nn.Module:
-    """Return what is left of a norm once its affine is gone."""
-    return nn.Sequential(*after) if len(after) > 1 else after[0] if after else nn.Identity()
+def _rest(after: tuple[nn.Module, ...], rank: int | None) -> nn.Module:
+    """Return what is left of a norm once its affine is gone; with ``rank``, its inputs are held to so many axes."""
+    left = after if rank is None else (RankCheck(rank), *after)
+    return nn.Sequential(*left) if len(left) > 1 else left[0] if left else nn.Identity()
 
 
 def ranks_on(model: nn.Module, inputs: Inputs) -> dict[int, int]:
@@ -144,11 +157,12 @@ def ranks_on(model: nn.Module, inputs: Inputs) -> dict[int, int]:
         found[id(module)] = args[0].ndim
 
     answers = ((module, deployed(module)) for module in model.modules())
-    unknown = [m for m, a in answers if isinstance(a, Affine) and a.rank is None and a.otherwise is None]
+    affines = ((m, a) for m, a in answers if isinstance(a, Affine) and a.otherwise is None)
+    unknown = [module for module, affine in affines if affine.rank is None or affine.rank_by_example]
     handles = [module.register_forward_pre_hook(note) for module in unknown]
     try:
         if handles:
-            run_on(model, inputs)
+            run_on_data(model, inputs)
     finally:
         for handle in handles:
             handle.remove()

@@ -11,9 +11,10 @@ from torch import fx, nn
 
 from normswap.checks.self_check import eval_output, keeps_output
 from normswap.checks.verification import Verification
-from normswap.deploy.affines import fuse_affines, is_hooked, put, ranks_on, standing_alone
+from normswap.deploy.affines import fuse_affines, is_hooked, put, rank_of, ranks_on, standing_alone
 from normswap.deploy.rows import FoldRow
 from normswap.errors import FoldError, Text, VerificationError, argument
+from normswap.nn import RankCheck
 from normswap.nn.plain import make_plain
 from normswap.norms import Affine, Stays, deployed
 from normswap.records import text_table
@@ -25,7 +26,7 @@ from normswap.storage.origin import forget
 
 __all__ = ["Folding", "fold", "fold_with_report"]
 
-_PARTS = {"affine", "norm", "after"}
+_PARTS = {"rank", "affine", "norm", "after"}
 """The names of the parts that stand in a norm's place (see rewriting)."""
 
 
@@ -121,7 +122,12 @@ def _replace_the_rest(model: nn.Module, ranks: Mapping[int, int]) -> list[FoldRo
         names[id(module)].append(fqn)
     for fqn, module in list(model.named_modules()):
         answer = deployed(module)
-        if isinstance(answer, Stays):
+        if isinstance(module, RankCheck):
+            for name in names[id(module)]:
+                put(model, name, module.plain())
+            what = f"a Flatten(-1, {module.rank - 1}), which lets inputs of {module.rank} axes through alone"
+            rows.append(FoldRow(fqn, what))
+        elif isinstance(answer, Stays):
             rows.append(FoldRow(fqn, "as it was", answer.reason))
         elif isinstance(answer, Affine):
             new, why = _in_place_of(module, answer, ranks)
@@ -129,6 +135,10 @@ def _replace_the_rest(model: nn.Module, ranks: Mapping[int, int]) -> list[FoldRo
                 rows.append(FoldRow(fqn, "as it was", why))
                 continue
             what = "a diagonal Linear" if isinstance(new, nn.Linear) else f"a depthwise 1×1 {type(new).__name__}"
+            if answer.rank is None or answer.rank_by_example:
+                check = RankCheck(rank_of(module, answer, ranks) or 0).plain()
+                what += f" for inputs of {check.end_dim + 1} axes alone, as the example inputs have"
+                new = nn.Sequential(OrderedDict(rank=check, affine=new))
             rows.append(FoldRow(fqn, what))
             for name in names[id(module)]:
                 put(model, name, new)
@@ -139,7 +149,7 @@ def _in_place_of(module: nn.Module, affine: Affine, ranks: Mapping[int, int]) ->
     """Return what stands in the place of an affine that no layer has taken up, or None and why there is nothing."""
     if affine.otherwise is not None:
         return None, "no layer may take it up"
-    new = standing_alone(affine, affine.rank or ranks.get(id(module)), like=next(module.parameters()))
+    new = standing_alone(affine, rank_of(module, affine, ranks), like=next(module.parameters()))
     if new is None:
         return None, Text(f"its input's number of axes is unknown: give {argument('example_inputs')}")
     if is_hooked(module):
@@ -160,8 +170,15 @@ def _plain_forwards(model: nn.Module) -> nn.Module:
     return model
 
 
+def _holds_rank(module: nn.Module) -> bool:
+    """Tell whether ``module`` is what :meth:`RankCheck.plain` makes."""
+    return isinstance(module, nn.Flatten) and module.start_dim == -1
+
+
 def _check(model: nn.Module, folded: nn.Module, example: Inputs | None) -> Verification | None:
-    inputs = example if example is not None else make_up_inputs(model)
+    inputs = example if example is not None else make_up_inputs(model, folded)
+    if inputs is None and not any(_holds_rank(module) for module in folded.modules()):
+        inputs = make_up_inputs(model)  # nothing explains that the folded model takes no input that the model takes
     if inputs is None:
         return None
     check = keeps_output(eval_output(model, inputs), folded, inputs)

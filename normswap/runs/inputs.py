@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any, cast
 
 import torch
@@ -50,12 +51,14 @@ def example_of(model: nn.Module, given: Any) -> Inputs | None:
 
 
 _SIDES = {1: (1024, 4096, 256), 2: (64, 32, 224, 96, 28, 128, 256, 384, 512), 3: (16, 32, 64)}
+_MOST_WIDTHS = 4
 
 
-def make_up_inputs(model: nn.Module, batch: int = 2) -> tuple[Tensor, ...] | None:
+def make_up_inputs(model: nn.Module, *others: nn.Module, batch: int = 2) -> tuple[Tensor, ...] | None:
     """Return one noise input that ``model`` takes, found by trying sizes that fit its first layer; None if none does.
 
-    Made-up inputs show whether two models compute the same; they say nothing about the shapes that a user's data has.
+    ``others`` must take it, too. Made-up inputs show whether two models compute the same; they say nothing about the
+    shapes that a user's data has.
     """
     layers = [m for m in model.modules() if is_layer(m)]
     if not layers or any(p.is_meta for p in model.parameters()):
@@ -63,17 +66,22 @@ def make_up_inputs(model: nn.Module, batch: int = 2) -> tuple[Tensor, ...] | Non
     first, generator = layers[0], torch.Generator().manual_seed(0)
     like = FilterLayout.of(first).weight(first)
     if isinstance(first, nn.Linear):
+        widths = dict.fromkeys(p.numel() for p in model.parameters() if p.ndim == 1)  # those of norms among them
         shapes: list[tuple[int, ...]] = [(batch, first.in_features)]
+        shapes += [(batch, width, first.in_features) for width in list(widths)[:_MOST_WIDTHS]]
     else:
         axes = like.ndim - 2
         channels = cast(int, first.in_channels)
         shapes = [(batch, channels, *(side,) * axes) for side in _SIDES[axes]]
-    with untouched(model, values=True):
-        set_mode(model, False)
+    with ExitStack() as stack:
+        for one in (model, *others):
+            stack.enter_context(untouched(one, values=True))
+            set_mode(one, False)
         for shape in shapes:
             x = torch.randn(*shape, generator=generator).to(like)
             try:
-                run_on(model, (x,))
+                for one in (model, *others):
+                    run_on(one, (x,))
             except Exception:  # this size does not fit: the next may
                 continue
             return (x,)
