@@ -228,7 +228,7 @@ def _prepared(
     scales: dict[str, Tensor] = {}
     if scale:
         source, scales = equalize(bound, flow, data.enough, data.example)
-    return Work(source, bound.with_scales(scales), options, data.example, data.batches, data.enough, scales)
+    return Work(model, source, bound.with_scales(scales), options, data.example, data.batches, data.enough, scales)
 
 
 def _target(model: nn.Module, source: nn.Module, *, inplace: bool, apart: bool) -> nn.Module:

@@ -49,6 +49,7 @@ LAYERS = [
     "records",
     "options",
     "errors",
+    "discovery",
     "version",
 ]
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -11,6 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from normswap.discovery import classes_in
 from normswap.errors import InputError, argument
 from normswap.norms import Assignment
 from normswap.options import Options
@@ -31,7 +30,8 @@ class Work:
     """What an initializer works on.
 
     Args:
-        source: The original, or a copy of it with scaled channels; only read.
+        original: The user's model; only read.
+        source: It, or a copy of it with scaled channels, which is what is converted; only read.
         bound: What is done to it.
         options: How.
         example: Inputs of the model.
@@ -43,6 +43,7 @@ class Work:
         progress: Called with what is done, how much of it is, and how much there is.
     """
 
+    original: nn.Module
     source: nn.Module
     bound: BoundPlan
     options: Options
@@ -103,14 +104,7 @@ def initializers() -> Mapping[str, type[Initializer]]:
     """Return every initializer of this folder by its name."""
     import normswap.initialization as folder
 
-    found: dict[str, type[Initializer]] = {}
-    for module in pkgutil.iter_modules(folder.__path__):
-        contents = vars(importlib.import_module(f"{folder.__name__}.{module.name}"))
-        for value in contents.values():
-            named = isinstance(value, type) and issubclass(value, Initializer) and "name" in vars(value)
-            if named and value.__module__ == contents["__name__"]:
-                found[value.name] = value
-    return found
+    return classes_in(folder, Initializer)
 
 
 def initializer_for(init: str | None, recipe: Recipe, has_data: bool) -> type[Initializer]:

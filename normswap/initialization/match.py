@@ -96,7 +96,7 @@ class Match(Absorb):
         rows += [row for name, row in fitted.items() if name not in self.rows]
         groups = {row.name: row.fit.num_groups for row in rows if row.fit and row.fit.num_groups is not None}
         assert self.work.enough is not None
-        return Outcome(tuple(rows), notes, agreement(self.work.source, target, self.work.enough), groups)
+        return Outcome(tuple(rows), notes, agreement(self.work.original, target, self.work.enough), groups)
 
     def further(self, target: nn.Module, placed: Sequence[Placed], fitted: Mapping[str, InitRow]) -> tuple[str, ...]:
         """Do what comes after the fit, and say what came of it: nothing here."""

@@ -88,7 +88,9 @@ class BatchNormalization(Norm):
         assert state.var is not None
         var = state.var.double()
         gain = (var * excess.square() + state.eps).sqrt() / (excess * (var + state.eps).sqrt())
-        values = {"running_mean": NewValue(incoming.mean), "running_var": NewValue(var * excess.square())}
+        values = {}
+        if state.stored:
+            values = {"running_mean": NewValue(incoming.mean), "running_var": NewValue(var * excess.square())}
         if state.affine[0]:
             values["weight"] = NewValue(incoming.gamma * gain, (LinearOf("norm.weight", gain),))
         return Encoding(values)

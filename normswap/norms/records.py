@@ -50,6 +50,7 @@ class NormState:
         synchronized: Statistics are those of all processes (SyncBatchNorm).
         batches: How many batches the statistics have seen.
         affine: Whether γ and β are tensors of the norm's own.
+        stored: Whether the mean and the variance are.
     """
 
     gamma: Tensor
@@ -63,6 +64,7 @@ class NormState:
     synchronized: bool = False
     batches: Tensor | None = None
     affine: tuple[bool, bool] = (True, True)
+    stored: bool = True
 
     @property
     def num_features(self) -> int:
@@ -107,6 +109,7 @@ class NormState:
             None if mean is None or var is None else var.detach(),
             trainable=trainable,
             affine=(weight is not None, bias is not None),
+            stored=mean is not None and var is not None,
             **options,
         )
 

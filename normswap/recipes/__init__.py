@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
+import sys
 from collections.abc import Mapping
 from dataclasses import fields
 from functools import cache
 from typing import Any
 
+from normswap.discovery import classes_in
 from normswap.errors import InputError
 from normswap.recipes.base import Recipe
 
@@ -18,14 +18,7 @@ __all__ = ["Recipe", "all_recipes", "make_recipe", "option_names"]
 @cache
 def all_recipes() -> Mapping[str, type[Recipe]]:
     """Return every recipe of this folder by name, in the order of the files."""
-    found: dict[str, type[Recipe]] = {}
-    for module in pkgutil.iter_modules(__path__):
-        contents = vars(importlib.import_module(f"{__name__}.{module.name}"))
-        for value in contents.values():
-            named = isinstance(value, type) and issubclass(value, Recipe) and "name" in vars(value)
-            if named and value.__module__ == contents["__name__"]:
-                found[value.name] = value
-    return found
+    return classes_in(sys.modules[__name__], Recipe)
 
 
 def option_names(to: str | Recipe) -> tuple[str, ...]:

@@ -52,7 +52,7 @@ class Recipe:
         return None
 
     def weight(self, site: Site) -> Weight:
-        """Return the form of the site's layer's weight; it counts only where the site has a layer."""
+        """Return the form of the site's layer's weight; asked only where the site has a layer."""
         return PlainWeight()
 
     def groups_at(self, site: Site) -> int | None:

@@ -22,7 +22,7 @@ from normswap.recipes import Recipe
 from normswap.records import NormKind, Plan, Site, Step
 from normswap.runs.watching import Statistics
 from normswap.stages.forwards import find_functional_norms
-from normswap.weights import Weight
+from normswap.weights import PlainWeight, Weight
 
 __all__ = ["BoundPlan", "BoundStep", "NormSource", "bind", "misfit", "submodule"]
 
@@ -97,9 +97,8 @@ class BoundStep:
     @classmethod
     def at(cls, site: Site, recipe: Recipe, groups: int | None, source: NormSource) -> BoundStep:
         """Return what ``recipe`` does at ``site`` with so many groups, None where its norm has none."""
-        weight, norm = recipe.weight(site), recipe.norm(site, groups)
+        weight, norm = _weight(recipe, site), recipe.norm(site, groups)
         words = str(norm) if groups is None else f"{norm} of {site.num_features // groups}"
-        name = weight.name if site.layer is not None else None
         forward = site.layer is None and norm.leaves_nothing and not source.after
         reader = site.readers[0] if forward and site.readers else None
         notes = recipe.notes(site)
@@ -107,7 +106,7 @@ class BoundStep:
             notes += (f"goes into {reader}, which reads it",)
         elif forward and site.unread is not None:
             notes += (site.unread,)
-        found = cls(Step(site, name, words, groups, notes, reader), weight, norm, source)
+        found = cls(Step(site, weight.name, words, groups, notes, reader), weight, norm, source)
         if found.held_rank is None:
             return found
         notes += (f"takes inputs of {found.held_rank} axes alone, as the example inputs have",)
@@ -183,6 +182,11 @@ class BoundPlan:
         return BoundPlan(plan, self.recipe, steps)
 
 
+def _weight(recipe: Recipe, site: Site) -> Weight:
+    """Return the form of the weight of the site's layer, or of the affine that stands in front of the norm."""
+    return PlainWeight() if site.layer is None else recipe.weight(site)
+
+
 def bind(plan: Plan, recipe: Recipe, model: nn.Module) -> BoundPlan:
     """Return a plan that was made before, bound to ``model``, which is only read.
 
@@ -201,7 +205,7 @@ def bind(plan: Plan, recipe: Recipe, model: nn.Module) -> BoundPlan:
         for alias in step.site.aliases:
             submodule(model, alias.rpartition(".")[0], plan)
         _refuse_unfit_layers(plan, step, model)
-        steps.append(BoundStep(step, recipe.weight(step.site), recipe.norm(step.site, step.num_groups), source))
+        steps.append(BoundStep(step, _weight(recipe, step.site), recipe.norm(step.site, step.num_groups), source))
     return BoundPlan(plan, recipe, tuple(steps))
 
 
