@@ -89,10 +89,17 @@ def _show_traceback(ctx: Any) -> None:
 
 
 class _Notes(logging.Handler):
-    """Shows what the package logs."""
+    """Shows what the package logs, each message once: a command may read one file several times."""
+
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self.shown: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        note(record.getMessage())
+        text = record.getMessage()
+        if text not in self.shown:
+            self.shown.add(text)
+            note(text)
 
 
 @contextlib.contextmanager
