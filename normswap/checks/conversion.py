@@ -34,13 +34,13 @@ def refuse_unfit(model: nn.Module) -> None:
             raise InputError(
                 f"'{name}' holds NaN or infinite values",
                 code="weights-not-finite",
-                hint="convert a checkpoint from before the training diverged",
+                hint="take a checkpoint from before the training diverged",
             )
         if name.rpartition(".")[2] == "running_var" and bool((value < 0).any()):
             raise InputError(
                 f"'{name}' holds negative values, which no variance has",
                 code="negative-variance",
-                hint="convert a checkpoint whose BatchNorm statistics are sound",
+                hint="take a checkpoint whose BatchNorm statistics are sound",
             )
 
 

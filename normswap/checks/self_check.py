@@ -16,7 +16,7 @@ from normswap.runs.calling import run_on_data
 from normswap.runs.guard import copy_of, set_mode, untouched
 from normswap.runs.inputs import Inputs
 
-__all__ = ["eval_output", "keeps_output", "output_after", "own_rounding"]
+__all__ = ["broken", "eval_output", "keeps_output", "output_after", "own_rounding"]
 
 _MARGIN = 10
 """How far two ways of computing one function may be apart, as a multiple of the rounding error of one of them."""
@@ -42,12 +42,17 @@ def output_after(model: nn.Module, inputs: Inputs, hint: str = "report this mode
     try:
         return eval_output(model, inputs)
     except InputError as error:
-        cause = error.__cause__ or error
-        raise VerificationError(
-            f"the original runs and the model made of it does not: {type(cause).__name__}: {first_line(cause)}",
-            code="does-not-run",
-            hint=hint,
-        ) from cause
+        raise broken(error, hint) from error.__cause__
+
+
+def broken(error: InputError, hint: str = "report this model") -> VerificationError:
+    """Return the error for a model that was made of one which runs, and does not run: ``error`` blames the inputs."""
+    cause = error.__cause__ or error
+    return VerificationError(
+        f"the original runs and the model made of it does not: {type(cause).__name__}: {first_line(cause)}",
+        code="does-not-run",
+        hint=hint,
+    )
 
 
 def keeps_output(expected: Any, model: nn.Module, inputs: Inputs) -> Verification | None:

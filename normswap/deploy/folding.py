@@ -9,11 +9,12 @@ from typing import Any
 
 from torch import fx, nn
 
-from normswap.checks.self_check import eval_output, keeps_output
+from normswap.checks.conversion import refuse_unfit
+from normswap.checks.self_check import broken, eval_output, keeps_output
 from normswap.checks.verification import Verification
 from normswap.deploy.affines import fuse_affines, is_hooked, put, rank_of, ranks_on, standing_alone
 from normswap.deploy.rows import FoldRow
-from normswap.errors import FoldError, Text, VerificationError, argument
+from normswap.errors import FoldError, InputError, Text, VerificationError, argument, marked
 from normswap.nn import RankCheck
 from normswap.nn.plain import make_plain
 from normswap.norms import Affine, Stays, deployed
@@ -70,6 +71,7 @@ def fold_with_report(model: nn.Module, *, example_inputs: Any = None) -> Folding
 
     Raises:
         FoldError: The model is in train mode.
+        InputError: A tensor of the model holds values that are none, or the model does not run on the inputs.
         VerificationError: The output moved.
     """
     if training := training_modules(model):
@@ -78,6 +80,7 @@ def fold_with_report(model: nn.Module, *, example_inputs: Any = None) -> Folding
             code="fold-train-mode",
             hint="call model.eval() before folding",
         )
+    refuse_unfit(model)
     folded = copy_of(model)
     inputs = example_of(model, example_inputs)
     ranks = {} if inputs is None else ranks_on(folded, inputs)
@@ -85,10 +88,15 @@ def fold_with_report(model: nn.Module, *, example_inputs: Any = None) -> Folding
     left: list[FoldRow] = []
     for name, reason in make_plain(folded):
         (left if reason else rows).append(FoldRow(name, "as it was" if reason else "a plain weight", reason))
-    while done := fuse_affines(folded, inputs, ranks):
-        rows += done
+    fused = fuse_affines(folded, inputs, ranks)
+    try:
+        while fused.rows:
+            rows += fused.rows
+            fused = fuse_affines(folded, inputs, ranks)
+    except InputError as error:
+        raise broken(error) from error.__cause__
     _simplify(folded)
-    for row in _replace_the_rest(folded, ranks):
+    for row in _replace_the_rest(folded, ranks, fused.left):
         (left if row.reason else rows).append(row)
     folded = _plain_forwards(folded)
     forget(folded)
@@ -114,8 +122,11 @@ def _simplify(model: nn.Module) -> None:
         put(model, fqn, simpler[id(module)])
 
 
-def _replace_the_rest(model: nn.Module, ranks: Mapping[int, int]) -> list[FoldRow]:
-    """Replace what is still left to fold by modules of torch.nn, where there are any, and say what stays."""
+def _replace_the_rest(model: nn.Module, ranks: Mapping[int, int], left: Mapping[int, str]) -> list[FoldRow]:
+    """Replace what is still left to fold by modules of torch.nn, where there are any, and say what stays.
+
+    ``left`` says why no layer takes an affine up, by the module's id.
+    """
     rows = []
     names: dict[int, list[str]] = defaultdict(list)
     for fqn, module in model.named_modules(remove_duplicate=False):
@@ -130,7 +141,7 @@ def _replace_the_rest(model: nn.Module, ranks: Mapping[int, int]) -> list[FoldRo
         elif isinstance(answer, Stays):
             rows.append(FoldRow(fqn, "as it was", answer.reason))
         elif isinstance(answer, Affine):
-            new, why = _in_place_of(module, answer, ranks)
+            new, why = _in_place_of(module, answer, ranks, left)
             if new is None:
                 rows.append(FoldRow(fqn, "as it was", why))
                 continue
@@ -145,10 +156,12 @@ def _replace_the_rest(model: nn.Module, ranks: Mapping[int, int]) -> list[FoldRo
     return rows
 
 
-def _in_place_of(module: nn.Module, affine: Affine, ranks: Mapping[int, int]) -> tuple[nn.Module | None, str]:
+def _in_place_of(
+    module: nn.Module, affine: Affine, ranks: Mapping[int, int], left: Mapping[int, str]
+) -> tuple[nn.Module | None, str]:
     """Return what stands in the place of an affine that no layer has taken up, or None and why there is nothing."""
     if affine.otherwise is not None:
-        return None, "no layer may take it up"
+        return None, Text(f"no layer takes it up: {marked(left[id(module)])}")
     new = standing_alone(affine, rank_of(module, affine, ranks), like=next(module.parameters()))
     if new is None:
         return None, Text(f"its input's number of axes is unknown: give {argument('example_inputs')}")
