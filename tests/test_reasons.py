@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from normswap.cli import app
 from normswap.errors import ExportError, InputError, NormswapError, VerificationError
 from normswap.loading import load_model
 from normswap.records import Agreement
+from normswap.runs import inputs
 
 
 def conv_net() -> nn.Sequential:
@@ -303,3 +306,52 @@ def test_what_a_conversion_with_fold_has_left_is_noted(tmp_path: Path, monkeypat
     )
     _, notes, _ = run("convert", "m.pt", "--to", "none", "--fold", "-o", "g.pt", "--input-shape", "2x8")
     assert "folding left" not in notes
+
+
+# ------------------------------------------------------------------------------------------------------------ time
+
+
+class Slow(nn.Module):
+    """Takes as long as it is told to, as a detector does, which enlarges any image."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.conv, self.bn, self.steps, self.done = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), steps, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 1e9:  # opaque: such a model is tried on inputs that are made up
+            return x
+        y = self.bn(self.conv(x))
+        for _ in range(self.steps):
+            time.sleep(0.01)
+            with contextlib.suppress(Exception):
+                y = y + 0
+        return y
+
+
+def test_no_input_is_made_up_where_a_run_takes_long(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(inputs, "_LONGEST", 0.3)
+    model = Slow(10_000).eval()
+    start = time.monotonic()
+    with caplog.at_level(logging.INFO, "normswap"):
+        result = ns.convert(model, "gn+ws")
+    assert time.monotonic() - start < 5
+    assert len(result.plan.steps) == 1
+    text = "no inputs were made up, as a run takes longer than 0.3 s: give example_inputs="
+    assert set(caplog.messages) == {text}
+    caplog.clear()
+    assert inputs.make_up_inputs(Slow(1).eval()) is not None  # negative control
+    assert not caplog.messages
+
+
+def test_the_command_line_says_which_flag_gives_the_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inputs, "_LONGEST", 0.3)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    torch.save(Slow(10_000).eval(), "slow.pt")
+    _, notes, code = run("convert", "slow.pt", "--to", "wn+mobn", "--trust", "test_reasons", "-o", "a.safetensors")
+    assert code == 0
+    said = "note: no inputs were made up, as a run takes longer than 0.3 s: give --input-shape or --input-file"
+    assert notes.splitlines().count(said) == 1

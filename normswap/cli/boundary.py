@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 
 from normswap.cli.console import fitted, note
 from normswap.cli.spelling import spell
-from normswap.errors import NormswapError
+from normswap.errors import NormswapError, marked
 
 __all__ = ["ErrorBoundary"]
 
@@ -96,7 +96,8 @@ class _Notes(logging.Handler):
         self.shown: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = record.getMessage()
+        given = record.args if isinstance(record.args, tuple) else ()
+        text = record.msg % tuple(marked(one) if isinstance(one, str) else one for one in given)
         if text not in self.shown:
             self.shown.add(text)
             note(text)
