@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import dis
+import logging
+import os
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 import zoo
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 import normswap as ns
-from normswap.errors import NothingToConvertError
+from normswap.errors import InputError, NothingToConvertError
 from normswap.graph.branches import left_out
+from normswap.loading import load_model
 
 
 def distance(a: nn.Module, b: nn.Module, x: Tensor) -> float:
@@ -131,3 +137,52 @@ def test_what_flags_leave_out(name: str) -> None:
     assert len(reads) == 1
     assert (reads[0] in out) is name.startswith("dead")
     assert reads[0] not in left_out(code, {})
+
+
+def averaged() -> nn.Module:
+    model = zoo.randomize_(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), 0)
+    return AveragedModel(model).eval()
+
+
+TAKEN_OFF = "the AveragedModel was taken off: what follows is about its module, a Sequential"
+
+
+def test_an_averaged_model_is_converted_without_its_wrapper(caplog: pytest.LogCaptureFixture) -> None:
+    model, x = averaged(), torch.randn(2, 3, 8, 8)
+    before = copy.deepcopy(model.state_dict())
+    result = ns.convert(model, "wn+mobn")
+    assert type(result.model) is nn.Sequential
+    assert result.plan.summary() == "1 of 1 BatchNorms convert, 1 together with their layer"
+    assert result.init.notes == (TAKEN_OFF,)
+    assert distance(result.model, model, x) < 1e-5
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert ns.plan(model, "wn+mobn") == result.plan
+    assert ns.rank_sites(model, "gn", calibration=torch.randn(20, 3, 8, 8))[0].norm == "1"
+    with caplog.at_level(logging.INFO, "normswap"):
+        folded = ns.fold(model)
+    assert caplog.messages == [TAKEN_OFF]
+    assert [type(module) for module in folded] == [nn.Conv2d, nn.Identity]
+    assert distance(folded, model, x) < 1e-5
+    folded[0].bias.data[0] += 1
+    assert distance(folded, model, x) > 1e-2  # negative control
+
+
+def test_a_pickled_averaged_model_is_read_and_taken_off(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model, x = averaged(), torch.randn(2, 3, 8, 8)
+    torch.save(model, tmp_path / "swa.pt")
+    torch.save({"ema": model}, tmp_path / "checkpoint.pt")
+    for name in ("swa.pt", "checkpoint.pt"):
+        with caplog.at_level(logging.INFO, "normswap"):
+            loaded = load_model(tmp_path / name)
+        assert TAKEN_OFF in caplog.messages
+        assert type(loaded) is nn.Sequential
+        assert distance(loaded, model, x) == 0
+
+
+def test_a_pickled_averaged_model_may_hold_no_code(tmp_path: Path) -> None:
+    model = averaged()
+    model.avg_fn = os.getcwd
+    torch.save(model, tmp_path / "swa.pt")
+    with pytest.raises(InputError) as error:
+        load_model(tmp_path / "swa.pt")
+    assert error.value.code == "untrusted-global"

@@ -22,6 +22,7 @@ from normswap.records import text_table
 from normswap.runs.guard import copy_of
 from normswap.runs.inputs import Inputs, example_of, make_up_inputs
 from normswap.runs.modes import training_modules
+from normswap.runs.wrappers import unwrapped
 from normswap.stages.forwards import is_rewritten, trace_own_forward
 from normswap.storage.origin import forget
 
@@ -65,7 +66,7 @@ def fold_with_report(model: nn.Module, *, example_inputs: Any = None) -> Folding
     graph proves that they may. No module of this package is left where torch.nn has its like.
 
     Args:
-        model: In eval mode.
+        model: In eval mode. Of an AveragedModel its module is folded.
         example_inputs: Inputs to compare both models on; without, inputs are made up where the model takes them. They
             also show, by runs, which layers feed what inside modules that cannot be traced.
 
@@ -74,6 +75,7 @@ def fold_with_report(model: nn.Module, *, example_inputs: Any = None) -> Folding
         InputError: A tensor of the model holds values that are none, or the model does not run on the inputs.
         VerificationError: The output moved.
     """
+    model, _ = unwrapped(model)
     if training := training_modules(model):
         raise FoldError(
             f"the model is in train mode ({training[0]!r} and {len(training) - 1} more modules)",
