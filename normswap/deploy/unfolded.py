@@ -7,10 +7,9 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.weight_norm import WeightNorm
 
 from normswap.deploy.affines import is_hooked
-from normswap.errors import argument
 from normswap.norms import Affine, deployed
 
-__all__ = ["needs_package", "unfolded"]
+__all__ = ["needs_inputs", "needs_package", "unfolded"]
 
 
 def unfolded(module: nn.Module) -> str:
@@ -22,8 +21,13 @@ def unfolded(module: nn.Module) -> str:
     answer = deployed(module)
     if not isinstance(answer, Affine) or answer.otherwise is not None or is_hooked(module):
         return ""
-    needs = "" if answer.rank else f", which folding may leave without {argument('example_inputs')}"
-    return f"it is a {type(module).__name__}{needs}"
+    return f"it is a {type(module).__name__}"
+
+
+def needs_inputs(module: nn.Module) -> bool:
+    """Tell whether folding knows by example inputs alone how many axes reach what is still to fold in the module."""
+    answer = deployed(module)
+    return isinstance(answer, Affine) and answer.otherwise is None and answer.rank is None
 
 
 def needs_package(model: nn.Module) -> list[str]:

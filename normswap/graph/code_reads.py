@@ -7,7 +7,7 @@ fail. A trace shows such a read where the tensor is computed with; it shows none
 the forward, of the methods that it names and of the functions that it names holds them all. ``self.a.bn.running_mean``
 names its norm, as does ``bn = self.a.bn``. In ``self.bns[0].running_mean`` the code does not tell which norm is read:
 in a forward that cannot be traced this counts for each norm below that the code can name, unless the record of a run
-shows which.
+shows which. What a flag of the module leaves out, as it is set, does not count.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 from torch import fx, nn
 
 from normswap.errors import Text, argument
+from normswap.graph.branches import left_out
 from normswap.graph.ops import is_leaf
 from normswap.graph.records import Capture
 from normswap.nn.kinds import class_of
@@ -133,8 +134,9 @@ def _codes(module: nn.Module, called: frozenset[str] = frozenset()) -> Iterator[
             continue
         done.add(function.__code__)
         for code in _with_inner(function.__code__):
-            read = _read(code)
-            yield read, is_method and code is function.__code__
+            own = is_method and code is function.__code__
+            read = _read(code, _flags(module, code) if own else frozenset())
+            yield read, own
             for name in read.names:
                 members = _members(type(module), name)
                 pending += members
@@ -165,16 +167,26 @@ def _with_inner(code: CodeType) -> Iterator[CodeType]:
 _UNKNOWN: frozenset[tuple[tuple[str, ...], bool]] = frozenset({((), False)})
 
 
+def _flags(module: nn.Module, code: CodeType) -> frozenset[tuple[str, bool]]:
+    """Return the flags of ``module`` that ``code`` names; that of its mode may have either value."""
+    named = ((name, vars(module).get(name)) for name in code.co_names if name != "training")
+    return frozenset((name, value) for name, value in named if isinstance(value, bool))
+
+
 @lru_cache(maxsize=4096)
-def _read(code: CodeType) -> _Code:
+def _read(code: CodeType, flags: frozenset[tuple[str, bool]]) -> _Code:
+    """Return what ``code`` reads, but for what the flags of its first argument leave out."""
     if not _ATTRIBUTES & {*code.co_names, *(c for c in code.co_consts if isinstance(c, str))}:
         return _Code((), frozenset(code.co_names), frozenset())
     first = code.co_varnames[0] if code.co_argcount else None
     held: dict[str, set[tuple[tuple[str, ...], bool]]] = {}  # what a variable may be: a path, and whether of the first
     reads: list[_Read] = []
     top = _UNKNOWN  # what the value on top of the stack may be
+    skipped = left_out(code, dict(flags))
     for instruction in dis.get_instructions(code):
         operation, value = instruction.opname, instruction.argval
+        if instruction.offset in skipped:
+            continue
         if operation in ("LOAD_ATTR", "LOAD_METHOD"):
             if value in _ATTRIBUTES:
                 reads += [_Read(value, path, of_first) for path, of_first in top]

@@ -41,6 +41,7 @@ MODULE_PREFIXES = (
     "torch.ao.nn",
     "torch.ao.quantization",
     "torch.quantization",
+    "torch.optim.swa_utils",  # AveragedModel
     "torchvision.models",
     "torchvision.ops",
     "timm.models",

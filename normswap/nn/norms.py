@@ -27,6 +27,7 @@ class ChannelAffine(nn.Module):
     Args:
         num_features: C.
         rank: The number of axes of x where it is known; folding needs it.
+        rank_by_example: Whether example inputs alone show it: folding then holds the inputs to it.
     """
 
     def __init__(
@@ -34,11 +35,12 @@ class ChannelAffine(nn.Module):
         num_features: int,
         rank: int | None = None,
         *,
+        rank_by_example: bool = False,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.num_features, self.rank = num_features, rank
+        self.num_features, self.rank, self.rank_by_example = num_features, rank, rank_by_example
         self.weight = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
 
@@ -79,6 +81,7 @@ class MeanOnlyBatchNorm(nn.Module):
         momentum: As in BatchNorm.
         rank: The number of axes of x where it is known; folding may need it.
         synchronized: Whether μ is the mean over all processes of the default group, as in SyncBatchNorm.
+        rank_by_example: Whether example inputs alone show the rank: folding then holds the inputs to it.
 
     Source: T. Salimans, D. Kingma, *Weight Normalization*, 2016, section 3.
     """
@@ -93,12 +96,13 @@ class MeanOnlyBatchNorm(nn.Module):
         rank: int | None = None,
         *,
         synchronized: bool = False,
+        rank_by_example: bool = False,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.num_features, self.momentum, self.rank = num_features, momentum, rank
-        self.synchronized = synchronized
+        self.synchronized, self.rank_by_example = synchronized, rank_by_example
         self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
         self.register_buffer("running_mean", torch.zeros(num_features, device=device, dtype=dtype))
         self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long, device=device))

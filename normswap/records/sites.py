@@ -67,6 +67,7 @@ class Site:
         readers: The layers that read the norm's output, which goes nowhere else, and into which what the norm is in
             evaluation may go.
         unread: Why the layer that reads the norm's output may not take it up, or None.
+        rank_by_example: Whether example inputs alone show the rank, and the norm takes inputs of others.
     """
 
     norm: str
@@ -92,6 +93,7 @@ class Site:
     axis: int = 1
     readers: tuple[str, ...] = ()
     unread: str | None = None
+    rank_by_example: bool = False
 
     @property
     def writers(self) -> tuple[str, ...]:

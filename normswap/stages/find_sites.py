@@ -170,7 +170,8 @@ def _module_site(
     after = after_norm(module)
     if isinstance(after, str):
         return skip("unknown-forward", after)
-    source = NormSource.of(module, after)
+    source, norm = NormSource.of(module, after), norm_of(module)
+    assert norm is not None
     state = source.state
     shape = _only(capture.shapes.get(fqn))
     site = Site(
@@ -181,6 +182,7 @@ def _module_site(
         state.eps,
         state.momentum,
         rank=flow.rank(fqn, shape),
+        rank_by_example=shape is not None and len(norm.axes(module)) != 1 and flow.rank(fqn) is None,
         spatial=shape[1] if shape else None,
         frozen=state.frozen,
         synchronized=state.synchronized,
@@ -204,6 +206,7 @@ def _functional_site(flow: Dataflow, key: str) -> tuple[Site, NormSource]:
         state.eps,
         state.momentum,
         rank=flow.rank(key, shape),
+        rank_by_example=shape is not None and flow.rank(key) is None,
         spatial=shape[1] if shape else None,
         frozen=key in flow.frozen,
     )
