@@ -23,6 +23,7 @@ from normswap.runs.calling import Batch, call
 from normswap.runs.guard import set_mode, untouched
 from normswap.runs.tensors import tensors_of
 from normswap.runs.uses import ADDITIONS, find_uses
+from normswap.runs.writes import kept
 from normswap.stages.rewriting import Placed
 
 __all__ = ["Tune", "tune_to"]
@@ -62,8 +63,8 @@ def tune_to(
     before_values = [p.detach().clone() for p in parameters]
     wanted = [p.requires_grad for p in converted.parameters()]
     with ExitStack() as stack:
-        stack.enter_context(untouched(original, values=True))
-        stack.enter_context(untouched(converted, values=True))
+        stack.enter_context(untouched(original))
+        stack.enter_context(untouched(converted))
         stack.enter_context(torch.enable_grad())
         set_mode(original, False)
         set_mode(converted, False)
@@ -85,7 +86,8 @@ def tune_to(
                 loss = features.loss(train[chosen.pop()])
                 optimizer.zero_grad()
                 loss.backward()
-                optimizer.step()
+                with kept():
+                    optimizer.step()
                 if progress is not None:
                     progress("gradient steps", step + 1, steps)
             after = _mean_loss(features, held or train)

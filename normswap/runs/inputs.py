@@ -68,7 +68,7 @@ def make_up_inputs(model: nn.Module, batch: int = 2) -> tuple[Tensor, ...] | Non
         axes = like.ndim - 2
         channels = cast(int, first.in_channels)
         shapes = [(batch, channels, *(side,) * axes) for side in _SIDES[axes]]
-    with untouched(model, values=True):
+    with untouched(model):
         set_mode(model, False)
         for shape in shapes:
             x = torch.randn(*shape, generator=generator).to(like)

@@ -1,0 +1,227 @@
+"""Everything that hangs on a model, as it is now: attributes, containers, tensors, generators; to be put back.
+
+Note [What hangs on a model]
+The walk begins at the model and follows attributes, containers and gradients to whatever a forward may write: hidden
+modules in lists, tensors in dicts, optimizers, counters in objects of a class of the model's own packages, attributes
+of these classes. It does not go into other packages' objects (a trainer, a logger), functions or files: those belong to
+the program around the model. Only what has changed is written when it is put back.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from normswap.runs.writes import SavedValues
+
+__all__ = ["Snapshot"]
+
+_ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes, type, torch.dtype, torch.device, torch.Size})
+_FOLLOWED = (nn.Module, torch.optim.Optimizer, SimpleNamespace)
+_LIBRARIES = ("builtins", "torch", "numpy")
+_Undo = Callable[[], None]
+
+
+class Snapshot:
+    """What hangs on ``model`` now (Note [What hangs on a model]).
+
+    Args:
+        model: The model.
+
+    Attributes:
+        values: The values of its tensors, of which those that are written are saved.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._seen: dict[int, Any] = {}  # holds what it has seen: no id comes again
+        self._undo: list[_Undo] = []
+        self._tensors: list[Tensor] = []
+        self._packages: set[str] = set()
+        self._foreign: list[Any] = []
+        self._walk([model])
+        while own := [one for one in self._foreign if _package(type(one)) in self._packages]:
+            self._foreign = [one for one in self._foreign if _package(type(one)) not in self._packages]
+            for one in own:
+                self._walk(list(self._instance(one)))
+        buffers = [b for m in self._seen.values() if isinstance(m, nn.Module) for b in m._buffers.values()]
+        self.values = SavedValues(self._tensors)
+        for buffer in buffers:  # operations that do not say what they write, write statistics
+            if buffer is not None and id(buffer) in self._seen:
+                self.values.before_write(buffer)
+
+    def restore(self) -> None:
+        """Put everything back."""
+        for undo in self._undo:
+            undo()
+        self.values.restore()
+
+    def _walk(self, pending: list[Any]) -> None:
+        while pending:
+            value = pending.pop()
+            if type(value) not in _ATOMS and id(value) not in self._seen:
+                self._seen[id(value)] = value
+                pending += self._children(value)
+
+    def _children(self, value: Any) -> Iterator[Any]:
+        """Note how ``value`` is put back, and yield what it holds."""
+        if isinstance(value, Tensor):
+            yield from self._tensor(value)
+        elif isinstance(value, (dict, list, set, deque, bytearray)):
+            yield from self._container(value)
+        elif isinstance(value, (tuple, frozenset)):
+            yield from value
+        elif (undo := _undo_of_values(value)) is not None:
+            self._undo.append(undo)
+        elif isinstance(value, _FOLLOWED):
+            yield from self._instance(value)
+        elif hasattr(value, "__dict__") or hasattr(type(value), "__slots__"):
+            self._foreign.append(value)
+
+    def _container(self, value: Any) -> Iterator[Any]:
+        before = value.copy()
+        self._undo.append(lambda: _refill(value, before))
+        yield from before.values() if isinstance(before, dict) else before
+
+    def _instance(self, value: Any) -> Iterator[Any]:
+        cls, attributes = type(value), getattr(value, "__dict__", None)
+        if isinstance(value, nn.Module):
+            self._packages.add(_package(cls))
+        if attributes is not None:
+            before = dict(attributes)
+            self._undo.append(lambda: _restore_attributes(value, cls, before))
+            yield from before.values()
+        for name in _slots(cls):
+            if hasattr(value, name):
+                content = getattr(value, name)
+                self._undo.append(lambda name=name, content=content: object.__setattr__(value, name, content))  # type: ignore[misc]
+                yield content
+        for owner in cls.__mro__:
+            if id(owner) not in self._seen and _package(owner) not in _LIBRARIES:
+                self._seen[id(owner)] = owner
+                of_class = _plain_attributes(owner)
+                self._undo.append(lambda owner=owner, of_class=of_class: _restore_class(owner, of_class))  # type: ignore[misc]
+                yield from of_class.values()
+
+    def _tensor(self, tensor: Tensor) -> Iterator[Any]:
+        self._tensors.append(tensor)
+        self._undo.append(_undo_of_tensor(tensor))
+        if tensor.is_leaf and tensor.grad is not None:
+            yield tensor.grad
+        if attributes := getattr(tensor, "__dict__", None):
+            yield attributes
+
+
+def _package(cls: type) -> str:
+    return cls.__module__.partition(".")[0]
+
+
+def _slots(cls: type) -> Iterator[str]:
+    for owner in cls.__mro__:
+        slots = vars(owner).get("__slots__", ())
+        yield from (s for s in ((slots,) if isinstance(slots, str) else slots) if s not in ("__dict__", "__weakref__"))
+
+
+def _plain_attributes(cls: type) -> dict[str, Any]:
+    """Return the attributes of a class that are values: no methods, properties or classes."""
+    return {
+        name: value
+        for name, value in vars(cls).items()
+        if not name.startswith("__") and not isinstance(value, type) and not hasattr(type(value), "__get__")
+    }
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Tell whether two containers hold the very same objects in the same order."""
+    if isinstance(a, dict):
+        return len(a) == len(b) and all(
+            k is m and v is w for (k, v), (m, w) in zip(a.items(), b.items(), strict=True)
+        )
+    return len(a) == len(b) and all(v is w for v, w in zip(a, b, strict=True))
+
+
+def _refill(value: Any, before: Any) -> None:
+    if not _same(value, before):
+        value.clear()
+        value.extend(before) if isinstance(value, (list, deque, bytearray)) else value.update(before)
+
+
+def _restore_attributes(value: Any, cls: type, before: dict[str, Any]) -> None:
+    if type(value) is not cls:
+        value.__class__ = cls
+    if not _same(value.__dict__, before):
+        value.__dict__.clear()
+        value.__dict__.update(before)
+
+
+def _restore_class(cls: type, before: dict[str, Any]) -> None:
+    for name in _plain_attributes(cls).keys() - before.keys():
+        delattr(cls, name)
+    for name, value in before.items():
+        if vars(cls).get(name) is not value:
+            setattr(cls, name, value)
+
+
+def _undo_of_values(value: Any) -> _Undo | None:
+    """Return what puts back an object that is neither a tensor nor a container and whose state can be asked for."""
+    if isinstance(value, np.ndarray):
+        array = value.copy()
+        return lambda: None if array.tobytes() == value.tobytes() else np.copyto(value, array)
+    if isinstance(value, torch.Generator):
+        drawn = value.get_state()
+        return lambda: None if torch.equal(drawn, value.get_state()) else value.set_state(drawn) and None
+    if isinstance(value, random.Random):
+        python_state = value.getstate()
+        return lambda: value.setstate(python_state)
+    if isinstance(value, np.random.RandomState):
+        numpy_state = value.get_state()
+        return lambda: value.set_state(numpy_state)
+    if isinstance(value, np.random.Generator):
+        bits, state = value.bit_generator, value.bit_generator.state
+        return lambda: setattr(bits, "state", state)
+    return None
+
+
+def _undo_of_tensor(tensor: Tensor) -> _Undo:
+    """Return what gives ``tensor`` the storage, shape, class, gradient and hooks back that it has now; not the values."""
+    with torch._C.DisableTorchFunction(), torch.no_grad():
+        cls, alias, place = type(tensor), tensor.detach(), _place(tensor)
+        leaf, needs_gradient = tensor.is_leaf, tensor.requires_grad
+        gradient = tensor.grad if leaf else None
+        hooks = tensor._backward_hooks
+        held = dict(hooks) if hooks else {}
+
+    def undo() -> None:
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            if type(tensor) is not cls:
+                tensor.__class__ = cls
+            if leaf and tensor.grad is not gradient:
+                tensor.grad = None
+            if _place(tensor) != place:
+                tensor.data = alias
+            if leaf and tensor.requires_grad != needs_gradient:
+                tensor.requires_grad_(needs_gradient)
+            if leaf and tensor.grad is not gradient:
+                tensor.grad = gradient
+            if hooks is not None and not _same(hooks, held):
+                hooks.clear()
+                hooks.update(held)
+            if tensor._backward_hooks is not hooks:
+                tensor._backward_hooks = hooks
+
+    return undo
+
+
+def _place(tensor: Tensor) -> Any:
+    """Return where the values of ``tensor`` lie, and how."""
+    try:
+        storage = tensor.untyped_storage()._cdata
+        return storage, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+    except (RuntimeError, NotImplementedError):
+        return tensor.dtype
