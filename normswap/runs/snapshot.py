@@ -114,7 +114,7 @@ class Snapshot:
         self._undo.append(_undo_of_tensor(tensor))
         if tensor.is_leaf and tensor.grad is not None:
             yield tensor.grad
-        if attributes := getattr(tensor, "__dict__", None):
+        if (attributes := getattr(tensor, "__dict__", None)) is not None:
             yield attributes
 
 
@@ -140,9 +140,7 @@ def _plain_attributes(cls: type) -> dict[str, Any]:
 def _same(a: Any, b: Any) -> bool:
     """Tell whether two containers hold the very same objects in the same order."""
     if isinstance(a, dict):
-        return len(a) == len(b) and all(
-            k is m and v is w for (k, v), (m, w) in zip(a.items(), b.items(), strict=True)
-        )
+        return len(a) == len(b) and all(k is m and v is w for (k, v), (m, w) in zip(a.items(), b.items(), strict=True))
     return len(a) == len(b) and all(v is w for v, w in zip(a, b, strict=True))
 
 
@@ -189,7 +187,7 @@ def _undo_of_values(value: Any) -> _Undo | None:
 
 
 def _undo_of_tensor(tensor: Tensor) -> _Undo:
-    """Return what gives ``tensor`` the storage, shape, class, gradient and hooks back that it has now; not the values."""
+    """Return what gives ``tensor`` its storage, shape, class, gradient and hooks back; the values are not its matter."""
     with torch._C.DisableTorchFunction(), torch.no_grad():
         cls, alias, place = type(tensor), tensor.detach(), _place(tensor)
         leaf, needs_gradient = tensor.is_leaf, tensor.requires_grad
