@@ -6,9 +6,12 @@ import os
 import signal
 from pathlib import Path
 
+import laws
 import pytest
 import torch
 from hypothesis import settings
+
+import normswap as ns
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -28,6 +31,13 @@ settings.load_profile("normswap")
 def fixed_seed() -> None:
     """Start each test from the same random numbers, whichever tests ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _models_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hold each verb, in every test that calls one, to the promise that the model you pass stays as it is."""
+    for name in laws.READ_ONLY:
+        monkeypatch.setattr(ns, name, laws.reads_only(getattr(ns, name)))
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import sys
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from types import SimpleNamespace
 from typing import Any, Protocol
 from unittest import mock
@@ -236,6 +236,33 @@ def changed(before: dict[str, Any], after: dict[str, Any]) -> set[str]:
     return {
         k for k in before.keys() | after.keys() if k not in before or k not in after or not same(before[k], after[k])
     }
+
+
+READ_ONLY = (
+    *("plan", "convert", "swap_norms", "rank_sites", "fold", "fold_with_report", "export_onnx", "verify"),
+    *("save", "load", "write_report"),
+)
+"""The verbs that leave the models which they are given as they were."""
+
+
+def reads_only(verb: Callable[..., Any]) -> Callable[..., Any]:
+    """``verb``, held to it that no model which it is given changes, whether it succeeds, refuses or is interrupted."""
+
+    @wraps(verb)
+    def held(*args: Any, **kwargs: Any) -> Any:
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, nn.Module)]
+        if kwargs.get("inplace"):
+            return verb(*args, **kwargs)
+        before = [fingerprint(model) for model in given]
+        try:
+            return verb(*args, **kwargs)
+        finally:
+            for model, known in zip(given, before, strict=True):
+                # A DataLoader draws from the global generator for its own: that is the caller's doing.
+                touched = changed(known, fingerprint(model)) - ({"generators"} if "calibration" in kwargs else set())
+                assert not touched, f"{verb.__name__} has changed the model: {sorted(touched)}"
+
+    return held
 
 
 def class_name(module: nn.Module) -> str:

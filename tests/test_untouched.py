@@ -7,11 +7,13 @@ well and such that fail after the write.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import random
 import warnings
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,12 +21,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from laws import changed, fingerprint
+from laws import changed, fingerprint, reads_only
 from torch import Tensor, nn
 
 import normswap as ns
 from normswap.graph import capture_recorded, capture_symbolic
 from normswap.runs.guard import untouched
+from normswap.runs.snapshot import Snapshot
+from normswap.runs.writes import Watched, kept
 
 
 class Counter:
@@ -220,10 +224,8 @@ VERBS: dict[str, Callable[[Writer], Any]] = {
 def held(model: nn.Module, verb: Callable[[], Any]) -> set[str]:
     """What ``verb`` has changed of the model; that it refuses is no matter."""
     before = fingerprint(model)
-    try:
+    with contextlib.suppress(ns.NormswapError, KeyboardInterrupt):
         verb()
-    except (ns.NormswapError, KeyboardInterrupt):
-        pass
     return changed(before, fingerprint(model))
 
 
@@ -266,3 +268,127 @@ def test_the_fingerprint_sees_each_write(write: str) -> None:
     before = fingerprint(model)
     model(X)
     assert bool(changed(before, fingerprint(model))) == (write != "nothing")
+
+
+@pytest.mark.parametrize("write", ["nothing", "momentum encoder", "set on the first call", "a counter", "seeds"])
+def test_an_export_and_its_refusal_change_nothing(write: str, tmp_path: Path) -> None:
+    model = Writer(write).eval()
+    assert not held(model, lambda: ns.export_onnx(model, tmp_path / "x.onnx", example_inputs=X))
+    assert not held(model, lambda: ns.export_onnx(model, tmp_path / "x.onnx", example_inputs=X[:, :1]))
+    assert not held(model, lambda: ns.export_onnx(model.train(), tmp_path / "x.onnx", example_inputs=X)) - {
+        key for key in fingerprint(model) if key.startswith("module") or key.endswith("training")
+    }
+
+
+@pytest.mark.parametrize("write", TENSORS)
+def test_saving_changes_nothing(write: str, tmp_path: Path) -> None:
+    converted = ns.convert(Writer(write), "gn+ws").model
+    assert not held(converted, lambda: ns.save(converted, tmp_path / "x.safetensors"))
+
+
+@pytest.mark.parametrize("write", ["removed", "momentum encoder", "set on the first call", "a counter", "nothing"])
+@pytest.mark.parametrize("refusal", ["wrong inputs", "a NaN", "a wrong recipe", "nothing to convert"])
+def test_a_refused_model_stays_as_it_was(write: str, refusal: str) -> None:
+    model, x = Writer(write), X
+    if refusal == "wrong inputs":
+        x = X[:, :2]
+    elif refusal == "a NaN":
+        model.key.weight.data[0] = float("nan")
+    elif refusal == "nothing to convert":
+        model.bn = nn.Identity()  # type: ignore[assignment]
+    recipe = "no recipe" if refusal == "a wrong recipe" else "gn"
+    before = fingerprint(model)
+    with pytest.raises(ns.NormswapError):
+        ns.convert(model, recipe, example_inputs=x)
+    assert not changed(before, fingerprint(model))
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_initialize_changes_layers_and_norms_and_nothing_else(write: str) -> None:
+    model = Writer(write).train()
+    model.bn.running_mean.fill_(1)
+    before = fingerprint(model)
+    report = ns.initialize(model, X)
+    its_own = {f"tensor {name}" for name in ("conv.weight", "conv.bias", "bn.running_mean", "bn.running_var")}
+    assert changed(before, fingerprint(model)) == its_own
+    assert [row.name for row in report.rows if row.method != "not initialized"] == ["conv"]
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("after the write"), KeyboardInterrupt()])
+@pytest.mark.parametrize("write", WRITES)
+def test_an_initialization_that_fails_changes_nothing(write: str, failure: BaseException) -> None:
+    model = Writer(write, failure).train()
+    assert not held(model, lambda: ns.initialize(model, X, fresh=True))
+
+
+@pytest.mark.parametrize("init", ["match", "tune"])
+def test_a_calibration_does_not_move_what_the_converted_model_writes(init: str) -> None:
+    """The converted model's forward writes, too: what it has written while it was fitted is not in the result."""
+    model = Writer("in place")
+    converted = ns.convert(model, "gn", calibration=DATA, init=init, tune_steps=2).model
+    assert torch.equal(converted.loc, model.loc)
+    assert not torch.equal(converted.conv.weight, model.conv.weight), "what is fitted stays"
+
+
+def test_a_model_that_writes_nothing_is_not_copied() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    x = torch.randn(2, 64)
+    before = Snapshot(model)
+    with Watched(before.values), torch.no_grad():
+        model(x)
+    assert before.values.copied == 0
+    with Watched(before.values), torch.no_grad():
+        model[0].weight.mul_(2)
+    assert before.values.copied == 64 * 64 * 4, "the control: one weight is written and that alone is copied"
+    before.restore()
+
+
+def test_what_is_kept_is_not_put_back() -> None:
+    layer = nn.Linear(2, 2)
+    value = layer.weight.detach().clone()
+    with untouched(layer), torch.no_grad():
+        layer.weight.add_(1)  # a forward's
+        with kept():
+            layer.weight.copy_(value * 3)
+            layer.bias.fill_(5)
+        layer.weight.add_(1)  # a forward's
+        layer.bias.add_(1)
+    assert torch.equal(layer.weight, value * 3)
+    assert torch.equal(layer.bias, torch.full((2,), 5.0))
+
+
+def test_ties_of_storage_and_an_open_graph_survive() -> None:
+    """The values are put back in place: views, tied tensors and what autograd has saved stay what they were."""
+    layer = nn.Linear(3, 3)
+    part = layer.weight.detach()[1]
+    y = layer(torch.randn(2, 3, requires_grad=True)).square().sum()
+    with untouched(layer):
+        layer.weight.data.add_(1)
+        layer.weight.data = torch.zeros(3, 3)
+    assert part.data_ptr() == layer.weight[1].data_ptr()
+    y.backward()
+    assert layer.weight.grad is not None
+
+
+def test_a_run_in_another_thread_is_watched_where_the_package_starts_it() -> None:
+    """Side-by-side runs are in threads of their own."""
+    model = Writer("data in place")
+    rows = ns.rank_sites(model, "gn", calibration=DATA)
+    assert len(rows) == 1
+    assert torch.equal(model.loc, torch.zeros(4))
+
+
+def test_the_fixture_sees_a_verb_that_changes_its_model() -> None:
+    """The negative control of the fixture that watches every verb in every test."""
+    model = Writer("nothing")
+    assert reads_only(lambda m: 3)(model) == 3
+    with pytest.raises(AssertionError, match="tensor loc"):
+        reads_only(lambda m: m.loc.data.add_(1))(model)
+    with pytest.raises(AssertionError, match="attribute"):
+        reads_only(_fails)(model=model)
+    assert ns.plan.__wrapped__  # type: ignore[attr-defined]
+
+
+def _fails(model: Writer) -> None:
+    model.text = "changed"
+    raise RuntimeError

@@ -12,6 +12,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,8 +26,8 @@ __all__ = ["Snapshot"]
 
 _ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes, type, torch.dtype, torch.device, torch.Size})
 _FOLLOWED = (nn.Module, torch.optim.Optimizer, SimpleNamespace)
-_LIBRARIES = ("builtins", "torch", "numpy")
-_Undo = Callable[[], None]
+_LIBRARIES = frozenset({"builtins", "torch", "numpy", "normswap"})
+_Undo = Callable[[], Any]
 
 
 class Snapshot:
@@ -86,27 +87,27 @@ class Snapshot:
 
     def _container(self, value: Any) -> Iterator[Any]:
         before = value.copy()
-        self._undo.append(lambda: _refill(value, before))
+        self._undo.append(partial(_refill, value, before))
         yield from before.values() if isinstance(before, dict) else before
 
     def _instance(self, value: Any) -> Iterator[Any]:
         cls, attributes = type(value), getattr(value, "__dict__", None)
         if isinstance(value, nn.Module):
-            self._packages.add(_package(cls))
+            self._packages |= {_package(cls)} - _LIBRARIES
         if attributes is not None:
             before = dict(attributes)
-            self._undo.append(lambda: _restore_attributes(value, cls, before))
+            self._undo.append(partial(_restore_attributes, value, cls, before))
             yield from before.values()
         for name in _slots(cls):
             if hasattr(value, name):
                 content = getattr(value, name)
-                self._undo.append(lambda name=name, content=content: object.__setattr__(value, name, content))  # type: ignore[misc]
+                self._undo.append(partial(object.__setattr__, value, name, content))
                 yield content
         for owner in cls.__mro__:
             if id(owner) not in self._seen and _package(owner) not in _LIBRARIES:
                 self._seen[id(owner)] = owner
                 of_class = _plain_attributes(owner)
-                self._undo.append(lambda owner=owner, of_class=of_class: _restore_class(owner, of_class))  # type: ignore[misc]
+                self._undo.append(partial(_restore_class, owner, of_class))
                 yield from of_class.values()
 
     def _tensor(self, tensor: Tensor) -> Iterator[Any]:
@@ -170,24 +171,21 @@ def _undo_of_values(value: Any) -> _Undo | None:
     """Return what puts back an object that is neither a tensor nor a container and whose state can be asked for."""
     if isinstance(value, np.ndarray):
         array = value.copy()
-        return lambda: None if array.tobytes() == value.tobytes() else np.copyto(value, array)
+        return lambda: np.copyto(value, array) if value.flags.writeable else None
     if isinstance(value, torch.Generator):
-        drawn = value.get_state()
-        return lambda: None if torch.equal(drawn, value.get_state()) else value.set_state(drawn) and None
+        return partial(value.set_state, value.get_state())
     if isinstance(value, random.Random):
-        python_state = value.getstate()
-        return lambda: value.setstate(python_state)
+        return partial(value.setstate, value.getstate())
     if isinstance(value, np.random.RandomState):
-        numpy_state = value.get_state()
-        return lambda: value.set_state(numpy_state)
+        return partial(value.set_state, value.get_state())
     if isinstance(value, np.random.Generator):
-        bits, state = value.bit_generator, value.bit_generator.state
-        return lambda: setattr(bits, "state", state)
+        bits = value.bit_generator
+        return partial(setattr, bits, "state", bits.state)
     return None
 
 
 def _undo_of_tensor(tensor: Tensor) -> _Undo:
-    """Return what gives ``tensor`` its storage, shape, class, gradient and hooks back; the values are not its matter."""
+    """Return what gives ``tensor`` its storage, shape, class, gradient and hooks back, but not its values."""
     with torch._C.DisableTorchFunction(), torch.no_grad():
         cls, alias, place = type(tensor), tensor.detach(), _place(tensor)
         leaf, needs_gradient = tensor.is_leaf, tensor.requires_grad

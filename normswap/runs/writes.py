@@ -43,9 +43,10 @@ class SavedValues:
                 self._add(tensor)
 
     def _add(self, tensor: Tensor) -> None:
-        if is_traceable_wrapper_subclass(tensor):
-            for name in tensor.__tensor_flatten__()[0]:
-                self._add(getattr(tensor, name))
+        wrapper: Any = tensor
+        if is_traceable_wrapper_subclass(wrapper):  # the values are those of the tensors in it
+            for name in wrapper.__tensor_flatten__()[0]:
+                self._add(getattr(wrapper, name))
         elif tensor.is_meta:
             return
         elif (storage := _storage(tensor)) is not None:
@@ -104,11 +105,11 @@ class Watched(TorchDispatchMode):
 
     def __enter__(self) -> Watched:
         _watches().append(self.values)
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
         _watches().pop()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
