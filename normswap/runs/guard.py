@@ -17,18 +17,19 @@ __all__ = ["copy_of", "set_mode", "untouched"]
 
 
 @contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
+def untouched(model: nn.Module) -> Iterator[Snapshot]:
     """Restore ``model`` and all that its forward may write on leaving, also after an exception.
 
     Restored are what hangs on the model (:class:`~normswap.runs.snapshot.Snapshot`): values, shapes and gradients of
     tensors, attributes, modes, tables and hooks of modules, containers, counters; the random generators and torch's
-    settings. What is written within :func:`~normswap.runs.writes.kept` stays.
+    settings. What is written within :func:`~normswap.runs.writes.kept` stays. The snapshot that is given tells
+    afterwards whether anything had changed.
     """
     with settings_kept():
         before = Snapshot(model)
         try:
             with Watched(before.values):
-                yield
+                yield before
         finally:
             before.restore()
 

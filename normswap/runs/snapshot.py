@@ -27,7 +27,8 @@ __all__ = ["Snapshot"]
 _ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes, type, torch.dtype, torch.device, torch.Size})
 _FOLLOWED = (nn.Module, torch.optim.Optimizer, SimpleNamespace)
 _LIBRARIES = frozenset({"builtins", "torch", "numpy", "normswap"})
-_Undo = Callable[[], Any]
+_Undo = Callable[[], object]
+"""Puts something back; True where it is known to have changed."""
 
 
 class Snapshot:
@@ -38,9 +39,11 @@ class Snapshot:
 
     Attributes:
         values: The values of its tensors, of which those that are written are saved.
+        changed: After :meth:`restore`, whether attributes, containers or tensors had changed.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self.changed = False
         self._seen: dict[int, Any] = {}  # holds what it has seen: no id comes again
         self._undo: list[_Undo] = []
         self._tensors: list[Tensor] = []
@@ -54,13 +57,13 @@ class Snapshot:
         buffers = [b for m in self._seen.values() if isinstance(m, nn.Module) for b in m._buffers.values()]
         self.values = SavedValues(self._tensors)
         for buffer in buffers:  # operations that do not say what they write, write statistics
-            if buffer is not None and id(buffer) in self._seen:
-                self.values.before_write(buffer)
+            if buffer is not None:
+                self.values.save(buffer)
 
     def restore(self) -> None:
         """Put everything back."""
-        for undo in self._undo:
-            undo()
+        undone = [undo() for undo in self._undo]
+        self.changed = any(one is True for one in undone) or self.values.written
         self.values.restore()
 
     def _walk(self, pending: list[Any]) -> None:
@@ -101,7 +104,7 @@ class Snapshot:
         for name in _slots(cls):
             if hasattr(value, name):
                 content = getattr(value, name)
-                self._undo.append(partial(object.__setattr__, value, name, content))
+                self._undo.append(partial(_restore_slot, value, name, content))
                 yield content
         for owner in cls.__mro__:
             if id(owner) not in self._seen and _package(owner) not in _LIBRARIES:
@@ -145,26 +148,35 @@ def _same(a: Any, b: Any) -> bool:
     return len(a) == len(b) and all(v is w for v, w in zip(a, b, strict=True))
 
 
-def _refill(value: Any, before: Any) -> None:
-    if not _same(value, before):
-        value.clear()
-        value.extend(before) if isinstance(value, (list, deque, bytearray)) else value.update(before)
+def _refill(value: Any, before: Any) -> bool:
+    if _same(value, before):
+        return False
+    value.clear()
+    value.extend(before) if isinstance(value, (list, deque, bytearray)) else value.update(before)
+    return True
 
 
-def _restore_attributes(value: Any, cls: type, before: dict[str, Any]) -> None:
-    if type(value) is not cls:
+def _restore_attributes(value: Any, cls: type, before: dict[str, Any]) -> bool:
+    other = type(value) is not cls
+    if other:
         value.__class__ = cls
-    if not _same(value.__dict__, before):
-        value.__dict__.clear()
-        value.__dict__.update(before)
+    return _refill(value.__dict__, before) or other
 
 
-def _restore_class(cls: type, before: dict[str, Any]) -> None:
-    for name in _plain_attributes(cls).keys() - before.keys():
+def _restore_slot(value: Any, name: str, before: Any) -> bool:
+    changed = getattr(value, name, None) is not before
+    object.__setattr__(value, name, before)
+    return changed
+
+
+def _restore_class(cls: type, before: dict[str, Any]) -> bool:
+    new = _plain_attributes(cls).keys() - before.keys()
+    for name in new:
         delattr(cls, name)
-    for name, value in before.items():
-        if vars(cls).get(name) is not value:
-            setattr(cls, name, value)
+    changed = {name: value for name, value in before.items() if vars(cls).get(name) is not value}
+    for name, value in changed.items():
+        setattr(cls, name, value)
+    return bool(new or changed)
 
 
 def _undo_of_values(value: Any) -> _Undo | None:
@@ -193,23 +205,23 @@ def _undo_of_tensor(tensor: Tensor) -> _Undo:
         hooks = tensor._backward_hooks
         held = dict(hooks) if hooks else {}
 
-    def undo() -> None:
+    def undo() -> bool:
         with torch._C.DisableTorchFunction(), torch.no_grad():
-            if type(tensor) is not cls:
+            now = type(tensor), _place(tensor), tensor.requires_grad, tensor.grad if leaf else None
+            if now[0] is not cls:
                 tensor.__class__ = cls
-            if leaf and tensor.grad is not gradient:
+            if leaf and now[3] is not gradient:
                 tensor.grad = None
-            if _place(tensor) != place:
+            if now[1] != place:
                 tensor.data = alias
             if leaf and tensor.requires_grad != needs_gradient:
                 tensor.requires_grad_(needs_gradient)
             if leaf and tensor.grad is not gradient:
                 tensor.grad = gradient
-            if hooks is not None and not _same(hooks, held):
-                hooks.clear()
-                hooks.update(held)
-            if tensor._backward_hooks is not hooks:
+            hooked = tensor._backward_hooks is not hooks or (hooks is not None and _refill(hooks, held))
+            if hooked:
                 tensor._backward_hooks = hooks
+        return hooked or now[:3] != (cls, place, needs_gradient) or now[3] is not gradient
 
     return undo
 

@@ -31,6 +31,9 @@ class SavedValues:
 
     Args:
         tensors: The tensors.
+
+    Attributes:
+        written: Whether any was written.
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
@@ -38,6 +41,7 @@ class SavedValues:
         self._saved: dict[int, torch.UntypedStorage] = {}
         self._whole: list[tuple[Tensor, Tensor]] = []  # tensors without a storage, such as sparse ones
         self._keeping, self._kept = False, set[int]()
+        self.written = False
         with torch._C.DisableTorchFunction():
             for tensor in tensors:
                 self._add(tensor)
@@ -62,7 +66,18 @@ class SavedValues:
             return
         if self._keeping:
             self._kept.add(key)
-        elif key not in self._saved:
+        else:
+            self.written = True
+            self._save(key, storage)
+
+    def save(self, tensor: Tensor) -> None:
+        """Save the values of ``tensor`` now, for operations that do not say that they write it."""
+        storage = _storage(tensor)
+        if storage is not None and storage._cdata in self._storages:
+            self._save(storage._cdata, storage)
+
+    def _save(self, key: int, storage: torch.UntypedStorage) -> None:
+        if key not in self._saved:
             self._saved[key] = storage.clone()
 
     @contextmanager
