@@ -8,9 +8,12 @@ import signal
 from functools import cache
 from pathlib import Path
 
+import laws
 import pytest
 import torch
 from hypothesis import settings
+
+import normswap as ns
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -41,6 +44,13 @@ def torchlib_is_read_once() -> None:
         api.get_torchlib_ops = cache(api.get_torchlib_ops)
     except (ImportError, AttributeError):  # another torch may have it elsewhere: exports are slower then
         return
+
+
+@pytest.fixture(autouse=True)
+def _models_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hold each verb, in every test that calls one, to the promise that the model you pass stays as it is."""
+    for name in laws.READ_ONLY:
+        monkeypatch.setattr(ns, name, laws.reads_only(getattr(ns, name)))
 
 
 @pytest.fixture(scope="session")

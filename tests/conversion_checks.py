@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import zlib
 from collections import Counter
@@ -96,7 +97,7 @@ def _check(network: Network, recipes: Sequence[str], oracle: bool) -> Findings:
 
     modes = (False, True) if "use in training" in network.features else (False,)
     modes = modes if oracle else ()
-    exported = oracle_export.export(original, network.inputs(), modes=modes)
+    exported = oracle_export.export(copy.deepcopy(original), network.inputs(), modes=modes)
     seen = oracle_export.compare(plan, exported)
     promise(not seen.wrong, "wrong pair", "; ".join(seen.wrong))
     promise(not seen.unexplained, "no reason", ", ".join(seen.unexplained))
@@ -203,7 +204,7 @@ def all_inputs(network: Network) -> Iterator[tuple[Callable[[], tuple[Tensor, ..
 def run(model: nn.Module, inputs: tuple[Tensor, ...], **options: bool) -> list[Tensor]:
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)  # dropout
-        return laws.leaves(model(*inputs, **options))
+        return laws.leaves(copy.deepcopy(model)(*inputs, **options))  # a copy: its forward may write what it holds
 
 
 def distance(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

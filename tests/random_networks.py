@@ -365,6 +365,25 @@ class _Scope:
         self.emit(f"self.last = {v.name}")
         return self.put("self.last", v.channels, v.space)
 
+    def write_state(self, v: _Value) -> _Value:
+        """The forward writes what the model holds, and uses it."""
+        state = self.register("state", f"nn.Parameter(torch.zeros({v.channels}))")
+        own = f"dict(self.named_parameters(recurse=False))['{state.removeprefix('self.')}']"
+        other = self.register("running", f"[torch.zeros({v.channels})]")
+        kinds = {
+            "in place": f"{own}.detach().add_(0.1)",
+            "by its data": f"{own}.data.mul_(0.9).add_(0.1)",
+            "other data": f"{own}.data = {own}.data + 0.1",
+            "an attribute": f"{other}[0].add_(0.1)",
+            "an exchanged tensor": f"{other}[0] = {other}[0] + 0.1",
+            "registered anew": f"{state} = nn.Parameter({own}.detach() + 0.1)",
+        }
+        kind = self.pick(*kinds)
+        self.mark("writes state")
+        self.emit(kinds[kind])
+        held = f"{other}[0]" if kind in ("an attribute", "an exchanged tensor") else state
+        return self.put(f"{v.name} * (1 + {held}.view(1, -1{', 1' * v.rank}))", v.channels, v.space)
+
     def add_itself(self, v: _Value) -> _Value:
         return self.put(f"{v.name} + {v.name}", v.channels, v.space)
 
@@ -565,7 +584,7 @@ _STEPS = (
     *("pair",) * 12, *("residual",) * 4, *("sequential",) * 2, *("block",) * 4, "activation", "norm", "norm",
     "layer_alone", "layer_alone", "add", "add", "concatenate", "concatenate", "chunk", "pool", "pool", "to_vector",
     "reshape", "tokens", "other_norm", "read_weight", "read_statistics", "only_in_training", "branch",
-    "change_in_place", "stash",
+    "change_in_place", "stash", "write_state",
 )  # fmt: skip
 
 

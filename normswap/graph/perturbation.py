@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from normswap.runs.calling import run_on, turned_flags
 from normswap.runs.guard import copy_of, set_mode, untouched
+from normswap.runs.writes import kept
 
 __all__ = ["Pair", "confirm_feeds"]
 
@@ -116,7 +117,7 @@ class _Trial:
     def _run(self, perturbations: Sequence[_Perturbation] = ()) -> list[_Summary] | None:
         """Return what one run computes, None where the model does not run or a perturbation has gone astray."""
         inputs = pytree.tree_map_only(Tensor, self._signed, self.inputs)
-        with untouched(self.model, values=True), torch.no_grad():
+        with untouched(self.model), torch.no_grad():
             torch.manual_seed(0)
             random.seed(0)
             np.random.seed(0)
@@ -187,7 +188,7 @@ class _Perturbation:
         return any(ref() is not None for ref in self.given)
 
     def _write(self, values: Sequence[Tensor]) -> None:
-        with torch.no_grad(), self.observer.paused():
+        with torch.no_grad(), self.observer.paused(), kept():
             for tensor, value in zip(self.tensors, values, strict=True):
                 tensor.copy_(value)
 
