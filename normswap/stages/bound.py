@@ -16,7 +16,7 @@ from normswap.graph.after_norm import after_norm
 from normswap.nn import FilterLayout
 from normswap.nn.kinds import class_of, is_layer
 from normswap.nn.readers import input_channels, is_reader, why_no_affine
-from normswap.norms import Norm, NormState, is_convertible, norm_of
+from normswap.norms import Bias, Norm, NormState, is_convertible, norm_of
 from normswap.norms.functional import FunctionalNorm
 from normswap.recipes import Recipe
 from normswap.records import NormKind, Plan, Site, Step
@@ -97,6 +97,8 @@ class BoundStep:
             notes += (f"goes into {reader}, which reads it",)
         elif forward and site.unread is not None:
             notes += (site.unread,)
+        if site.looked_up_by and not (norm.is_batch_norm and (site.layer or norm.bias is Bias.KEPT)):
+            notes += (f"{', '.join(site.looked_up_by)} will not find it as a BatchNorm",)
         return cls(Step(site, name, words, groups, notes, reader), weight, norm, source)
 
     def without_reader(self) -> BoundStep:
