@@ -171,11 +171,29 @@ def _check_recipe(network: Network, original: nn.Module, recipe: str, given: dic
         if "norm: no statistics" not in network.features:  # it has none to hold
             with held(original, model):
                 same(network, model, original, f"{what} in train mode with the statistics held")
+            if "overrides train" in network.features and not network.features & _CALLS:
+                frozen_stay_frozen(network, model, original, what)
     elif "calibration" not in given:  # the law is about stored statistics
         law = at_expected_statistics(original, result.plan, model, given)
         same(network, law, original, f"{what} at the expected statistics")
     if given:
         folded_is_same(network, model, f"folded {what}")
+
+
+_CALLS = {"norm: functional", "norm: holder"}
+"""Norms that take their mode from a module which no train() holds."""
+
+
+def frozen_stay_frozen(network: Network, model: nn.Module, original: nn.Module, what: str) -> None:
+    """Check that a model whose train() holds all its norms trains as before and moves no statistics."""
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    try:
+        same(network, model.train(), original.train(), f"{what} in train mode, its norms frozen")
+    finally:
+        model.eval()
+        original.eval()
+    moved = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
+    promise(not moved, "moved", f"{what}: {moved} in train mode, although frozen")
 
 
 def folded_is_same(network: Network, model: nn.Module, what: str) -> None:

@@ -299,7 +299,8 @@ def layers_of(model: nn.Module) -> dict[str, nn.Module]:
 
 def is_batch_norm(module: nn.Module) -> bool:
     """Whether ``module`` is a BatchNorm of torch's or of the zoo's, told by name: the package is not asked."""
-    return any("BatchNorm" in cls.__name__ and "MeanOnly" not in cls.__name__ for cls in type(module).__mro__)
+    names = [cls.__name__ for cls in type(module).__mro__]
+    return any("BatchNorm" in name for name in names) and not any("MeanOnly" in name for name in names)
 
 
 def norms_of(model: nn.Module) -> dict[str, nn.Module]:

@@ -28,8 +28,10 @@ Draw = Callable[[st.SearchStrategy[Any]], Any]
 _HEAD = """\
 import torch
 import torch.nn.functional as F
+from hooked import old_weight_norm
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.prune import random_unstructured
 from torch.utils.checkpoint import checkpoint
 from zoo import FrozenBatchNorm2d, NormDropAct, NormRelu, ReluNorm, SamePadConv2d, StandardizedConv2d
 
@@ -65,6 +67,8 @@ class Network:
         zoo.randomize_(model, seed)
         with torch.no_grad():
             scope["adjust"](model)
+            if "legacy hook" in self.features:  # what it has computed so far has a gradient, which cannot be copied
+                model.eval()(*self.inputs())
         return model.eval()
 
     def inputs(self, batch: int = 3, seed: int = 1) -> tuple[Tensor, ...]:
@@ -216,7 +220,7 @@ class _Scope:
             kind = "plain"
         else:
             kind = self.pick(
-                *("plain",) * 9, "functional", "mode", "subclass", "tied", "weight norm", "hook", "forward"
+                *("plain",) * 9, "functional", "mode", "subclass", "tied", "weight norm", "hook", "forward", "legacy"
             )
         function = f"conv_transpose{n}d" if transposed else f"conv{n}d"
         if transposed:
@@ -241,8 +245,11 @@ class _Scope:
         if kind == "weight norm":
             self.mark("parametrized")
             code = f"weight_norm({code})"
+        if kind == "legacy":
+            self.mark("legacy hook")
+            code = self.pick(f"old_weight_norm({code})", f"random_unstructured({code}, 'weight', 0.3)")
         path = self.register("conv", code)
-        plain = kind not in ("weight norm", "subclass")
+        plain = kind not in ("weight norm", "subclass", "legacy")
         if kind == "tied":
             like = [one for one in self.layers if one.arguments == code]
             if like:
@@ -606,6 +613,17 @@ def _class(name: str, scope: _Scope, result: str, signature: str = "self, x") ->
     return "\n".join([*lines, "", f"    def forward({signature}):", *scope.body, f"        {result}"])
 
 
+_TRAIN = """
+
+    def train(self, mode=True):
+        super().train(mode)
+        for module in self.modules():
+            if {condition}:
+                module.eval()
+        return self"""
+"""Freezes every norm, as the backbones of detectors do."""
+
+
 @st.composite
 def networks(draw: Draw, largest: int = 9) -> Network:
     """Draw a network of at most ``largest`` steps."""
@@ -629,5 +647,10 @@ def networks(draw: Draw, largest: int = 9) -> Network:
         result = scope.pick(f"return {value.name}, {other.name}", f"return {{'a': {value.name}, 'b': [{other.name}]}}")
         scope.mark("several outputs")
     adjust = "\n".join(f"    {line.replace('self.', 'model.', 1)}" for line in scope.adjust) or "    pass"
-    parts = [_HEAD, *scope.classes, _class("Net", scope, result, signature), f"def adjust(model):\n{adjust}"]
+    net = _class("Net", scope, result, signature)
+    if scope.rarely(8):
+        scope.mark("overrides train")
+        isinstance_of = "isinstance(module, nn.modules.batchnorm._BatchNorm)"
+        net += _TRAIN.format(condition=scope.pick(isinstance_of, "hasattr(module, 'running_mean')"))
+    parts = [_HEAD, *scope.classes, net, f"def adjust(model):\n{adjust}"]
     return Network("\n\n\n".join(parts) + "\n", (channels, *space), scope.norm_count, frozenset(scope.features))
