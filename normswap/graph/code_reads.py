@@ -28,7 +28,7 @@ from normswap.graph.records import Capture
 from normswap.nn.kinds import class_of
 from normswap.norms import is_convertible
 
-__all__ = ["reads_in_code"]
+__all__ = ["has_code", "names_in_code", "reads_in_code"]
 
 _STATISTICS = frozenset({"running_mean", "running_var", "num_batches_tracked"})
 _TENSORS = _STATISTICS | {"weight", "bias"}
@@ -49,11 +49,15 @@ class _Read:
 
 @dataclass(frozen=True)
 class _Code:
-    """What a function reads, which attributes and globals it names, and what it holds as a string."""
+    """What a function reads, which attributes and globals it names, and what it holds as a string.
+
+    ``values`` are the names of attributes that it does not just call: ``self.parts[0]``, ``for part in self.parts``.
+    """
 
     reads: tuple[_Read, ...]
     names: frozenset[str]
     strings: frozenset[str]
+    values: frozenset[str]
 
 
 def reads_in_code(capture: Capture) -> dict[str, str]:
@@ -66,7 +70,7 @@ def reads_in_code(capture: Capture) -> dict[str, str]:
                 parent = parent.rpartition(".")[0]
                 below.setdefault(capture.aliases[parent], []).append((name[len(parent) :].lstrip("."), first))
     recorded = any(trace.recorded for trace in capture.traces)
-    owners = [fqn for fqn in below if _has_code(capture.modules[fqn])]
+    owners = [fqn for fqn in below if has_code(capture.modules[fqn])]
     called = frozenset().union(*(code.names for fqn in owners for code, _ in _codes(capture.modules[fqn])))
     found: dict[str, str] = {}
     for fqn in owners:
@@ -77,10 +81,16 @@ def reads_in_code(capture: Capture) -> dict[str, str]:
     return found
 
 
-def _has_code(module: nn.Module) -> bool:
+def has_code(module: nn.Module) -> bool:
     """Tell whether ``module``'s code is a user's, and not torch's or a graph's."""
     of_torch = class_of(module).__module__.startswith("torch.")
     return not (of_torch or is_leaf(module) or isinstance(module, fx.GraphModule))
+
+
+def names_in_code(module: nn.Module) -> tuple[frozenset[str], frozenset[str]]:
+    """Return the attributes and globals that ``module``'s forward names, and those that it does not just call."""
+    codes = [code for code, _ in _codes(module)]
+    return frozenset().union(*(code.names for code in codes)), frozenset().union(*(code.values for code in codes))
 
 
 def _reads_of(
@@ -167,8 +177,10 @@ _UNKNOWN: frozenset[tuple[tuple[str, ...], bool]] = frozenset({((), False)})
 
 @lru_cache(maxsize=4096)
 def _read(code: CodeType) -> _Code:
+    loads = (step for step in dis.get_instructions(code) if step.opname == "LOAD_ATTR")
+    values = frozenset(step.argval for step in loads if not step.argrepr.startswith("NULL"))
     if not _ATTRIBUTES & {*code.co_names, *(c for c in code.co_consts if isinstance(c, str))}:
-        return _Code((), frozenset(code.co_names), frozenset())
+        return _Code((), frozenset(code.co_names), frozenset(), values)
     first = code.co_varnames[0] if code.co_argcount else None
     held: dict[str, set[tuple[tuple[str, ...], bool]]] = {}  # what a variable may be: a path, and whether of the first
     reads: list[_Read] = []
@@ -190,4 +202,4 @@ def _read(code: CodeType) -> _Code:
             else:
                 top = frozenset(held.get(loaded, _UNKNOWN)) if isinstance(loaded, str) else _UNKNOWN
     strings = frozenset(c for c in code.co_consts if isinstance(c, str))
-    return _Code(tuple(reads), frozenset(code.co_names), strings & _STATISTICS)
+    return _Code(tuple(reads), frozenset(code.co_names), strings & _STATISTICS, values)
