@@ -23,8 +23,8 @@ from functools import cached_property
 
 from torch import nn
 
+from normswap.graph.bytecode import has_code, names_in_code
 from normswap.graph.calls import Call, Calls
-from normswap.graph.code_reads import has_code, names_in_code
 from normswap.graph.symbolic import capture_symbolic
 from normswap.nn import FilterLayout
 from normswap.nn.kinds import class_of, is_layer
