@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from normswap.runs.calling import run_on, turned_flags
+from normswap.runs.calling import other_arguments, run_on
 from normswap.runs.guard import copy_of, set_mode, untouched
 from normswap.runs.writes import kept
 
@@ -47,9 +47,9 @@ def confirm_feeds(
     """Return the (layer, norm) pairs where the layer feeds the norm and nothing else, tested by runs on ``inputs``.
 
     Runs are in eval and, where the model runs in it, in train mode, on the inputs and on their negatives, which may
-    take another way through a model that branches on values, and with each flag of its forward turned
-    (Note [Perturbation test]). If all pairs together pass, each does; if not, they are halved until the wrong ones
-    stand alone.
+    take another way through a model that branches on values, and with other values of its forward's optional arguments
+    where those are few (Note [Perturbation test]). If all pairs together pass, each does; if not, they are halved until
+    the wrong ones stand alone.
 
     Returns:
         The pairs that passed wherever they were called, each with the modes (train mode: True) in which it was called.
@@ -59,7 +59,7 @@ def confirm_feeds(
     except Exception:  # a model that cannot be copied cannot be tried
         return {}
     good, called = list(pairs), {pair: set[bool]() for pair in pairs}
-    for training, sign, flags in product((False, True), (1, -1), ({}, *turned_flags(model, inputs))):
+    for training, sign, flags in product((False, True), (1, -1), ({}, *other_arguments(model, inputs))):
         trial = _Trial(clone, inputs, training, sign, flags)
         if not trial.runs:
             continue
@@ -100,7 +100,7 @@ class _Trial:
         inputs: tuple[Any, ...] | Mapping[str, Any],
         training: bool,
         sign: int,
-        flags: Mapping[str, bool],
+        flags: Mapping[str, Any],
     ) -> None:
         self.model, self.training, self.flags = model, training, flags
 

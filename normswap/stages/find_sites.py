@@ -151,6 +151,10 @@ def _refuse_unwritable(flow: Dataflow) -> None:
         except PlanError as cause:
             for key in [key for key, (of, _) in flow.functional.items() if of == fqn]:
                 flow.refuse(key, f"{cause.message}: make it a BatchNorm module")
+            continue
+        for key, norm in [(key, norm) for key, (of, norm) in flow.functional.items() if of == fqn]:
+            if why := flow.choices.why_unwritable(fqn, norm.read(owner, frozen=False).num_features):
+                flow.refuse(key, f"{why}: make it a BatchNorm module")
 
 
 def _module_site(
