@@ -26,6 +26,7 @@ from normswap.recipes import Recipe, all_recipes, make_recipe, option_names
 from normswap.records import InitReport, Plan, SiteCost
 from normswap.runs.data import Data
 from normswap.runs.guard import copy_of
+from normswap.runs.wrappers import unwrapped
 from normswap.stages.bound import BoundPlan, bind
 from normswap.stages.find_sites import find_sites
 from normswap.stages.planning import make_plan
@@ -83,6 +84,7 @@ def plan(
     The arguments are those of :func:`convert`.
     """
     recipe, chosen = _asked(to, None, options)
+    model, _ = unwrapped(model)
     data = Data.to_plan(model, example_inputs, calibration)
     return _bound(Dataflow(capture(model, data.example)), recipe, chosen, data).plan
 
@@ -101,7 +103,8 @@ def convert(
     """Swap a model's BatchNorms for another normalization.
 
     Args:
-        model: The model; left as it is unless ``inplace``.
+        model: The model; left as it is unless ``inplace``. Of a ``torch.optim.swa_utils.AveragedModel`` its module is
+            converted and returned.
         to: A recipe's name, or a recipe.
         example_inputs: Inputs of the model: a tensor, a tuple, or a dict by keyword. They decide what the graph leaves
             open (ranks, hidden consumers) and serve the check of exact recipes. Default: the first calibration samples.
@@ -132,6 +135,7 @@ def convert(
             code="no-calibration",
             hint=f"give {argument('calibration')}, some hundred unlabelled samples, or a number",
         )
+    model, notes = cast("tuple[Model, tuple[str, ...]]", unwrapped(model))
     refuse_wrappers(model)
     refuse_unfit(model)
     data = Data.of(model, example_inputs, calibration, forward_fn)
@@ -152,7 +156,9 @@ def convert(
 
     remember(target, Origin(bound.plan, recipe, skeleton))
     scaled = (EQUALIZED,) if work.source is not model else ()
-    report = InitReport(method.name, outcome.rows, (*data.all_notes, *scaled, *outcome.notes), outcome.agreement)
+    report = InitReport(
+        method.name, outcome.rows, (*notes, *data.all_notes, *scaled, *outcome.notes), outcome.agreement
+    )
     return Conversion(cast(Model, target), bound.plan, report, promise.keep(target))
 
 
@@ -186,6 +192,7 @@ def rank_sites(
         raise InputError(
             f"'{recipe.name}' is exact: no site has an error", code="exact-recipe", hint=f"choose from {inexact}"
         )
+    model, _ = unwrapped(model)
     refuse_wrappers(model)
     refuse_unfit(model)
     data = Data.of(model, example_inputs, calibration, forward_fn)

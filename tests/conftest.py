@@ -5,12 +5,16 @@ from __future__ import annotations
 import importlib
 import os
 import signal
+from collections import Counter
 from functools import cache
 from pathlib import Path
 
+import laws
 import pytest
 import torch
 from hypothesis import settings
+
+import normswap as ns
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -24,6 +28,18 @@ torch.set_num_threads(1)  # the order of a sum, and so its last digit, depends o
 # A time limit per example would make a test's result depend on the machine's load.
 settings.register_profile("normswap", deadline=None)
 settings.load_profile("normswap")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest itself leaves out what -m does not ask for
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as slow all but every twentieth case of a test that is marked as sampled."""
+    cases: Counter[str] = Counter()
+    for item in items:
+        if item.get_closest_marker("sampled"):
+            test = item.nodeid.partition("[")[0]
+            if cases[test] % 20:
+                item.add_marker("slow")
+            cases[test] += 1
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +57,13 @@ def torchlib_is_read_once() -> None:
         api.get_torchlib_ops = cache(api.get_torchlib_ops)
     except (ImportError, AttributeError):  # another torch may have it elsewhere: exports are slower then
         return
+
+
+@pytest.fixture(autouse=True)
+def _models_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hold each verb, in every test that calls one, to the promise that the model you pass stays as it is."""
+    for name in laws.READ_ONLY:
+        monkeypatch.setattr(ns, name, laws.reads_only(getattr(ns, name)))
 
 
 @pytest.fixture(scope="session")

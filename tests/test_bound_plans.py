@@ -87,6 +87,7 @@ GIVEN: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", GIVEN)
 def test_a_conversion_asks_each_question_about_each_norm_once(given: str) -> None:
     model = thin_resnet() if given == "data" else resnet()
@@ -99,6 +100,7 @@ def test_a_conversion_asks_each_question_about_each_norm_once(given: str) -> Non
         assert counts[question] == norms, question
 
 
+@pytest.mark.slow
 def test_a_second_plan_asks_everything_once_more() -> None:
     """The control of the count: it is of questions, and does not stop at one."""
     model = resnet()
@@ -110,6 +112,7 @@ def test_a_second_plan_asks_everything_once_more() -> None:
         assert len(counts[question]) == NORMS
 
 
+@pytest.mark.slow
 def test_a_replay_looks_for_no_layer_and_reads_each_norm_once() -> None:
     model = resnet()
     plan = ns.plan(model, "gn+ws")

@@ -16,6 +16,8 @@ from torch import nn
 import normswap as ns
 from normswap.demo.data import load_network
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 EXAMPLES = REPOSITORY / "examples"
 

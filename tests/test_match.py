@@ -180,6 +180,7 @@ def rows(result: Conversion) -> dict[str, str]:
 # ------------------------------------------------------------------------------------------------ the fit itself
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("recipe", ["ln", "gn", "gn+ws", "gn+aws"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_no_site_is_worse_than_absorbed_and_the_output_is_closer_on_fresh_data(name: str, recipe: str) -> None:
@@ -347,6 +348,7 @@ def test_labels_in_the_loader_are_ignored() -> None:
     assert same(found[0], values(convert(residual(), data=list(images().split(10))).model))
 
 
+@pytest.mark.slow
 def test_batches_may_be_dicts_or_go_through_a_function() -> None:
     class Named(nn.Module):
         def __init__(self) -> None:
@@ -499,6 +501,7 @@ class OwnStateDict(nn.Sequential):
         return {k: v for k, v in super().state_dict(*args, **kwargs).items() if not k.startswith("7")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("init", ["match", "tune"])
 @pytest.mark.parametrize("kind", [nn.Sequential, OwnStateDict])
 def test_in_place_gives_the_same_as_the_copy(init: str, kind: type[nn.Sequential]) -> None:
@@ -544,6 +547,7 @@ def test_an_interruption_leaves_the_model_as_it_was(inplace: bool, after: int) -
 # ---------------------------------------------------------------------------------------------------------- tune
 
 
+@pytest.mark.slow
 def test_tune_lowers_the_held_out_error_or_keeps_the_match(monkeypatch: pytest.MonkeyPatch) -> None:
     model, data = network("residual")
     batches = list(data(160).split(16))
@@ -656,6 +660,7 @@ def test_a_head_is_refitted_only_where_nothing_else_reads_it(kind: type[WithHead
 # --------------------------------------------------------------------------------------------- formats, deployment
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_dtypes_stay_and_the_match_works_in_each(dtype: torch.dtype) -> None:
     model = residual()
@@ -668,6 +673,7 @@ def test_dtypes_stay_and_the_match_works_in_each(dtype: torch.dtype) -> None:
     assert distance(low, result.model, x) < 0.8 * distance(low, absorbed, x)
 
 
+@pytest.mark.slow
 def test_a_matched_model_folds_and_exports(tmp_path: Any) -> None:
     pytest.importorskip("onnx")
     x = images(4, seed=7)
@@ -711,6 +717,7 @@ def test_what_forwards_write_stays_out_of_the_converted_model() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_model_with_state_between_its_layers_is_refused_with_a_way_out() -> None:
     class Stateful(nn.Module):
         def __init__(self) -> None:
@@ -731,6 +738,7 @@ def test_a_model_with_state_between_its_layers_is_refused_with_a_way_out() -> No
 # ------------------------------------------------------------------------------------------------------- the zoo
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", [entry.name for entry in ZOO])
 def test_every_model_of_the_zoo_is_matched_to_finite_outputs(name: str) -> None:
     entry = next(entry for entry in ZOO if entry.name == name)

@@ -426,6 +426,7 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
 EXACT = {"mobn", "wn", "wn+mobn"}
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("recipe", RECIPES)
 @every_layer
 def test_a_converted_layer_computes_its_papers_equations(case: Case, recipe: str) -> None:

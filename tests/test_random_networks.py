@@ -18,6 +18,8 @@ from torch import nn
 import normswap as ns
 from normswap.records import Plan
 
+pytestmark = pytest.mark.slow
+
 DETERMINISTIC = settings(
     max_examples=100,
     derandomize=True,

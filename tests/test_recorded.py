@@ -382,6 +382,7 @@ def layers_found(model: nn.Module, found: Capture, inputs: tuple[Tensor, ...]) -
     return {site.norm: site.layer for site in find_sites(Dataflow(found), inputs).sites}
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("entry", ZOO, ids=str)
 def test_a_record_finds_the_layers_that_a_trace_finds(entry: Entry) -> None:
     model, inputs = entry.model().double(), tuple(x.double() for x in entry.inputs())

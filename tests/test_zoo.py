@@ -310,6 +310,7 @@ def test_symbolic_tracing_gets_through_where_claimed(entry: Entry) -> None:
             LeafTracer().trace(model)
 
 
+@pytest.mark.sampled
 @ENTRIES
 def test_a_norm_folds_into_a_layer_exactly_where_claimed(entry: Entry) -> None:
     """In double precision a right fold is off by rounding only, a wrong one by more than a hundredth."""

@@ -29,14 +29,16 @@ def agreement(original: nn.Module, converted: nn.Module, batches: Sequence[Batch
         How far they agree; None where the outputs hold nothing to compare.
     """
     models = original, converted
-    with untouched(original, values=True), untouched(converted, values=True):
+    with untouched(original), untouched(converted):
         set_mode(original, False)
         set_mode(converted, False)
         try:
             pairs = _on_held_out_samples(models, batches)
         except InputError:  # a model may take no other number of samples than the batches'
             pairs = None
-        pairs = _held_out_rows(_on_batches(models, batches)) if pairs is None else pairs
+        found = _on_batches(models, batches) if pairs is None else {}
+        some_held = pairs is not None or all(_enough(several) for several in found.values())
+        pairs = _held_out_rows(found) if pairs is None else pairs
     error = size = 0.0
     cosines: list[Tensor] = []  # those of each output
     same: list[Tensor] = []  # of the first one
@@ -57,6 +59,7 @@ def agreement(original: nn.Module, converted: nn.Module, batches: Sequence[Batch
         relative_error=math.sqrt(error / max(size, 1e-30)),
         cosine=float(torch.stack([c.mean() for c in cosines]).mean()),
         top1=float(torch.cat(same).mean()) if same else None,
+        held_out=some_held,
     )
 
 
@@ -87,13 +90,18 @@ def _on_batches(models: Sequence[nn.Module], batches: Sequence[Batch]) -> _Pairs
     return pairs
 
 
+def _enough(several: Sequence[tuple[Tensor, Tensor]]) -> bool:
+    """Tell whether some of an output's rows, counted along its first axis, are held out."""
+    return sum(len(a) for a, _ in several) >= LEAST_SAMPLES
+
+
 def _held_out_rows(pairs: _Pairs) -> _Pairs:
     """Return the rows of the held-out samples, counted along the outputs' first axis; all where they are few."""
     chosen: _Pairs = {}
     for i, several in pairs.items():
-        samples, before = sum(len(a) for a, _ in several), 0
+        before, enough = 0, _enough(several)
         for a, b in several:
-            held = held_out(len(a), before).to(a.device) | (samples < LEAST_SAMPLES)
+            held = held_out(len(a), before).to(a.device) | (not enough)
             before += len(a)
             chosen.setdefault(i, []).append((a[held], b[held]))
     return chosen

@@ -11,21 +11,49 @@ from torch.utils import _pytree as pytree
 
 from normswap.checks.comparison import verify
 from normswap.checks.verification import Verification
-from normswap.runs.calling import run_on
+from normswap.errors import InputError, VerificationError, first_line
+from normswap.runs.calling import run_on_data
 from normswap.runs.guard import copy_of, set_mode, untouched
 from normswap.runs.inputs import Inputs
 
-__all__ = ["eval_output", "keeps_output", "own_rounding"]
+__all__ = ["broken", "eval_output", "keeps_output", "output_after", "own_rounding"]
 
 _MARGIN = 10
 """How far two ways of computing one function may be apart, as a multiple of the rounding error of one of them."""
 
 
 def eval_output(model: nn.Module, inputs: Inputs) -> Any:
-    """Return ``model``'s output in evaluation; the model is only read."""
-    with untouched(model, values=True):
+    """Return ``model``'s output in evaluation; the model is only read.
+
+    Raises:
+        InputError: It does not run on ``inputs``.
+    """
+    with untouched(model):
         set_mode(model, False)
-        return run_on(model, inputs)
+        # An output may be a tensor that the model holds, and is put back.
+        return pytree.tree_map_only(Tensor, torch.clone, run_on_data(model, inputs))
+
+
+def output_after(model: nn.Module, inputs: Inputs, hint: str = "report this model") -> Any:
+    """Return the output of a model that was made of one which runs on ``inputs``.
+
+    Raises:
+        VerificationError: It does not run.
+    """
+    try:
+        return eval_output(model, inputs)
+    except InputError as error:
+        raise broken(error, hint) from error.__cause__
+
+
+def broken(error: InputError, hint: str = "report this model") -> VerificationError:
+    """Return the error for a model that was made of one which runs, and does not run: ``error`` blames the inputs."""
+    cause = error.__cause__ or error
+    return VerificationError(
+        f"the original runs and the model made of it does not: {type(cause).__name__}: {first_line(cause)}",
+        code="does-not-run",
+        hint=hint,
+    )
 
 
 def keeps_output(expected: Any, model: nn.Module, inputs: Inputs) -> Verification | None:
@@ -33,10 +61,13 @@ def keeps_output(expected: Any, model: nn.Module, inputs: Inputs) -> Verificatio
 
     A wrong absorption moves an output by a good part of itself, rounding by little: 1e-3 is allowed in float32. A model
     that amplifies its own rounding errors beyond that is allowed ten times what they are.
+
+    Raises:
+        VerificationError: ``model`` does not run.
     """
     dtypes = {p.dtype for p in model.parameters()}
     rtol = 0.1 if dtypes & {torch.float16, torch.bfloat16} else 1e-3 if torch.float32 in dtypes else 1e-9
-    found = eval_output(model, inputs)
+    found = output_after(model, inputs)
     if not any(leaf.numel() for leaf in pytree.tree_leaves((expected, found)) if isinstance(leaf, Tensor)):
         return None
     result = _compared(expected, found, inputs, rtol)

@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 
 from normswap.cli.console import fitted, note
 from normswap.cli.spelling import spell
-from normswap.errors import NormswapError
+from normswap.errors import NormswapError, marked
 
 __all__ = ["ErrorBoundary"]
 
@@ -89,10 +89,18 @@ def _show_traceback(ctx: Any) -> None:
 
 
 class _Notes(logging.Handler):
-    """Shows what the package logs."""
+    """Shows what the package logs, each message once: a command may read one file several times."""
+
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self.shown: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        note(record.getMessage())
+        given = record.args if isinstance(record.args, tuple) else ()
+        text = record.msg % tuple(marked(one) if isinstance(one, str) else one for one in given)
+        if text not in self.shown:
+            self.shown.add(text)
+            note(text)
 
 
 @contextlib.contextmanager

@@ -43,7 +43,8 @@ def verify_pair(
     the sizes that an ONNX file states. The exit code is 0 where they agree, 1 where they differ.
     """
     source = Source.of(reading, arch_if_needed=True)
-    sides: list[Any] = [path if path.suffix == ".onnx" else source.open(path).eval() for path in (a, b)]
+    opened = {path: path if path.suffix == ".onnx" else source.open(path).eval() for path in dict.fromkeys((a, b))}
+    sides: list[Any] = [opened[a], opened[b]]
     network = next((side for side in sides if not isinstance(side, Path)), None)
     inputs = example_inputs(network, given)
     if inputs is None:

@@ -19,12 +19,14 @@ from normswap.records import InitReport, Plan, SiteCost, Skip
 if TYPE_CHECKING:
     from normswap.checks.verification import OutputRow, Verification
     from normswap.deploy.onnx.artifact import ExportArtifact
+    from normswap.deploy.rows import FoldRow
     from normswap.pipeline import Conversion
 
 __all__ = [
     "as_record",
     "costs_as_record",
     "describe_check",
+    "left_as_they_were",
     "needs",
     "show_artifact",
     "show_check",
@@ -221,6 +223,14 @@ def needs(names: Sequence[str]) -> list[tuple[str, str]]:
     """Return the line about a file that is loaded only where normswap is, none where there are no such modules."""
     text = f"normswap, to be loaded: {_counted(names, 'module')} of its own; a .pt2 program needs no class"
     return [("needs", text)] if names else []
+
+
+def left_as_they_were(rows: Sequence[FoldRow]) -> list[str]:
+    """Return what folding has left, a line per reason."""
+    names: dict[str, list[str]] = defaultdict(list)
+    for row in rows:
+        names[spell(row.reason)].append(row.name)
+    return [f"folding left {_counted(which, 'module')}: {reason}" for reason, which in names.items()]
 
 
 def written(outputs: Sequence[Path]) -> list[tuple[str, str]]:

@@ -9,6 +9,7 @@ affines in a row become one. Where a layer without zero padding reads one and no
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,80 +17,126 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from normswap.deploy.rows import FoldRow
+from normswap.errors import Text, argument, marked
 from normswap.graph import capture
 from normswap.graph.after_norm import after_norm
 from normswap.graph.code_reads import reads_in_code
 from normswap.graph.dataflow import Dataflow
 from normswap.graph.perturbation import confirm_feeds
 from normswap.graph.reading import reader_of
-from normswap.nn import FilterLayout
+from normswap.nn import FilterLayout, RankCheck
 from normswap.nn.kinds import is_layer
 from normswap.nn.readers import fused_inputs
 from normswap.norms import Affine, deployed
-from normswap.runs.calling import run_on
+from normswap.runs.calling import run_on_data
+from normswap.runs.guard import untouched
 from normswap.runs.inputs import Inputs
 
-__all__ = ["fuse_affines", "is_hooked", "put", "ranks_on", "standing_alone"]
+__all__ = ["Fused", "fuse_affines", "is_hooked", "put", "rank_of", "ranks_on", "standing_alone"]
 
 Ranks = Mapping[int, int]
 """The number of axes that reach a module, by its id."""
 
 
-def _affine_of(module: nn.Module) -> tuple[Affine, tuple[nn.Module, ...]] | None:
-    """Return the affine that ``module`` is in evaluation, and what comes after it; None if it is none."""
-    affine = deployed(module)
-    if not isinstance(affine, Affine):
-        return None
-    after = after_norm(module)
-    return None if isinstance(after, str) else (affine, after)
+@dataclass(frozen=True)
+class Fused:
+    """What one pass has fused.
+
+    Args:
+        rows: A row for each affine that is gone.
+        left: Why each of the others is left, by the module's id.
+    """
+
+    rows: tuple[FoldRow, ...]
+    left: Mapping[int, str]
 
 
-def fuse_affines(model: nn.Module, inputs: Inputs | None, ranks: Ranks) -> list[FoldRow]:
+@dataclass(frozen=True)
+class _Fusion:
+    """An affine that a layer, or another affine, may take up.
+
+    Args:
+        affine: The affine.
+        after: What comes after it in its module.
+        target: What takes it up.
+        behind: Whether that is the layer that reads the affine.
+        rank: The number of axes that inputs are held to, as only an example shows it; None for any.
+        gap: What is not proven, where a run may close it.
+    """
+
+    affine: Affine
+    after: tuple[nn.Module, ...]
+    target: str
+    behind: bool = False
+    rank: int | None = None
+    gap: str | None = None
+
+
+def fuse_affines(model: nn.Module, inputs: Inputs | None, ranks: Ranks) -> Fused:
     """Fuse every affine that directly follows a layer, or another affine, into it; one pass over one capture."""
     flow = Dataflow(capture(model, inputs, modes=(False,)))
-    affines: dict[str, tuple[Affine, tuple[nn.Module, ...]]] = {}
-    feeding: dict[str, str] = {}  # by the norm: the layer in front of it
-    reading_by: dict[str, str] = {}  # and the one behind it, where none in front may take it up
-    open_pairs: list[tuple[str, str]] = []
+    fusions: dict[str, _Fusion] = {}
+    left: dict[int, str] = {}
     named = reads_in_code(flow.capture)
-    for fqn in sorted(flow.order, key=flow.order.__getitem__):
-        module = flow.capture.modules.get(fqn)
-        if module is None or fqn in flow.functional or fqn in named or not _may_go(flow, module):
+    for fqn in sorted(flow.capture.modules, key=lambda fqn: flow.order.get(fqn, len(flow.order))):
+        module = flow.capture.modules[fqn]
+        if not isinstance(deployed(module), Affine):
             continue
-        found = _affine_of(module)
-        if found is None:
-            continue
-        rank = _rank(flow, fqn, found[0], ranks)
-        channels = found[0].factor.numel()
-        feeds = flow.layer_feeding(fqn, channels, rank, _takes_affine)
-        if feeds.layer is not None and not feeds.reason:
-            affines[fqn], feeding[fqn] = found, feeds.layer
-            if feeds.gap:
-                open_pairs.append((feeds.layer, fqn))
-            continue
-        reading = reader_of(flow, fqn, channels, rank)
-        if reading.layer is not None and not reading.reason and not found[1]:
-            affines[fqn], reading_by[fqn] = found, reading.layer
+        found = _why_stays(flow, fqn, module) or named.get(fqn) or _fusion(flow, fqn, module, ranks)
+        if inputs is None and isinstance(found, str) and not flow.calls.get(fqn) and flow.opaque_ancestor(fqn):
+            found = Text(f"{marked(found)}: give {argument('example_inputs')}")
+        if isinstance(found, _Fusion):
+            fusions[fqn] = found
+        else:
+            left[id(module)] = found
+    open_pairs = [(one.target, fqn) for fqn, one in fusions.items() if one.gap]
     closed = confirm_feeds(model, open_pairs, inputs) if open_pairs and inputs is not None else {}
     rows: list[FoldRow] = []
     taken: set[str] = set()
-    for fqn, layer in (*feeding.items(), *reading_by.items()):
-        if fqn in taken or layer in taken or ((layer, fqn) in open_pairs and (layer, fqn) not in closed):
+    for fqn, one in sorted(fusions.items(), key=lambda item: item[1].behind):
+        if one.gap and (one.target, fqn) not in closed:
+            tail = f"give {argument('example_inputs')}" if inputs is None else "a run on the example inputs does not"
+            left[id(flow.capture.modules[fqn])] = Text(f"{one.gap}: {tail}")
             continue
-        affine, after = affines[fqn]
-        (_into if fqn in feeding else _into_reader)(flow.capture.modules[layer], affine)
-        rest = _rest(after)
+        if fqn in taken or one.target in taken:
+            continue
+        target = flow.capture.modules[one.target]
+        (_into_reader if one.behind else _into)(target, one.affine)
+        rest = _rest(one.after, one.rank if is_layer(target) or one.behind else None)
         for name in flow.capture.names[fqn]:
             put(model, name, rest)
-        taken |= {fqn, layer}
-        rows.append(FoldRow(fqn, f"part of {layer}"))
-    return rows
+        taken |= {fqn, one.target}
+        rows.append(FoldRow(fqn, f"part of {one.target}"))
+    return Fused(tuple(rows), left)
 
 
-def _may_go(flow: Dataflow, module: nn.Module) -> bool:
-    """Tell whether nobody sees the module but by its calls: no hook, and no read of its tensors."""
+def _fusion(flow: Dataflow, fqn: str, module: nn.Module, ranks: Ranks) -> _Fusion | str:
+    """Return what may take up the affine that ``module`` is, or why nothing may."""
+    affine, after = deployed(module), after_norm(module)
+    assert isinstance(affine, Affine)
+    if isinstance(after, str):
+        return after
+    rank, by_example = _rank(flow, fqn, affine, ranks)
+    held = rank if by_example else None
+    channels = affine.factor.numel()
+    feeds = flow.layer_feeding(fqn, channels, rank, _takes_affine)
+    if feeds.layer is not None and not feeds.reason:
+        return _Fusion(affine, after, feeds.layer, rank=held, gap=feeds.gap)
+    reading = reader_of(flow, fqn, channels, rank)
+    if reading.layer is not None and not reading.reason and not after:
+        return _Fusion(affine, after, reading.layer, behind=True, rank=held)
+    reasons = [marked(reason) for reason in (feeds.reason, reading.reason) if reason]
+    return Text("; ".join(reasons) or "what feeds it is not known")
+
+
+def _why_stays(flow: Dataflow, fqn: str, module: nn.Module) -> str:
+    """Return who sees the module otherwise than by its calls: a hook, or a read of its tensors; nothing if no one."""
+    if is_hooked(module):
+        return "a forward hook is on it"
+    if fqn in flow.functional:
+        return "a forward calls batch_norm with its tensors"
     tensors = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
-    return not (is_hooked(module) or any(map(flow.reads, tensors)))
+    return "the model reads its parameters or statistics outside of its call" if any(map(flow.reads, tensors)) else ""
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -105,10 +152,18 @@ def _takes_affine(module: nn.Module) -> bool:
     return isinstance(affine, Affine) and affine.otherwise is None and {*module._parameters} == {"weight", "bias"}
 
 
-def _rank(flow: Dataflow, fqn: str, affine: Affine, ranks: Ranks) -> int | None:
+def _rank(flow: Dataflow, fqn: str, affine: Affine, ranks: Ranks) -> tuple[int | None, bool]:
+    """Return the number of axes that reach an affine, and whether only example inputs show it."""
+    proven = (None if affine.rank_by_example else affine.rank) or flow.rank(fqn)
+    if proven:
+        return proven, False
     seen = {axes for axes, _ in flow.capture.shapes.get(fqn, ())}
-    known = affine.rank or ranks.get(id(flow.capture.modules[fqn]))
-    return known or flow.rank(fqn, (seen.pop(), 0) if len(seen) == 1 else None)
+    return rank_of(flow.capture.modules[fqn], affine, ranks) or (seen.pop() if len(seen) == 1 else None), True
+
+
+def rank_of(module: nn.Module, affine: Affine, ranks: Ranks) -> int | None:
+    """Return the number of axes that reach an affine: by itself or by the example inputs, the newest first."""
+    return ranks.get(id(module)) or affine.rank
 
 
 def _into(layer: nn.Module, affine: Affine) -> None:
@@ -131,9 +186,10 @@ def _into_reader(layer: nn.Module, affine: Affine) -> None:
                 old.copy_(value)
 
 
-def _rest(after: tuple[nn.Module, ...]) -> nn.Module:
-    """Return what is left of a norm once its affine is gone."""
-    return nn.Sequential(*after) if len(after) > 1 else after[0] if after else nn.Identity()
+def _rest(after: tuple[nn.Module, ...], rank: int | None) -> nn.Module:
+    """Return what is left of a norm once its affine is gone; with ``rank``, its inputs are held to so many axes."""
+    left = after if rank is None else (RankCheck(rank), *after)
+    return nn.Sequential(*left) if len(left) > 1 else left[0] if left else nn.Identity()
 
 
 def ranks_on(model: nn.Module, inputs: Inputs) -> dict[int, int]:
@@ -144,11 +200,13 @@ def ranks_on(model: nn.Module, inputs: Inputs) -> dict[int, int]:
         found[id(module)] = args[0].ndim
 
     answers = ((module, deployed(module)) for module in model.modules())
-    unknown = [m for m, a in answers if isinstance(a, Affine) and a.rank is None and a.otherwise is None]
+    affines = ((m, a) for m, a in answers if isinstance(a, Affine) and a.otherwise is None)
+    unknown = [module for module, affine in affines if affine.rank is None or affine.rank_by_example]
     handles = [module.register_forward_pre_hook(note) for module in unknown]
     try:
         if handles:
-            run_on(model, inputs)
+            with untouched(model):
+                run_on_data(model, inputs)
     finally:
         for handle in handles:
             handle.remove()

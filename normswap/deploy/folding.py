@@ -9,23 +9,26 @@ from typing import Any
 
 from torch import fx, nn
 
-from normswap.checks.self_check import eval_output, keeps_output
+from normswap.checks.conversion import refuse_unfit
+from normswap.checks.self_check import broken, eval_output, keeps_output
 from normswap.checks.verification import Verification
-from normswap.deploy.affines import fuse_affines, is_hooked, put, ranks_on, standing_alone
+from normswap.deploy.affines import fuse_affines, is_hooked, put, rank_of, ranks_on, standing_alone
 from normswap.deploy.rows import FoldRow
-from normswap.errors import FoldError, Text, VerificationError, argument
+from normswap.errors import FoldError, InputError, Text, VerificationError, argument, marked
+from normswap.nn import RankCheck
 from normswap.nn.plain import make_plain
 from normswap.norms import Affine, Stays, deployed
 from normswap.records import text_table
 from normswap.runs.guard import copy_of
 from normswap.runs.inputs import Inputs, example_of, make_up_inputs
 from normswap.runs.modes import training_modules
+from normswap.runs.wrappers import unwrapped
 from normswap.stages.forwards import is_rewritten, trace_own_forward
 from normswap.storage.origin import forget
 
 __all__ = ["Folding", "fold", "fold_with_report"]
 
-_PARTS = {"affine", "norm", "after"}
+_PARTS = {"rank", "affine", "norm", "after"}
 """The names of the parts that stand in a norm's place (see rewriting)."""
 
 
@@ -63,20 +66,23 @@ def fold_with_report(model: nn.Module, *, example_inputs: Any = None) -> Folding
     graph proves that they may. No module of this package is left where torch.nn has its like.
 
     Args:
-        model: In eval mode.
+        model: In eval mode. Of an AveragedModel its module is folded.
         example_inputs: Inputs to compare both models on; without, inputs are made up where the model takes them. They
             also show, by runs, which layers feed what inside modules that cannot be traced.
 
     Raises:
         FoldError: The model is in train mode.
+        InputError: A tensor of the model holds values that are none, or the model does not run on the inputs.
         VerificationError: The output moved.
     """
+    model, _ = unwrapped(model)
     if training := training_modules(model):
         raise FoldError(
             f"the model is in train mode ({training[0]!r} and {len(training) - 1} more modules)",
             code="fold-train-mode",
             hint="call model.eval() before folding",
         )
+    refuse_unfit(model)
     folded = copy_of(model)
     inputs = example_of(model, example_inputs)
     ranks = {} if inputs is None else ranks_on(folded, inputs)
@@ -84,10 +90,15 @@ def fold_with_report(model: nn.Module, *, example_inputs: Any = None) -> Folding
     left: list[FoldRow] = []
     for name, reason in make_plain(folded):
         (left if reason else rows).append(FoldRow(name, "as it was" if reason else "a plain weight", reason))
-    while done := fuse_affines(folded, inputs, ranks):
-        rows += done
+    fused = fuse_affines(folded, inputs, ranks)
+    try:
+        while fused.rows:
+            rows += fused.rows
+            fused = fuse_affines(folded, inputs, ranks)
+    except InputError as error:
+        raise broken(error) from error.__cause__
     _simplify(folded)
-    for row in _replace_the_rest(folded, ranks):
+    for row in _replace_the_rest(folded, ranks, fused.left):
         (left if row.reason else rows).append(row)
     folded = _plain_forwards(folded)
     forget(folded)
@@ -113,33 +124,47 @@ def _simplify(model: nn.Module) -> None:
         put(model, fqn, simpler[id(module)])
 
 
-def _replace_the_rest(model: nn.Module, ranks: Mapping[int, int]) -> list[FoldRow]:
-    """Replace what is still left to fold by modules of torch.nn, where there are any, and say what stays."""
+def _replace_the_rest(model: nn.Module, ranks: Mapping[int, int], left: Mapping[int, str]) -> list[FoldRow]:
+    """Replace what is still left to fold by modules of torch.nn, where there are any, and say what stays.
+
+    ``left`` says why no layer takes an affine up, by the module's id.
+    """
     rows = []
     names: dict[int, list[str]] = defaultdict(list)
     for fqn, module in model.named_modules(remove_duplicate=False):
         names[id(module)].append(fqn)
     for fqn, module in list(model.named_modules()):
         answer = deployed(module)
-        if isinstance(answer, Stays):
+        if isinstance(module, RankCheck):
+            for name in names[id(module)]:
+                put(model, name, module.plain())
+            what = f"a Flatten(-1, {module.rank - 1}), which lets inputs of {module.rank} axes through alone"
+            rows.append(FoldRow(fqn, what))
+        elif isinstance(answer, Stays):
             rows.append(FoldRow(fqn, "as it was", answer.reason))
         elif isinstance(answer, Affine):
-            new, why = _in_place_of(module, answer, ranks)
+            new, why = _in_place_of(module, answer, ranks, left)
             if new is None:
                 rows.append(FoldRow(fqn, "as it was", why))
                 continue
             what = "a diagonal Linear" if isinstance(new, nn.Linear) else f"a depthwise 1×1 {type(new).__name__}"
+            if answer.rank is None or answer.rank_by_example:
+                check = RankCheck(rank_of(module, answer, ranks) or 0).plain()
+                what += f" for inputs of {check.end_dim + 1} axes alone, as the example inputs have"
+                new = nn.Sequential(OrderedDict(rank=check, affine=new))
             rows.append(FoldRow(fqn, what))
             for name in names[id(module)]:
                 put(model, name, new)
     return rows
 
 
-def _in_place_of(module: nn.Module, affine: Affine, ranks: Mapping[int, int]) -> tuple[nn.Module | None, str]:
+def _in_place_of(
+    module: nn.Module, affine: Affine, ranks: Mapping[int, int], left: Mapping[int, str]
+) -> tuple[nn.Module | None, str]:
     """Return what stands in the place of an affine that no layer has taken up, or None and why there is nothing."""
     if affine.otherwise is not None:
-        return None, "no layer may take it up"
-    new = standing_alone(affine, affine.rank or ranks.get(id(module)), like=next(module.parameters()))
+        return None, Text(f"no layer takes it up: {marked(left[id(module)])}")
+    new = standing_alone(affine, rank_of(module, affine, ranks), like=next(module.parameters()))
     if new is None:
         return None, Text(f"its input's number of axes is unknown: give {argument('example_inputs')}")
     if is_hooked(module):
@@ -160,8 +185,15 @@ def _plain_forwards(model: nn.Module) -> nn.Module:
     return model
 
 
+def _holds_rank(module: nn.Module) -> bool:
+    """Tell whether ``module`` is what :meth:`RankCheck.plain` makes."""
+    return isinstance(module, nn.Flatten) and module.start_dim == -1
+
+
 def _check(model: nn.Module, folded: nn.Module, example: Inputs | None) -> Verification | None:
-    inputs = example if example is not None else make_up_inputs(model)
+    inputs = example if example is not None else make_up_inputs(model, folded)
+    if inputs is None and not any(_holds_rank(module) for module in folded.modules()):
+        inputs = make_up_inputs(model)  # nothing explains that the folded model takes no input that the model takes
     if inputs is None:
         return None
     check = keeps_output(eval_output(model, inputs), folded, inputs)

@@ -4,26 +4,30 @@ from __future__ import annotations
 
 from torch import nn
 from torch.nn.utils import parametrize
-from torch.nn.utils.weight_norm import WeightNorm
 
 from normswap.deploy.affines import is_hooked
-from normswap.errors import argument
+from normswap.nn.plain import legacy_hooks
 from normswap.norms import Affine, deployed
 
-__all__ = ["needs_package", "unfolded"]
+__all__ = ["needs_inputs", "needs_package", "unfolded"]
 
 
 def unfolded(module: nn.Module) -> str:
     """Return what is still to fold in the module itself, or an empty string."""
     if parametrize.is_parametrized(module):
         return f"{', '.join(module.parametrizations)} is parametrized"  # type: ignore[arg-type]
-    if any(isinstance(hook, WeightNorm) for hook in module._forward_pre_hooks.values()):
-        return "a torch.nn.utils.weight_norm hook computes its weight"
+    if hooks := legacy_hooks(module):
+        return f"a {hooks[0].what} hook computes its {hooks[0].tensor}"
     answer = deployed(module)
     if not isinstance(answer, Affine) or answer.otherwise is not None or is_hooked(module):
         return ""
-    needs = "" if answer.rank else f", which folding may leave without {argument('example_inputs')}"
-    return f"it is a {type(module).__name__}{needs}"
+    return f"it is a {type(module).__name__}"
+
+
+def needs_inputs(module: nn.Module) -> bool:
+    """Tell whether folding knows by example inputs alone how many axes reach what is still to fold in the module."""
+    answer = deployed(module)
+    return isinstance(answer, Affine) and answer.otherwise is None and answer.rank is None
 
 
 def needs_package(model: nn.Module) -> list[str]:

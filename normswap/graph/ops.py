@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.export._unlift import GuardsFn
 
+from normswap.nn import RankCheck
 from normswap.nn.kinds import LAYERS, class_of, is_layer
 from normswap.norms import norm_of
 from normswap.operations.table import TABLE, lifted_from, named, of_call, of_module
@@ -80,7 +81,7 @@ def norm_argument(node: fx.Node, name: str) -> Any:
 def passes_through(node: fx.Node, module: nn.Module | None) -> bool:
     """Tell whether ``node``'s output is its first argument, value for value and axis for axis."""
     if node.op == "call_module":
-        return type(module) is nn.Identity
+        return type(module) in (nn.Identity, RankCheck)
     return node.op == "call_method" and node.target == "contiguous"
 
 

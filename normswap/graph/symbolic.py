@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from itertools import product
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from itertools import count
 from typing import Any
 
 import torch
@@ -13,6 +16,7 @@ from torch import nn
 from normswap.graph.ops import is_leaf
 from normswap.graph.records import Capture, Trace, model_names, refuse_wrappers
 from normswap.graph.tracer import ScopeTracer, why_untraceable
+from normswap.runs.argument_values import other_ways
 from normswap.runs.guard import set_mode, untouched
 
 __all__ = ["capture_symbolic"]
@@ -35,17 +39,50 @@ def capture_symbolic(model: nn.Module, modes: tuple[bool, ...] = (False, True)) 
     modules, aliases, names = model_names(model)
     traces: list[Trace] = []
     opaque: dict[str, str] = {}
+    numbers = count()
     with untouched(model):
-        defaults = _defaults(model)
-        for run, (training, arguments) in enumerate(product(modes, _ways(defaults))):
+        for training in modes:
             set_mode(model, training)
-            hidden: dict[str, str] = {}
-            scopes = list(_trace_scopes(model, run, arguments, hidden))
-            # Where a trace with optional arguments fails, it is no evidence, and the run is dropped.
-            if arguments == defaults or "" not in hidden:
-                traces.extend(scopes)
-                opaque.update(hidden)
-    return Capture(model, tuple(traces), opaque, modules, aliases, names)
+            for run in _runs(model, numbers):
+                traces.extend(run.scopes)
+                opaque.update(run.hidden)
+    return Capture(model, tuple(traces), opaque, modules, aliases, names, modes=modes)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The graphs of one way to call the model, by scope, and the modules that could not be traced, with the reason."""
+
+    scopes: tuple[Trace, ...]
+    hidden: Mapping[str, str]
+
+
+def _runs(model: nn.Module, numbers: Iterator[int]) -> Iterator[_Run]:
+    """Trace ``model`` with its optional arguments left out, given, and with other values.
+
+    Where a trace fails, it is no evidence, and the run is dropped; but not the one with the defaults.
+    """
+
+    def trace(arguments: dict[str, Any]) -> _Run:
+        hidden: dict[str, str] = {}
+        return _Run(tuple(_trace_scopes(model, next(numbers), arguments, hidden)), hidden)
+
+    defaults = _defaults(model)
+    if not defaults:
+        yield trace({})
+        return
+    left_out, usual = trace({}), trace(defaults)
+    if followed := "" not in left_out.hidden:
+        yield left_out
+    yield usual
+    for way in other_ways(model, defaults):
+        flag = all(isinstance(value, bool) for value in way.values())
+        if followed and not flag:  # a trace that left it out shows the same for every value
+            continue
+        run = trace({**defaults, **way})
+        # A value that is none of the argument's fails somewhere inside.
+        if "" not in run.hidden if flag else run.hidden.keys() <= usual.hidden.keys():
+            yield run
 
 
 def _defaults(module: nn.Module) -> dict[str, Any]:
@@ -54,16 +91,8 @@ def _defaults(module: nn.Module) -> dict[str, Any]:
         parameters = inspect.signature(type(module).forward).parameters.values()
     except (TypeError, ValueError):
         return {}
-    constants = (type(None), bool, int, float, str)
+    constants = (type(None), bool, int, float, str, Enum)
     return {p.name: p.default for p in parameters if p.default is not p.empty and isinstance(p.default, constants)}
-
-
-def _ways(defaults: dict[str, Any]) -> tuple[dict[str, Any], ...]:
-    """Return the ways to call a forward: with optional arguments given, left out, and with each flag turned."""
-    if not defaults:
-        return ({},)
-    flags = (name for name, value in defaults.items() if isinstance(value, bool))
-    return ({}, defaults, *({**defaults, flag: not defaults[flag]} for flag in flags))
 
 
 def _trace_scopes(model: nn.Module, run: int, arguments: dict[str, Any], opaque: dict[str, str]) -> Iterator[Trace]:
@@ -84,7 +113,9 @@ def _trace_scopes(model: nn.Module, run: int, arguments: dict[str, Any], opaque:
                 pending.extend(_children(scope, module))
         else:
             try:
-                graph = tracer.trace(module, (_defaults(module) if scope else arguments) or None)
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "Was not able to add assertion")  # of an Enum's value
+                    graph = tracer.trace(module, (_defaults(module) if scope else arguments) or None)
             except Exception as cause:
                 refused.append((scope, module, why_untraceable(cause)))
             else:

@@ -68,7 +68,11 @@ def equalize(
     inputs = example if example is not None else make_up_inputs(model)
     if inputs is None:
         return model, {}
-    norms = {step.site.norm: tuple(one for _, one in step.source.after) for step in bound.modules}
+    norms = {
+        step.site.norm: tuple(one for _, one in step.source.after)
+        for step in bound.modules
+        if not step.site.rank_by_example or step.held_rank is not None
+    }
     channels = find_channels(flow, norms, [step.site.layer for step in bound.modules if step.site.layer])
     scales = _from_data_or_noise(model, gamma_sigma, channels, batches, inputs)
     if scales is None:

@@ -20,6 +20,7 @@ from normswap.loading.importing import first_line
 from normswap.loading.programs import read_program
 from normswap.loading.state_dicts import choose_entry, fit
 from normswap.loading.trust import Trust
+from normswap.runs.wrappers import unwrapped
 
 __all__ = ["load_model", "read_safetensors"]
 
@@ -65,6 +66,7 @@ def load_model(
                 code="arch-unused",
                 hint=f"leave {parameter('arch')} out, or give the state dict",
             )
+        found, _ = unwrapped(found)
         check_finite(found, path)
         return found
     if arch is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -129,6 +129,7 @@ def fit(model: nn.Module, state: dict[str, torch.Tensor], path: Path, arch: str)
             code="state-dict-mismatch",
             hint=f"check {parameter('arch')}",
         ) from error
+    _note_dtypes(expected, state, path, arch)
     missing = [f"{name} {wanted.get(name)}" for name in result.missing_keys if name not in names]
     extra = [f"{name} {_shape(state.get(name))}" for name in result.unexpected_keys]
     problems = [
@@ -146,6 +147,20 @@ def fit(model: nn.Module, state: dict[str, torch.Tensor], path: Path, arch: str)
             code="state-dict-mismatch",
             hint=f"check {parameter('arch')} and its arguments, {parameter('arch_kwargs')}, for instance num_classes",
         )
+
+
+def _note_dtypes(expected: Mapping[str, object], state: Mapping[str, torch.Tensor], path: Path, arch: str) -> None:
+    """Log where the model holds the file's floating point values in another dtype: more bytes, or fewer digits."""
+    changed: Counter[tuple[str, str]] = Counter()
+    for name, tensor in expected.items():
+        found = state.get(name)
+        if not isinstance(tensor, torch.Tensor) or not isinstance(found, torch.Tensor):
+            continue
+        if found.is_floating_point() and tensor.dtype != found.dtype:
+            changed[str(found.dtype).removeprefix("torch."), str(tensor.dtype).removeprefix("torch.")] += 1
+    for (before, after), count in changed.items():
+        tensors = f"{count} {before} tensor{'s' * (count > 1)}"
+        logger.warning("%s: %s became %s, as %s has them", path, tensors, after, arch)
 
 
 def _shape(value: object) -> tuple[int, ...] | None:

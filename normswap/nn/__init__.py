@@ -3,6 +3,7 @@
 from normswap.nn.filters import FilterLayout, row_moments
 from normswap.nn.norms import ChannelAffine, ChannelLayerNorm, MeanOnlyBatchNorm
 from normswap.nn.parametrizations import FilterWeightNorm, WeightStandardization, parametrize_weight_norm
+from normswap.nn.rank_check import RankCheck
 
 __all__ = [
     "ChannelAffine",
@@ -10,6 +11,7 @@ __all__ = [
     "FilterLayout",
     "FilterWeightNorm",
     "MeanOnlyBatchNorm",
+    "RankCheck",
     "WeightStandardization",
     "parametrize_weight_norm",
     "row_moments",

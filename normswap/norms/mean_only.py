@@ -42,14 +42,15 @@ class MeanOnly(Norm):
     def deployed(cls, module: nn.Module) -> Affine | Stays | nn.Module:
         norm = _mean_only(module)
         shift = norm.bias.detach().double() - norm.running_mean.double()
-        return Affine(torch.ones_like(shift), shift, norm.rank)
+        return Affine(torch.ones_like(shift), shift, norm.rank, norm.rank_by_example)
 
     def build(self, site: Site, like: Tensor) -> nn.Module:
-        return MeanOnlyBatchNorm(
+        return MeanOnlyBatchNorm.of_rank(site.rank)(
             site.num_features,
             self.momentum,
             site.rank,
             synchronized=self.synchronized,
+            rank_by_example=site.rank_by_example,
             device=like.device,
             dtype=like.dtype,
         )

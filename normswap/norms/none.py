@@ -33,7 +33,8 @@ class Nothing(Norm):
     @classmethod
     def deployed(cls, module: nn.Module) -> Affine | Stays | nn.Module:
         assert isinstance(module, ChannelAffine)
-        return Affine(module.weight.detach().double(), module.bias.detach().double(), module.rank)
+        factor, shift = module.weight.detach().double(), module.bias.detach().double()
+        return Affine(factor, shift, module.rank, module.rank_by_example)
 
     def build(self, site: Site, like: Tensor) -> None:
         return None

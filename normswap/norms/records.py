@@ -195,6 +195,7 @@ class Affine:
         factor: The factors.
         shift: The summands.
         rank: The number of axes of x, where the module knows it.
+        rank_by_example: Whether example inputs alone show that, and the module takes others as well.
         otherwise: The module that stands where no neighbour takes the affine up; None for a 1×1 convolution of each
             channel by itself.
     """
@@ -202,6 +203,7 @@ class Affine:
     factor: Tensor
     shift: Tensor
     rank: int | None = None
+    rank_by_example: bool = False
     otherwise: nn.Module | None = None
 
 

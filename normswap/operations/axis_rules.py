@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["flattened", "moved", "permuted", "permuted_axes", "transposed", "viewed"]
+__all__ = ["flattened", "held", "moved", "permuted", "permuted_axes", "transposed", "viewed"]
 
 Order = tuple[int, ...]
 """For each axis of the result, the axis of the argument that it was."""
@@ -14,6 +14,12 @@ Order = tuple[int, ...]
 def flattened(arguments: Mapping[str, Any]) -> int | None:
     """Return 2 where everything behind the samples becomes one axis; how many axes others leave is not known."""
     return 2 if (arguments["start_dim"], arguments["end_dim"]) == (1, -1) else None
+
+
+def held(arguments: Mapping[str, Any]) -> int | None:
+    """Return the number of axes that a check of it lets through."""
+    rank = arguments["rank"]
+    return rank if isinstance(rank, int) else None
 
 
 def viewed(arguments: Mapping[str, Any]) -> int | None:

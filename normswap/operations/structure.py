@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from normswap.nn import RankCheck
 from normswap.operations import channel_rules as rules
-from normswap.operations.axis_rules import flattened, moved, permuted, permuted_axes, transposed, viewed
+from normswap.operations.axis_rules import flattened, held, moved, permuted, permuted_axes, transposed, viewed
 from normswap.operations.operation import KEPT, Operation
 
 __all__ = ["STRUCTURE"]
@@ -148,6 +149,7 @@ _SHAPE = (
         "flatten", (torch.flatten,), ("flatten",), (nn.Flatten,), "input start_dim end_dim",
         defaults={"start_dim": 0, "end_dim": -1}, axes=flattened, channels=rules.flatten,
     ),
+    Operation("rank check", modules=(RankCheck,), signature="input rank", axes=held, channels=rules.same),
     Operation(
         "transpose", (torch.transpose, torch.swapaxes, torch.swapdims, aten.transpose.int),
         ("transpose", "swapaxes", "swapdims"), signature="input dim0 dim1", axes=KEPT, order=transposed,

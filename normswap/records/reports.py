@@ -53,22 +53,25 @@ class InitRow:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far the original's and the converted network's outputs agree on held-out calibration samples.
+    """How far the original's and the converted network's outputs agree on calibration samples, held-out ones if any.
 
     Args:
         samples: How many samples.
         relative_error: ``‖found − expected‖ / ‖expected‖`` over all outputs.
         cosine: The mean cosine between a sample's two outputs.
         top1: The share of samples whose largest output is the same; None where the output is no score per class.
+        held_out: Whether nothing was fitted to these samples; there were too few to hold any out where it was.
     """
 
     samples: int
     relative_error: float
     cosine: float
     top1: float | None = None
+    held_out: bool = True
 
     def __str__(self) -> str:
-        text = f"output on {self.samples} held-out samples: relative error {self.relative_error:.3f}"
+        which = "held-out samples" if self.held_out else "samples, the same that it was fitted to"
+        text = f"output on {self.samples} {which}: relative error {self.relative_error:.3f}"
         text += f", cosine {self.cosine:.4f}"
         return text if self.top1 is None else text + f", same class in {100 * self.top1:.1f} %"
 

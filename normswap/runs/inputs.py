@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from normswap.errors import InputError
+from normswap.errors import InputError, Text, argument
 from normswap.nn import FilterLayout
 from normswap.nn.kinds import is_layer
 from normswap.runs.calling import run_on
+from normswap.runs.deadline import RanTooLong, at_most
 from normswap.runs.guard import set_mode, untouched
 from normswap.runs.recorded_inputs import recorded_inputs
 
 __all__ = ["Inputs", "as_inputs", "example_of", "make_up_inputs"]
+
+logger = logging.getLogger(__name__)
 
 Inputs = tuple[Any, ...] | Mapping[str, Any]
 """One call's inputs: positional or by keyword."""
@@ -50,12 +56,17 @@ def example_of(model: nn.Module, given: Any) -> Inputs | None:
 
 
 _SIDES = {1: (1024, 4096, 256), 2: (64, 32, 224, 96, 28, 128, 256, 384, 512), 3: (16, 32, 64)}
+_MOST_WIDTHS = 4
+_LONGEST = 5
+"""Seconds: a conversion runs the model some ten times on what is made up."""
 
 
-def make_up_inputs(model: nn.Module, batch: int = 2) -> tuple[Tensor, ...] | None:
+def make_up_inputs(model: nn.Module, *others: nn.Module, batch: int = 2) -> tuple[Tensor, ...] | None:
     """Return one noise input that ``model`` takes, found by trying sizes that fit its first layer; None if none does.
 
-    Made-up inputs show whether two models compute the same; they say nothing about the shapes that a user's data has.
+    ``others`` must take it, too. None is returned as well where all this takes longer than 5 s: a detector enlarges any
+    image to 800 pixels. Made-up inputs show whether two models compute the same; they say nothing about the
+    shapes that a user's data has.
     """
     layers = [m for m in model.modules() if is_layer(m)]
     if not layers or any(p.is_meta for p in model.parameters()):
@@ -63,17 +74,28 @@ def make_up_inputs(model: nn.Module, batch: int = 2) -> tuple[Tensor, ...] | Non
     first, generator = layers[0], torch.Generator().manual_seed(0)
     like = FilterLayout.of(first).weight(first)
     if isinstance(first, nn.Linear):
+        widths = dict.fromkeys(p.numel() for p in model.parameters() if p.ndim == 1)  # those of norms among them
         shapes: list[tuple[int, ...]] = [(batch, first.in_features)]
+        shapes += [(batch, width, first.in_features) for width in list(widths)[:_MOST_WIDTHS]]
     else:
         axes = like.ndim - 2
         channels = cast(int, first.in_channels)
         shapes = [(batch, channels, *(side,) * axes) for side in _SIDES[axes]]
-    with untouched(model, values=True):
-        set_mode(model, False)
+    end = time.monotonic() + _LONGEST
+    with ExitStack() as stack:
+        for one in (model, *others):
+            stack.enter_context(untouched(one))
+            set_mode(one, False)
         for shape in shapes:
             x = torch.randn(*shape, generator=generator).to(like)
             try:
-                run_on(model, (x,))
+                with at_most(max(end - time.monotonic(), 0)):
+                    for one in (model, *others):
+                        run_on(one, (x,))
+            except RanTooLong:
+                text = "no inputs were made up, as a run takes longer than %s s: give %s"
+                logger.info(text, _LONGEST, Text(argument("example_inputs")))
+                return None
             except Exception:  # this size does not fit: the next may
                 continue
             return (x,)

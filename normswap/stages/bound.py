@@ -16,7 +16,7 @@ from normswap.graph.after_norm import after_norm
 from normswap.nn import FilterLayout
 from normswap.nn.kinds import class_of, is_layer
 from normswap.nn.readers import input_channels, is_reader, why_no_affine
-from normswap.norms import Norm, NormState, is_convertible, norm_of
+from normswap.norms import Bias, Norm, NormState, is_convertible, norm_of
 from normswap.norms.functional import FunctionalNorm
 from normswap.recipes import Recipe
 from normswap.records import NormKind, Plan, Site, Step
@@ -84,6 +84,16 @@ class BoundStep:
         """The values of the norm that stands there."""
         return self.source.state
 
+    @property
+    def held_rank(self) -> int | None:
+        """The number of axes that inputs are held to, as what a layer takes up is right for no other; None for any.
+
+        See Note [Ranks that an example decided] in :mod:`normswap.nn.rank_check`.
+        """
+        absorbed = self.step.taken_up_by is not None
+        same_function = self.norm.bias is Bias.KEPT and not self.weight.centres
+        return self.site.rank if self.site.rank_by_example and absorbed and not same_function else None
+
     @classmethod
     def at(cls, site: Site, recipe: Recipe, groups: int | None, source: NormSource) -> BoundStep:
         """Return what ``recipe`` does at ``site`` with so many groups, None where its norm has none."""
@@ -96,7 +106,13 @@ class BoundStep:
             notes += (f"goes into {reader}, which reads it",)
         elif forward and site.unread is not None:
             notes += (site.unread,)
-        return cls(Step(site, weight.name, words, groups, notes, reader), weight, norm, source)
+        if site.looked_up_by and not (norm.is_batch_norm and (site.layer or norm.bias is Bias.KEPT)):
+            notes += (f"{', '.join(site.looked_up_by)} will not find it as a BatchNorm",)
+        found = cls(Step(site, weight.name, words, groups, notes, reader), weight, norm, source)
+        if found.held_rank is None:
+            return found
+        notes += (f"takes inputs of {found.held_rank} axes alone, as the example inputs have",)
+        return dataclasses.replace(found, step=dataclasses.replace(found.step, notes=notes))
 
     def without_reader(self) -> BoundStep:
         """Return the same with a per-channel affine of its own in place of the layer behind the norm."""

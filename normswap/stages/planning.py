@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 from normswap.errors import InputError, Text, argument, marked, parameter
+from normswap.norms import Bias
 from normswap.options import Options
 from normswap.recipes import Recipe
 from normswap.records import Plan, Site, Skip
@@ -42,7 +43,12 @@ def make_plan(
                     Skip(site.layer, "layer", site.layer_type, code, Text(f"its norm stays: {marked(reason)}"))
                 )
             continue
-        steps.append(BoundStep.at(site, recipe, recipe.groups_at(site), found.sources[site.norm]))
+        step = BoundStep.at(site, recipe, recipe.groups_at(site), found.sources[site.norm])
+        if step.held_rank is not None and step.source.call is not None and step.norm.bias is Bias.KEPT:
+            why = "it is a call of batch_norm that stays, and only the example inputs show how many axes its input has"
+            skips.append(Skip(site.norm, "norm", site.norm_type, "rank-of-call", why))
+            continue
+        steps.append(step)
     steps = _each_layer_once(steps)
     plan = Plan(model_name, recipe.name, recipe.options(), tuple(step.step for step in steps), tuple(skips))
     return BoundPlan(plan, recipe, tuple(steps))

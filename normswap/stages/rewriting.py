@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from normswap.errors import PlanError
-from normswap.nn import ChannelAffine, FilterLayout
+from normswap.nn import ChannelAffine, FilterLayout, RankCheck
 from normswap.nn.kinds import is_layer
 from normswap.norms import Assignment, Bias, apply, tensor_in
 from normswap.records import NormKind, Plan
@@ -93,16 +93,15 @@ def rewrite(
         one = _place(model, plan, step)
         apply(assignment, one.tensor)
         placed.append(one)
-        if step.norm.bias is Bias.KEPT:
-            continue
         site = step.site
-        if site.kind == NormKind.MODULE:
+        if step.norm.bias is Bias.KEPT:
+            if step.held_rank is not None and one.norm is not None:
+                _put(model, plan, step, _chain(one, ()).train(one.norm.training))
+        elif site.kind == NormKind.MODULE:
             old = submodule(model, site.norm, plan)
             replacement = _chain(one, step.source.after_in(old))
             _carry_over(old, replacement)
-            for alias in (site.norm, *site.aliases):
-                parent, _, child = alias.rpartition(".")
-                submodule(model, parent, plan)._modules[child] = replacement
+            _put(model, plan, step, replacement)
         else:
             owner = _owner(step)
             replacement = _chain(one, step.source.after_in(None))
@@ -113,6 +112,13 @@ def rewrite(
         new = {step.source.call.name: module for step, module in replacements if step.source.call is not None}
         replace_functional_norms(submodule(model, owner, plan), new, calls)
     return tuple(placed)
+
+
+def _put(model: nn.Module, plan: Plan, step: BoundStep, new: nn.Module) -> None:
+    """Put ``new`` into the place of a step's norm, under each of its names."""
+    for name in (step.site.norm, *step.site.aliases):
+        parent, _, child = name.rpartition(".")
+        submodule(model, parent, plan)._modules[child] = new
 
 
 def _owner(step: BoundStep) -> str:
@@ -139,7 +145,13 @@ def _place(model: nn.Module, plan: Plan, step: BoundStep) -> Placed:
         if is_layer(reader):
             _prepare_bias(reader, step.norm.bias)
     elif not stays:
-        affine = ChannelAffine(state.num_features, site.rank, device=state.gamma.device, dtype=state.gamma.dtype)
+        affine = ChannelAffine(
+            state.num_features,
+            site.rank,
+            rank_by_example=site.rank_by_example,
+            device=state.gamma.device,
+            dtype=state.gamma.dtype,
+        )
     if stays:
         owner = submodule(model, _owner(step), plan) if step.source.call is not None else None
         kept = {} if owner is None or step.source.call is None else step.source.call.tensors_of(owner)
@@ -162,7 +174,9 @@ def _prepare_bias(layer: nn.Module, bias: Bias) -> None:
 
 
 def _chain(placed: Placed, after: tuple[nn.Module, ...]) -> nn.Module:
-    named = [("affine", placed.affine), ("norm", placed.norm)]
+    rank = placed.bound.held_rank
+    named: list[tuple[str, nn.Module | None]] = [("rank", None if rank is None else RankCheck(rank))]
+    named += [("affine", placed.affine), ("norm", placed.norm)]
     named += [(f"after{i}" if i else "after", module) for i, module in enumerate(after)]
     parts = OrderedDict((name, module) for name, module in named if module is not None)
     if not parts:

@@ -14,8 +14,8 @@ from normswap.deploy.onnx.lowering import lower_group_norms
 from normswap.deploy.onnx.program import name_axes, to_onnx
 from normswap.deploy.onnx.trials import verified
 from normswap.deploy.onnx.weights import fold_weights
-from normswap.deploy.unfolded import unfolded
-from normswap.errors import ExportError, InputError, first_line, function, parameter
+from normswap.deploy.unfolded import needs_inputs, unfolded
+from normswap.errors import ExportError, InputError, argument, first_line, function, parameter
 from normswap.runs.modes import training_modules
 from normswap.storage.writing import check_target, reported, staged
 
@@ -104,7 +104,15 @@ def _refuse(model: nn.Module, path: Path, opset: int) -> None:
             raise ExportError(
                 f"{fqn!r} is not folded: {why}",
                 code="export-unfolded",
-                hint=f"fold it first: {function('fold')}",
+                hint=f"fold it first: {function('fold')}"
+                + (f", with {argument('example_inputs')}" if needs_inputs(module) else ""),
+            )
+        if isinstance(module, nn.LSTM) and module.proj_size:
+            raise ExportError(
+                f"{fqn!r} is an LSTM with proj_size={module.proj_size}, and the LSTM of ONNX has no projection",
+                code="export-projection",
+                hint="deploy it as a program (torch.export, `normswap fold -o MODEL.pt2`), or train an LSTM without "
+                "proj_size with a Linear behind it",
             )
     newest = onnx.defs.onnx_opset_version()
     if not OLDEST_OPSET <= opset <= newest:
