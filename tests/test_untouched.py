@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.attention.flex_attention
 import torch.nn.functional as F
 from laws import changed, fingerprint, reads_only
 from torch import Tensor, nn
@@ -460,3 +461,28 @@ def test_a_momentum_encoder_is_refused_with_the_reason_and_not_moved(given: dict
     assert not changed(before, fingerprint(model))
     model(X)
     assert "tensor key.1.weight" in changed(before, fingerprint(model)), "the control: a call moves it"
+
+
+def test_lazy_layers_and_sparse_tensors_are_put_back() -> None:
+    lazy = nn.Sequential(nn.LazyLinear(3), nn.BatchNorm1d(3))
+    with untouched(lazy):
+        lazy(torch.randn(2, 5))
+        assert type(lazy[0]) is nn.Linear
+    assert type(lazy[0]) is nn.LazyLinear
+    assert type(lazy[0].weight) is nn.UninitializedParameter
+    table = nn.Embedding(4, 3, sparse=True)
+    table.weight.grad = torch.eye(4, 3).to_sparse()
+    with untouched(table):
+        table.weight.grad.mul_(3)
+    assert torch.equal(table.weight.grad.to_dense(), torch.eye(4, 3))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_compiles_itself_runs_within() -> None:
+    """Attention with a score function does, and so may a submodule."""
+    q = torch.randn(1, 1, 4, 8)
+    layer = nn.Linear(8, 8)
+    layer.compile(backend="eager")
+    with torch.no_grad(), untouched(layer):
+        assert torch.nn.attention.flex_attention.flex_attention(q, q, q).shape == q.shape
+        assert layer(q).shape == q.shape
