@@ -31,7 +31,6 @@ import torch.nn.functional as F
 from hooked import old_weight_norm
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
-from torch.nn.utils.prune import random_unstructured
 from torch.utils.checkpoint import checkpoint
 from zoo import FrozenBatchNorm2d, NormDropAct, NormRelu, ReluNorm, SamePadConv2d, StandardizedConv2d
 
@@ -247,7 +246,7 @@ class _Scope:
             code = f"weight_norm({code})"
         if kind == "legacy":
             self.mark("legacy hook")
-            code = self.pick(f"old_weight_norm({code})", f"random_unstructured({code}, 'weight', 0.3)")
+            code = f"old_weight_norm({code})"
         path = self.register("conv", code)
         plain = kind not in ("weight norm", "subclass", "legacy")
         if kind == "tied":
