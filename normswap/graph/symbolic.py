@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Iterator
 from itertools import product
@@ -14,6 +15,7 @@ from normswap.graph.ops import is_leaf
 from normswap.graph.records import Capture, Trace, model_names, refuse_wrappers
 from normswap.graph.tracer import ScopeTracer, why_untraceable
 from normswap.runs.guard import set_mode, untouched
+from normswap.runs.wrappers import entry_of
 
 __all__ = ["capture_symbolic"]
 
@@ -36,14 +38,15 @@ def capture_symbolic(model: nn.Module, modes: tuple[bool, ...] = (False, True)) 
     traces: list[Trace] = []
     opaque: dict[str, str] = {}
     with untouched(model):
-        defaults = _defaults(model)
+        start, entry = entry_of(model)
+        defaults = _defaults(entry)
         for run, (training, arguments) in enumerate(product(modes, _ways(defaults))):
             set_mode(model, training)
             hidden: dict[str, str] = {}
-            scopes = list(_trace_scopes(model, run, arguments, hidden))
+            scopes = list(_trace_scopes(start, entry, run, arguments, hidden))
             # Where a trace with optional arguments fails, it is no evidence, and the run is dropped.
-            if arguments == defaults or "" not in hidden:
-                traces.extend(scopes)
+            if arguments == defaults or start not in hidden:
+                traces.extend(_of_the_model(trace) if trace.scope == start else trace for trace in scopes)
                 opaque.update(hidden)
     return Capture(model, tuple(traces), opaque, modules, aliases, names)
 
@@ -66,8 +69,18 @@ def _ways(defaults: dict[str, Any]) -> tuple[dict[str, Any], ...]:
     return ({}, defaults, *({**defaults, flag: not defaults[flag]} for flag in flags))
 
 
-def _trace_scopes(model: nn.Module, run: int, arguments: dict[str, Any], opaque: dict[str, str]) -> Iterator[Trace]:
-    pending = [("", model)]
+def _of_the_model(trace: Trace) -> Trace:
+    """Return the trace of a model's entry as one of the model: the wrappers around it do nothing."""
+    for node in trace.graph.nodes if trace.scope else ():
+        if node.op in ("call_module", "get_attr"):
+            node.target = trace.fqn(str(node.target))
+    return dataclasses.replace(trace, scope="")
+
+
+def _trace_scopes(
+    start: str, model: nn.Module, run: int, arguments: dict[str, Any], opaque: dict[str, str]
+) -> Iterator[Trace]:
+    pending = [(start, model)]
     done: set[int] = set()
     while pending:
         scope, module = pending.pop(0)
@@ -84,7 +97,7 @@ def _trace_scopes(model: nn.Module, run: int, arguments: dict[str, Any], opaque:
                 pending.extend(_children(scope, module))
         else:
             try:
-                graph = tracer.trace(module, (_defaults(module) if scope else arguments) or None)
+                graph = tracer.trace(module, (arguments if scope == start else _defaults(module)) or None)
             except Exception as cause:
                 refused.append((scope, module, why_untraceable(cause)))
             else:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.errors import InputError, NormswapError
+from normswap.runs.wrappers import entry_of
 
 __all__ = ["Batch", "call", "does_not_run", "first_input", "run_on", "run_on_data", "turned_flags"]
 
@@ -35,7 +36,7 @@ def call(model: nn.Module, inputs: Batch, flags: Mapping[str, bool] | None = Non
 def turned_flags(model: nn.Module, inputs: tuple[Any, ...] | Mapping[str, Any]) -> tuple[dict[str, bool], ...]:
     """Return each flag of ``model``'s forward that ``inputs`` leave at its default, turned, in a dict by itself."""
     try:
-        signature = inspect.signature(type(model).forward)
+        signature = inspect.signature(type(entry_of(model)[1]).forward)
         given = signature.bind_partial(model, **inputs) if isinstance(inputs, Mapping) else None
         given = given or signature.bind_partial(model, *inputs)
     except (TypeError, ValueError):
