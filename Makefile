@@ -19,7 +19,7 @@ STAMP := .venv/.installed
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_EXTRA) -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test lint demo docs wheel clean
+.PHONY: help venv check test lint demo docs wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -38,7 +38,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP_INSTALL) pillow pyyaml huggingface_hub opt_einsum
 	@touch $@
 
-test: lint  ## lint, then run the tests
+check: lint  ## lint, then run the fast tests: before each commit
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not slow" $(PYTEST_ARGS)
+
+test: lint  ## lint, then run all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
 
 lint: venv  ## ruff check, ruff format --check, mypy

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
+from functools import cache
 from pathlib import Path
 
+import laws
 import pytest
 import torch
 from hypothesis import settings
+
+import normswap as ns
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -28,6 +33,24 @@ settings.load_profile("normswap")
 def fixed_seed() -> None:
     """Start each test from the same random numbers, whichever tests ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def torchlib_is_read_once() -> None:
+    """Remember torch's translations to ONNX, which each export parses anew out of 500 functions: half of its time."""
+    try:
+        registration = importlib.import_module("torch.onnx._internal.exporter._registration")
+        api = registration.onnxscript_apis
+        api.get_torchlib_ops = cache(api.get_torchlib_ops)
+    except (ImportError, AttributeError):  # another torch may have it elsewhere: exports are slower then
+        return
+
+
+@pytest.fixture(autouse=True)
+def _models_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hold each verb, in every test that calls one, to the promise that the model you pass stays as it is."""
+    for name in laws.READ_ONLY:
+        monkeypatch.setattr(ns, name, laws.reads_only(getattr(ns, name)))
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import zlib
 from collections import Counter
@@ -96,7 +97,7 @@ def _check(network: Network, recipes: Sequence[str], oracle: bool) -> Findings:
 
     modes = (False, True) if "use in training" in network.features else (False,)
     modes = modes if oracle else ()
-    exported = oracle_export.export(original, network.inputs(), modes=modes)
+    exported = oracle_export.export(copy.deepcopy(original), network.inputs(), modes=modes)
     seen = oracle_export.compare(plan, exported)
     promise(not seen.wrong, "wrong pair", "; ".join(seen.wrong))
     promise(not seen.unexplained, "no reason", ", ".join(seen.unexplained))
@@ -170,11 +171,29 @@ def _check_recipe(network: Network, original: nn.Module, recipe: str, given: dic
         if "norm: no statistics" not in network.features:  # it has none to hold
             with held(original, model):
                 same(network, model, original, f"{what} in train mode with the statistics held")
+            if "overrides train" in network.features and not network.features & _CALLS:
+                frozen_stay_frozen(network, model, original, what)
     elif "calibration" not in given:  # the law is about stored statistics
         law = at_expected_statistics(original, result.plan, model, given)
         same(network, law, original, f"{what} at the expected statistics")
     if given:
         folded_is_same(network, model, f"folded {what}")
+
+
+_CALLS = {"norm: functional", "norm: holder"}
+"""Norms that take their mode from a module which no train() holds."""
+
+
+def frozen_stay_frozen(network: Network, model: nn.Module, original: nn.Module, what: str) -> None:
+    """Check that a model whose train() holds all its norms trains as before and moves no statistics."""
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    try:
+        same(network, model.train(), original.train(), f"{what} in train mode, its norms frozen")
+    finally:
+        model.eval()
+        original.eval()
+    moved = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
+    promise(not moved, "moved", f"{what}: {moved} in train mode, although frozen")
 
 
 def folded_is_same(network: Network, model: nn.Module, what: str) -> None:
@@ -203,7 +222,7 @@ def all_inputs(network: Network) -> Iterator[tuple[Callable[[], tuple[Tensor, ..
 def run(model: nn.Module, inputs: tuple[Tensor, ...], **options: bool) -> list[Tensor]:
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)  # dropout
-        return laws.leaves(model(*inputs, **options))
+        return laws.leaves(copy.deepcopy(model)(*inputs, **options))  # a copy: its forward may write what it holds
 
 
 def distance(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

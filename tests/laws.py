@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import copy
 import random
-from collections import defaultdict
+import sys
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
+from types import SimpleNamespace
 from typing import Any, Protocol
 from unittest import mock
 
@@ -19,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from zoo import ZOO, Entry, Inputs, leaves
 
@@ -120,23 +123,104 @@ def distance(found: Any, expected: Any) -> float:
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
-    """Everything about a model that a read-only function must leave alone, and the random generators."""
+    """Everything about a model that a read-only function must leave alone, and what else a forward may change.
+
+    That is each tensor (its values, place, gradient and hooks), each module, and whatever hangs on a module: hidden
+    modules, containers in containers, objects of the model's own classes, attributes of these classes; the random
+    generators and torch's settings.
+    """
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    found: dict[str, Any] = {
-        f"tensor {name}": (id(t), t.dtype, t.stride(), t.requires_grad, t.grad is None, t.detach().clone())
-        for name, t in tensors
-    }
+    found: dict[str, Any] = {f"tensor {name}": _of_tensor(tensor) for name, tensor in tensors}
+    seen: dict[int, Any] = {}
     for name, module in model.named_modules(remove_duplicate=False):
+        seen[id(module)] = module
         found[f"module {name}"] = (id(module), type(module), module.training)
+        found[f"order {name}"] = tuple(tuple(getattr(module, table)) for table in _TABLES)
         for key, value in vars(module).items():
             if key.endswith(("_hooks", "_pre_hooks")):
                 found[f"hooks {name}.{key}"] = list(value or ())
-            elif isinstance(value, (int, float, str, bool, tuple, type(None))):
-                found[f"attribute {name}.{key}"] = value
+    for name, module in model.named_modules():
+        _look(f"attribute {name}", vars(module), found, seen, skip=_TABLES)
+        _look_at_class(type(module), found, seen)
     found["tables"] = sorted(model.state_dict())
     _, key, *rest = np.random.get_state()
-    found["generators"] = (torch.get_rng_state(), random.getstate(), key.tobytes(), *rest)
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    found["generators"] = (torch.get_rng_state(), random.getstate(), key.tobytes(), *rest, *devices)
+    cudnn = torch.backends.cudnn
+    found["settings"] = (
+        *(torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads(), torch.get_default_device()),
+        *(torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()),
+        *(cudnn.enabled, cudnn.benchmark, cudnn.deterministic, torch.get_float32_matmul_precision()),
+        *(torch.is_anomaly_enabled(), torch.is_autocast_enabled("cpu")),
+    )
     return found
+
+
+_TABLES = ("_parameters", "_buffers", "_modules")
+
+
+def _of_tensor(tensor: Tensor) -> Any:
+    if is_lazy(tensor):
+        return id(tensor), type(tensor)
+    gradient = tensor.grad if tensor.is_leaf else None
+    values = None if tensor.is_meta else tensor.detach().contiguous().flatten().clone().view(torch.uint8)
+    return (
+        *(id(tensor), type(tensor), tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.storage_offset()),
+        *(() if tensor.is_sparse else (tensor.untyped_storage()._cdata,)),
+        *(tensor.requires_grad, values, gradient is not None and (id(gradient), gradient.detach().clone())),
+        *(tuple(tensor._backward_hooks or ()), repr(sorted(vars(tensor)))),
+    )
+
+
+def _look(path: str, value: Any, found: dict[str, Any], seen: dict[int, Any], skip: tuple[str, ...] = ()) -> None:
+    """Note what ``value`` is, and what it holds."""
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
+        found[path] = value
+        return
+    found[path] = type(value), id(value)
+    if id(value) in seen:
+        return
+    seen[id(value)] = value
+    if isinstance(value, Tensor):
+        found[path] = _of_tensor(value)
+    elif isinstance(value, dict):
+        found[path] = id(value), tuple(map(repr, value))
+        for key, item in value.items():
+            if key not in skip:
+                _look(f"{path}.{key}", item, found, seen)
+    elif isinstance(value, (list, tuple, deque)):
+        found[path] = type(value), len(value), None if isinstance(value, tuple) else id(value)
+        for place, item in enumerate(value):
+            _look(f"{path}.{place}", item, found, seen)
+    elif isinstance(value, (set, frozenset, bytearray)):
+        found[path] = id(value), sorted(map(repr, value))
+    elif isinstance(value, np.ndarray):
+        found[path] = id(value), value.shape, value.tobytes()
+    elif isinstance(value, torch.Generator):
+        found[path] = value.get_state()
+    elif isinstance(value, random.Random):
+        found[path] = value.getstate()
+    elif isinstance(value, (np.random.Generator, np.random.RandomState)):
+        found[path] = repr(value.__getstate__())
+    elif isinstance(value, (nn.Module, torch.optim.Optimizer, SimpleNamespace)) or _is_of_a_model(type(value)):
+        slots = {name: getattr(value, name, None) for name in getattr(value, "__slots__", ())}
+        _look(path, slots or vars(value), found, seen)
+        found[path] = id(value), type(value)
+        _look_at_class(type(value), found, seen)
+
+
+def _is_of_a_model(cls: type) -> bool:
+    """Whether a class lies beside a model's: in a file that imports torch's modules."""
+    return hasattr(sys.modules.get(cls.__module__), "nn") and cls.__module__.partition(".")[0] != "torch"
+
+
+def _look_at_class(cls: type, found: dict[str, Any], seen: dict[int, Any]) -> None:
+    for owner in cls.__mro__:
+        if owner.__module__.partition(".")[0] not in ("builtins", "torch", "types") and id(owner) not in seen:
+            seen[id(owner)] = owner
+            for name, value in vars(owner).items():
+                if not name.startswith("__") and isinstance(value, (int, float, str, Tensor, dict, list, set)):
+                    _look(f"class {owner.__qualname__}.{name}", value, found, seen)
 
 
 def changed(before: dict[str, Any], after: dict[str, Any]) -> set[str]:
@@ -152,6 +236,33 @@ def changed(before: dict[str, Any], after: dict[str, Any]) -> set[str]:
     return {
         k for k in before.keys() | after.keys() if k not in before or k not in after or not same(before[k], after[k])
     }
+
+
+READ_ONLY = (
+    *("plan", "convert", "swap_norms", "rank_sites", "fold", "fold_with_report", "export_onnx", "verify"),
+    *("save", "load", "write_report"),
+)
+"""The verbs that leave the models which they are given as they were."""
+
+
+def reads_only(verb: Callable[..., Any]) -> Callable[..., Any]:
+    """``verb``, held to it that no model which it is given changes, whether it succeeds, refuses or is interrupted."""
+
+    @wraps(verb)
+    def held(*args: Any, **kwargs: Any) -> Any:
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, nn.Module)]
+        if kwargs.get("inplace"):
+            return verb(*args, **kwargs)
+        before = [fingerprint(model) for model in given]
+        try:
+            return verb(*args, **kwargs)
+        finally:
+            for model, known in zip(given, before, strict=True):
+                # A DataLoader draws from the global generator for its own: that is the caller's doing.
+                touched = changed(known, fingerprint(model)) - ({"generators"} if "calibration" in kwargs else set())
+                assert not touched, f"{verb.__name__} has changed the model: {sorted(touched)}"
+
+    return held
 
 
 def class_name(module: nn.Module) -> str:
@@ -188,7 +299,8 @@ def layers_of(model: nn.Module) -> dict[str, nn.Module]:
 
 def is_batch_norm(module: nn.Module) -> bool:
     """Whether ``module`` is a BatchNorm of torch's or of the zoo's, told by name: the package is not asked."""
-    return any("BatchNorm" in cls.__name__ and "MeanOnly" not in cls.__name__ for cls in type(module).__mro__)
+    names = [cls.__name__ for cls in type(module).__mro__]
+    return any("BatchNorm" in name for name in names) and not any("MeanOnly" in name for name in names)
 
 
 def norms_of(model: nn.Module) -> dict[str, nn.Module]:

@@ -35,6 +35,8 @@ _BATCH_NORMS = {
 }  # fmt: skip
 # Value for value and place for place the first argument; `dropout` only where its train flag is off.
 _SAME = {aten.contiguous, aten.clone, aten.alias, aten.detach, aten.lift_fresh, aten.dropout, aten.feature_dropout}
+# Moves axes, and changes nothing else.
+_MOVES = {aten.permute, aten.transpose, aten.movedim, aten.moveaxis, aten.swapaxes, aten.swapdims}
 _NO_VALUE = {aten.sym_size, aten.sym_stride, aten.sym_numel, aten._assert_tensor_metadata}
 
 
@@ -241,41 +243,36 @@ def _entries(graph: Graph, anchors: set[int]) -> list[Any]:
 
 def _producer(graph: Graph, value: Any) -> tuple[Any, str]:
     """Return the call of a layer whose output is ``value`` and goes nowhere else, or None and why there is none."""
-    moved = False
+    axis = 1  # of ``value``, on which the norm has its channels
     while True:
         if not isinstance(value, fx.Node) or value.op != "call_function":
             return None, "an input of the model feeds it"
         consumers = [user for user in value.users if _op(user) not in _NO_VALUE]
         if len(consumers) != 1 or sum(n is value for n in _uses(consumers[0])) != 1:
             return None, f"{value.name} goes to {', '.join(user.name for user in consumers)}"
-        if not moved and _moves_last_to_channels(value):
-            moved, value = True, value.args[0]
-            continue
-        if _op(value) not in _SAME:
+        if _op(value) not in _SAME and _op(value) not in _MOVES:
             break
         if _op(value) in (aten.dropout, aten.feature_dropout) and value.args[2]:
             return None, "dropout is in between"
+        axis = _axis_before(value, axis)
         value = value.args[0]
     if _op(value) not in _LAYERS:
         return None, f"{value.target} feeds it"
     if value.args[1] not in graph.tensors:
         return None, f"the weight of {value.name} is computed"
     given, weight = value.meta["val"].ndim, value.args[1].meta["val"]
-    if moved:
-        fits = _op(value) is aten.linear and given > 2
-    else:
-        fits = given == (2 if _op(value) is aten.linear else weight.ndim)
-    if not fits:
+    channels = given - 1 if _op(value) is aten.linear else 1 - (weight.ndim - given)  # a sample alone has them first
+    if axis != channels:
         return None, f"the channels of {value.name} are not the norm's: it has {given} axes"
     return value, ""
 
 
-def _moves_last_to_channels(node: fx.Node) -> bool:
-    """Tell whether ``node`` puts the last axis of its argument in the place of a norm's channels."""
-    last = node.meta["val"].ndim - 1
-    if _op(node) is aten.transpose:
-        return {axis % (last + 1) for axis in node.args[1:]} == {1, last}
-    return _op(node) is aten.permute and [axis % (last + 1) for axis in node.args[1]][:2] == [0, last]
+def _axis_before(node: fx.Node, axis: int) -> int:
+    """Return which axis of its argument the axis of ``node``'s value was, as torch moves those of another tensor."""
+    if _op(node) not in _MOVES:
+        return axis
+    sizes = range(2, 2 + node.args[0].meta["val"].ndim)
+    return sizes.index(node.target(torch.empty(*sizes, device="meta"), *node.args[1:], **node.kwargs).shape[axis])
 
 
 def _uses(node: fx.Node) -> list[fx.Node]:

@@ -28,8 +28,10 @@ Draw = Callable[[st.SearchStrategy[Any]], Any]
 _HEAD = """\
 import torch
 import torch.nn.functional as F
+from hooked import old_weight_norm
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.prune import random_unstructured
 from torch.utils.checkpoint import checkpoint
 from zoo import FrozenBatchNorm2d, NormDropAct, NormRelu, ReluNorm, SamePadConv2d, StandardizedConv2d
 
@@ -65,6 +67,8 @@ class Network:
         zoo.randomize_(model, seed)
         with torch.no_grad():
             scope["adjust"](model)
+            if "legacy hook" in self.features:  # what it has computed so far has a gradient, which cannot be copied
+                model.eval()(*self.inputs())
         return model.eval()
 
     def inputs(self, batch: int = 3, seed: int = 1) -> tuple[Tensor, ...]:
@@ -216,7 +220,7 @@ class _Scope:
             kind = "plain"
         else:
             kind = self.pick(
-                *("plain",) * 9, "functional", "mode", "subclass", "tied", "weight norm", "hook", "forward"
+                *("plain",) * 9, "functional", "mode", "subclass", "tied", "weight norm", "hook", "forward", "legacy"
             )
         function = f"conv_transpose{n}d" if transposed else f"conv{n}d"
         if transposed:
@@ -241,8 +245,11 @@ class _Scope:
         if kind == "weight norm":
             self.mark("parametrized")
             code = f"weight_norm({code})"
+        if kind == "legacy":
+            self.mark("legacy hook")
+            code = self.pick(f"old_weight_norm({code})", f"random_unstructured({code}, 'weight', 0.3)")
         path = self.register("conv", code)
-        plain = kind not in ("weight norm", "subclass")
+        plain = kind not in ("weight norm", "subclass", "legacy")
         if kind == "tied":
             like = [one for one in self.layers if one.arguments == code]
             if like:
@@ -364,6 +371,25 @@ class _Scope:
         self.mark("stash")
         self.emit(f"self.last = {v.name}")
         return self.put("self.last", v.channels, v.space)
+
+    def write_state(self, v: _Value) -> _Value:
+        """The forward writes what the model holds, and uses it."""
+        state = self.register("state", f"nn.Parameter(torch.zeros({v.channels}))")
+        own = f"dict(self.named_parameters(recurse=False))['{state.removeprefix('self.')}']"
+        other = self.register("running", f"[torch.zeros({v.channels})]")
+        kinds = {
+            "in place": f"{own}.detach().add_(0.1)",
+            "by its data": f"{own}.data.mul_(0.9).add_(0.1)",
+            "other data": f"{own}.data = {own}.data + 0.1",
+            "an attribute": f"{other}[0].add_(0.1)",
+            "an exchanged tensor": f"{other}[0] = {other}[0] + 0.1",
+            "registered anew": f"{state} = nn.Parameter({own}.detach() + 0.1)",
+        }
+        kind = self.pick(*kinds)
+        self.mark("writes state")
+        self.emit(kinds[kind])
+        held = f"{other}[0]" if kind in ("an attribute", "an exchanged tensor") else state
+        return self.put(f"{v.name} * (1 + {held}.view(1, -1{', 1' * v.rank}))", v.channels, v.space)
 
     def add_itself(self, v: _Value) -> _Value:
         return self.put(f"{v.name} + {v.name}", v.channels, v.space)
@@ -565,7 +591,7 @@ _STEPS = (
     *("pair",) * 12, *("residual",) * 4, *("sequential",) * 2, *("block",) * 4, "activation", "norm", "norm",
     "layer_alone", "layer_alone", "add", "add", "concatenate", "concatenate", "chunk", "pool", "pool", "to_vector",
     "reshape", "tokens", "other_norm", "read_weight", "read_statistics", "only_in_training", "branch",
-    "change_in_place", "stash",
+    "change_in_place", "stash", "write_state",
 )  # fmt: skip
 
 
@@ -585,6 +611,17 @@ def _write(scope: _Scope, start: _Value, steps: int) -> _Value:
 def _class(name: str, scope: _Scope, result: str, signature: str = "self, x") -> str:
     lines = [f"class {name}(nn.Module):", "    def __init__(self):", "        super().__init__()", *scope.init]
     return "\n".join([*lines, "", f"    def forward({signature}):", *scope.body, f"        {result}"])
+
+
+_TRAIN = """
+
+    def train(self, mode=True):
+        super().train(mode)
+        for module in self.modules():
+            if {condition}:
+                module.eval()
+        return self"""
+"""Freezes every norm, as the backbones of detectors do."""
 
 
 @st.composite
@@ -610,5 +647,10 @@ def networks(draw: Draw, largest: int = 9) -> Network:
         result = scope.pick(f"return {value.name}, {other.name}", f"return {{'a': {value.name}, 'b': [{other.name}]}}")
         scope.mark("several outputs")
     adjust = "\n".join(f"    {line.replace('self.', 'model.', 1)}" for line in scope.adjust) or "    pass"
-    parts = [_HEAD, *scope.classes, _class("Net", scope, result, signature), f"def adjust(model):\n{adjust}"]
+    net = _class("Net", scope, result, signature)
+    if scope.rarely(8):
+        scope.mark("overrides train")
+        isinstance_of = "isinstance(module, nn.modules.batchnorm._BatchNorm)"
+        net += _TRAIN.format(condition=scope.pick(isinstance_of, "hasattr(module, 'running_mean')"))
+    parts = [_HEAD, *scope.classes, net, f"def adjust(model):\n{adjust}"]
     return Network("\n\n\n".join(parts) + "\n", (channels, *space), scope.norm_count, frozenset(scope.features))

@@ -197,7 +197,7 @@ def is_torchs(module: nn.Module) -> bool:
 
 def as_affine(affine: Affine, x: Tensor) -> Tensor:
     """``scale·x + shift`` along axis 1, written anew."""
-    return (x.movedim(1, -1) * affine.scale + affine.shift).movedim(-1, 1)
+    return (x.movedim(1, -1) * affine.factor + affine.shift).movedim(-1, 1)
 
 
 @EACH_RECIPE
@@ -265,9 +265,9 @@ def test_the_comparison_with_an_affine_sees_a_wrong_one() -> None:
     assert isinstance(answer, Affine)
     assert distance(as_affine(answer, x), affine(x)) < 1e-12
     for wrong in (
-        Affine(answer.scale * (1 + 1e-9), answer.shift),
-        Affine(answer.scale, answer.shift + 1e-9),
-        Affine(answer.scale.flip(0), answer.shift),
+        Affine(answer.factor * (1 + 1e-9), answer.shift),
+        Affine(answer.factor, answer.shift + 1e-9),
+        Affine(answer.factor.flip(0), answer.shift),
     ):
         assert distance(as_affine(wrong, x), affine(x)) > 1e-12
 

@@ -43,6 +43,10 @@ class Entry:
       `F.batch_norm` or `SyncBatchNorm`, which check no rank.
     - ``conditional``: true, but the proof needs a look into a user's class or hook, or example inputs.
 
+    A norm is in ``readable`` where its eval affine may be folded into the one layer that *reads* it, likewise
+    exactly and in both modes: ``W ← W·diag(a)``, ``b ← b + W·shift`` on the side of that layer's input. It may have a
+    layer in front, too; a converter may then choose.
+
     ``batch_statistics`` are the norms that use the batch's own statistics in eval mode too. ``calls`` are the
     calls of layers and norms in one eval forward, where that is not 1. ``traceable`` says whether symbolic
     tracing gets through the whole model in eval mode with every layer and norm a leaf. ``other_inputs`` take
@@ -58,6 +62,7 @@ class Entry:
     absorbable: frozenset[str] = frozenset()
     given_rank: frozenset[str] = frozenset()
     conditional: frozenset[str] = frozenset()
+    readable: frozenset[str] = frozenset()
     batch_statistics: frozenset[str] = frozenset()
     calls: Mapping[str, int] = field(default_factory=dict)
     kwargs: Callable[[], dict[str, Any]] = dict
@@ -589,6 +594,42 @@ class LinearTransposed(nn.Module):
         return self.bn(self.fc(x).transpose(1, 2)).transpose(1, 2)
 
 
+class LinearPermuted(nn.Module):
+    """As tall and as wide as there are channels: a norm over the rows or the columns would run as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.bn = nn.Linear(5, 6), nn.BatchNorm2d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.bn(self.fc(x).permute(0, 3, 1, 2)))
+
+
+class ReadByLinear(nn.Module):
+    """As many positions as channels: a linear layer over the positions would run as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn, self.fc = nn.BatchNorm1d(6), nn.Linear(6, 6, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.bn(x).transpose(1, 2))
+
+
+class ReadByLSTM(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn, self.lstm = nn.BatchNorm1d(6), nn.LSTM(6, 4, batch_first=True, bidirectional=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(self.bn(x).transpose(1, 2))[0])
+
+
+def read_by_conv() -> nn.Module:
+    return nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3, stride=2), nn.ReLU())
+
+
 class SamePadConv2d(nn.Conv2d):
     """Pads as much as the input's size asks for, so that the output has ceil(size / stride) positions."""
 
@@ -922,7 +963,7 @@ def bfloat16_norms_in_float32() -> nn.Module:
 
 def entry(name: str, build: Callable[[], nn.Module], norms: int, layers: int, **facts: Any) -> Entry:
     """An `Entry` from its name, model, number of norms and of layers, with sets of fqns as one string."""
-    for key in ("absorbable", "given_rank", "conditional", "batch_statistics"):
+    for key in ("absorbable", "given_rank", "conditional", "readable", "batch_statistics"):
         facts[key] = frozenset(facts.get(key, "").split())
     return Entry(name, build, facts.pop("inputs", IMAGE), norms, layers, **facts)
 
@@ -1032,6 +1073,12 @@ LAYERS = (
           note="L = C: a fuser that does not look at the rank is silently wrong"),
     entry("linear_on_sequence", lambda: LinearOnSequence(7, 6), 1, 1, inputs=randn(3, 7, 5)),
     entry("linear_transposed_to_channels", LinearTransposed, 1, 1, conditional="bn", inputs=randn(3, 7, 5)),
+    entry("linear_permuted_to_channels", LinearPermuted, 1, 1, conditional="bn", inputs=randn(3, 6, 6, 5)),
+    entry("read_by_unpadded_conv", read_by_conv, 1, 1, readable="0"),
+    entry("read_by_linear", ReadByLinear, 1, 1, readable="bn", inputs=randn(3, 6, 6),
+          note="L = C: a fuser that does not look where the channels go is silently wrong"),
+    entry("read_by_lstm", ReadByLSTM, 1, 1, readable="bn", inputs=randn(3, 6, 5),
+          note="the LSTM is not counted: it is no layer that feeds a norm"),
     entry("same_pad_subclass", lambda: subclassed(SamePadConv2d, stride=2), 1, 1, conditional="1"),
     entry("standardized_subclass", lambda: subclassed(StandardizedConv2d), 1, 1,
           note="a scaled weight changes nothing"),

@@ -29,7 +29,7 @@ def agreement(original: nn.Module, converted: nn.Module, batches: Sequence[Batch
         How far they agree; None where the outputs hold nothing to compare.
     """
     models = original, converted
-    with untouched(original, values=True), untouched(converted, values=True):
+    with untouched(original), untouched(converted):
         set_mode(original, False)
         set_mode(converted, False)
         try:

@@ -25,6 +25,7 @@ from normswap.checks.onnx_file import OnnxFile
 from normswap.checks.verification import OutputRow, Verification
 from normswap.errors import InputError, first_line
 from normswap.runs.arguments import Named, as_arguments, dtype_name, named_leaves
+from normswap.runs.guard import untouched
 from normswap.runs.modes import training_modules
 
 __all__ = ["TOLERANCES", "verify"]
@@ -112,9 +113,14 @@ def _runner(thing: Comparable, role: str) -> tuple[str, Runner]:
 
     def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Named:
         args, kwargs = pytree.tree_map_only(Tensor, lambda x: x.to(device), (args, kwargs))
-        return named_leaves(thing(*args, **kwargs))
+        with untouched(thing):  # an output may be a tensor that the model holds, and is put back
+            return [(name, _own(leaf)) for name, leaf in named_leaves(thing(*args, **kwargs))]
 
     return name, run
+
+
+def _own(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
 
 def _paired(a: Named, b: Named, *, by_position: bool) -> list[tuple[str, Any, Any]] | str:

@@ -28,9 +28,10 @@ def eval_output(model: nn.Module, inputs: Inputs) -> Any:
     Raises:
         InputError: It does not run on ``inputs``.
     """
-    with untouched(model, values=True):
+    with untouched(model):
         set_mode(model, False)
-        return run_on_data(model, inputs)
+        # An output may be a tensor that the model holds, and is put back.
+        return pytree.tree_map_only(Tensor, torch.clone, run_on_data(model, inputs))
 
 
 def output_after(model: nn.Module, inputs: Inputs, hint: str = "report this model") -> Any:

@@ -23,7 +23,7 @@ from normswap.cli.flags import (
     flattened,
 )
 from normswap.cli.inputs import calibration_batches, example_inputs, required_inputs, samples_of
-from normswap.cli.outputs import needing_normswap, save_whole, store, write_text
+from normswap.cli.outputs import needing_normswap, needs_architecture, save_whole, store, write_text
 from normswap.cli.reporting import as_record, left_as_they_were, needs, show_conversion, show_plan
 from normswap.cli.requests import Files, Request, Writing
 from normswap.cli.sources import Source
@@ -163,6 +163,8 @@ def _write(result: Conversion, files: Files, place: Place, example: Any, writing
     if files.target is not None and not writing.fold:
         with working(f"writing {files.target}"):
             store(result.model, place(files.target), example)
+        if needs_architecture(place(files.target)):
+            note(f"{files.target} cannot hold the structure of this model: to read it again, give --arch")
     if not writing.fold and files.onnx is None:
         return None
     result.model.eval()

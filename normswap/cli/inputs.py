@@ -109,7 +109,7 @@ def _check_inputs(model: nn.Module, inputs: Any, option: str) -> None:
     from normswap.runs.guard import set_mode, untouched
 
     try:
-        with untouched(model, values=True):
+        with untouched(model):
             set_mode(model, False)
             run_on(model, inputs)
     except Exception as cause:

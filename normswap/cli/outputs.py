@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from normswap.errors import InputError
+from normswap.errors import InputError, marked
 from normswap.storage.writing import reported
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["needing_normswap", "read_text", "save_whole", "store", "write_text"]
+__all__ = ["needing_normswap", "needs_architecture", "read_text", "save_whole", "store", "write_text"]
 
 
 def read_text(path: Path) -> str:
@@ -37,6 +37,13 @@ def store(model: nn.Module, path: Path, inputs: Any) -> None:
         _save_program(model, path, inputs)
     else:
         storage.save(model, path)
+
+
+def needs_architecture(path: Path) -> bool:
+    """Tell whether a file by :func:`store` can be read with the model's architecture alone."""
+    from normswap.storage import store as storage
+
+    return path.suffix != ".pt2" and not storage.holds_structure(path)
 
 
 def _save_program(model: nn.Module, path: Path, inputs: Any) -> None:
@@ -70,6 +77,7 @@ def save_whole(model: nn.Module, path: Path, inputs: Any) -> None:
     from torch import fx
 
     from normswap.loading.importing import scripts_as_main
+    from normswap.loading.readable import why_unreadable
 
     if path.suffix == ".pt2":
         _save_program(model, path, inputs)
@@ -92,3 +100,10 @@ def save_whole(model: nn.Module, path: Path, inputs: Any) -> None:
             code="not-picklable",
             hint="write the .onnx file instead (--onnx), or fold it in Python and save its state dict",
         ) from cause
+    with path.open("rb") as file:
+        if why := why_unreadable(file):
+            raise InputError(
+                f"normswap could not read {path.name} again: {marked(why)}",
+                code="output-unreadable",
+                hint=f"write {path.stem}.pt2, a program, which names no classes",
+            )

@@ -29,6 +29,7 @@ from normswap.nn.kinds import is_layer
 from normswap.nn.readers import fused_inputs
 from normswap.norms import Affine, deployed
 from normswap.runs.calling import run_on_data
+from normswap.runs.guard import untouched
 from normswap.runs.inputs import Inputs
 
 __all__ = ["Fused", "fuse_affines", "is_hooked", "put", "rank_of", "ranks_on", "standing_alone"]
@@ -204,7 +205,8 @@ def ranks_on(model: nn.Module, inputs: Inputs) -> dict[int, int]:
     handles = [module.register_forward_pre_hook(note) for module in unknown]
     try:
         if handles:
-            run_on_data(model, inputs)
+            with untouched(model):
+                run_on_data(model, inputs)
     finally:
         for handle in handles:
             handle.remove()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 from torch.nn.utils import parametrize
-from torch.nn.utils.weight_norm import WeightNorm
 
 from normswap.deploy.affines import is_hooked
+from normswap.nn.plain import legacy_hooks
 from normswap.norms import Affine, deployed
 
 __all__ = ["needs_inputs", "needs_package", "unfolded"]
@@ -16,8 +16,8 @@ def unfolded(module: nn.Module) -> str:
     """Return what is still to fold in the module itself, or an empty string."""
     if parametrize.is_parametrized(module):
         return f"{', '.join(module.parametrizations)} is parametrized"  # type: ignore[arg-type]
-    if any(isinstance(hook, WeightNorm) for hook in module._forward_pre_hooks.values()):
-        return "a torch.nn.utils.weight_norm hook computes its weight"
+    if hooks := legacy_hooks(module):
+        return f"a {hooks[0].what} hook computes its {hooks[0].tensor}"
     answer = deployed(module)
     if not isinstance(answer, Affine) or answer.otherwise is not None or is_hooked(module):
         return ""

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from normswap.errors import InputError, argument
+from normswap.graph.contradiction import contradicts
 from normswap.graph.recorded import capture_recorded
 from normswap.graph.records import Capture, Trace
 from normswap.graph.symbolic import capture_symbolic
@@ -46,7 +47,12 @@ def capture(
         return capture_recorded(model, example_inputs, modes)
     traced = capture_symbolic(model, modes)
     first = 1 + max((trace.run for trace in traced.traces), default=-1)
-    # Where the graphs lack nothing but the shapes, one run is enough.
-    record = capture_recorded(model, example_inputs, modes if traced.opaque else modes[:1], first_run=first)
-    traces = traced.traces + (record.traces if traced.opaque else ())
-    return dataclasses.replace(traced, traces=traces, shapes=record.shapes)
+    if traced.opaque:
+        record = capture_recorded(model, example_inputs, modes, first_run=first)
+        return dataclasses.replace(traced, traces=traced.traces + record.traces, shapes=record.shapes)
+    # Where the graphs lack nothing but the shapes, one run is enough, unless it is one that they do not show.
+    record = capture_recorded(model, example_inputs, modes[:1])
+    if not contradicts(record, traced):
+        return dataclasses.replace(traced, shapes=record.shapes)
+    record = capture_recorded(model, example_inputs, modes, first_run=first)
+    return dataclasses.replace(traced, traces=traced.traces + record.traces, shapes=record.shapes)

@@ -92,7 +92,7 @@ def _is_affine_then(module: nn.Module, state: NormState, after: tuple[nn.Module,
     shape = (1, -1, *(1,) * (axes - 2))
     std = (state.var.double() + state.eps).sqrt().view(shape)
     x = (noise.to(std) * std + state.mean.double().view(shape)).to(state.gamma.dtype)
-    with untouched(module, values=True), torch.no_grad():
+    with untouched(module), torch.no_grad():
         set_mode(module, False)
         for m in after:
             m.eval()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 
 from normswap.errors import Text, argument
 from normswap.graph.calls import Call, Calls
+from normswap.graph.choices import Choices
 from normswap.graph.linearity import scales_with_its_parameters
 from normswap.graph.ops import is_functional_norm, is_leaf, norm_argument, order_of, rank_of
 from normswap.graph.recorder import changed_in_place, untracked
@@ -46,6 +47,11 @@ class Finding:
 
 class Dataflow(Calls):
     """What feeds each norm, and whether that is proven."""
+
+    @cached_property
+    def choices(self) -> Choices:
+        """What another run may call than those that were seen."""
+        return Choices(self)
 
     def rank(self, key: str, shape: tuple[int, int] | None = None) -> int | None:
         """Return the number of axes of the input of ``key``: by its class, by the shape seen, or by the graph."""
@@ -114,6 +120,8 @@ class Dataflow(Calls):
         if reason := self._unfit(layer, channels, rank, axis):
             return Finding(layer, reason, recorded=recorded)
         hidden = self.opaque_ancestor(layer) or self.opaque_ancestor(key)
+        if reason := self.choices.why_not_always(layer, key, channels):
+            return Finding(layer, reason, recorded=recorded)
         gap = f"{hidden} could not be traced and might use {layer}, too" if hidden else None
         if gap is None and (recorded or unseen):
             gap = f"one run shows {layer} in front of it, which does not prove that nothing else uses it"

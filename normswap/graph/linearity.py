@@ -71,7 +71,7 @@ class _Noise:
 
 def _outputs(layer: nn.Module, *trials: tuple[dict[str, Tensor], Tensor]) -> Sequence[Tensor | None]:
     """Return what ``layer`` gives with other parameters and inputs; None where it does not run on them."""
-    with untouched(layer, values=True), torch.no_grad():
+    with untouched(layer), torch.no_grad():
         set_mode(layer, False)
         layer._forward_hooks.clear()
         layer._forward_pre_hooks.clear()

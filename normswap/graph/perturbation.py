@@ -28,8 +28,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from normswap.runs.calling import run_on, turned_flags
+from normswap.runs.calling import other_arguments, run_on
 from normswap.runs.guard import copy_of, set_mode, untouched
+from normswap.runs.writes import kept
 
 __all__ = ["Pair", "confirm_feeds"]
 
@@ -46,9 +47,9 @@ def confirm_feeds(
     """Return the (layer, norm) pairs where the layer feeds the norm and nothing else, tested by runs on ``inputs``.
 
     Runs are in eval and, where the model runs in it, in train mode, on the inputs and on their negatives, which may
-    take another way through a model that branches on values, and with each flag of its forward turned
-    (Note [Perturbation test]). If all pairs together pass, each does; if not, they are halved until the wrong ones
-    stand alone.
+    take another way through a model that branches on values, and with other values of its forward's optional arguments
+    where those are few (Note [Perturbation test]). If all pairs together pass, each does; if not, they are halved until
+    the wrong ones stand alone.
 
     Returns:
         The pairs that passed wherever they were called, each with the modes (train mode: True) in which it was called.
@@ -58,7 +59,7 @@ def confirm_feeds(
     except Exception:  # a model that cannot be copied cannot be tried
         return {}
     good, called = list(pairs), {pair: set[bool]() for pair in pairs}
-    for training, sign, flags in product((False, True), (1, -1), ({}, *turned_flags(model, inputs))):
+    for training, sign, flags in product((False, True), (1, -1), ({}, *other_arguments(model, inputs))):
         trial = _Trial(clone, inputs, training, sign, flags)
         if not trial.runs:
             continue
@@ -99,7 +100,7 @@ class _Trial:
         inputs: tuple[Any, ...] | Mapping[str, Any],
         training: bool,
         sign: int,
-        flags: Mapping[str, bool],
+        flags: Mapping[str, Any],
     ) -> None:
         self.model, self.training, self.flags = model, training, flags
 
@@ -116,7 +117,7 @@ class _Trial:
     def _run(self, perturbations: Sequence[_Perturbation] = ()) -> list[_Summary] | None:
         """Return what one run computes, None where the model does not run or a perturbation has gone astray."""
         inputs = pytree.tree_map_only(Tensor, self._signed, self.inputs)
-        with untouched(self.model, values=True), torch.no_grad():
+        with untouched(self.model), torch.no_grad():
             torch.manual_seed(0)
             random.seed(0)
             np.random.seed(0)
@@ -187,7 +188,7 @@ class _Perturbation:
         return any(ref() is not None for ref in self.given)
 
     def _write(self, values: Sequence[Tensor]) -> None:
-        with torch.no_grad(), self.observer.paused():
+        with torch.no_grad(), self.observer.paused(), kept():
             for tensor, value in zip(self.tensors, values, strict=True):
                 tensor.copy_(value)
 

@@ -52,6 +52,8 @@ def reader_of(flow: Dataflow, key: str, channels: int, rank: int | None) -> Read
         return Reading()
     if all(call.trace.recorded for calls in runs.values() for call in calls):
         return Reading()
+    if flow.choices.why_not_always(key, layer, channels):
+        return Reading()
     reason = _unfit(flow, layer, channels, rank, axis)
     return Reading(layer, None if reason is None else Text(f"{layer}, which reads it, cannot take it up: {reason}"))
 

@@ -52,4 +52,4 @@ def capture_recorded(
         for norm, seen in recorder.shapes.items():
             shapes[norm] |= seen
     found = {norm: frozenset(seen) for norm, seen in shapes.items()}
-    return Capture(model, tuple(traces), {}, modules, aliases, names, found)
+    return Capture(model, tuple(traces), {}, modules, aliases, names, found, modes)

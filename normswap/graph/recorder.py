@@ -103,7 +103,7 @@ class Recorder(TorchFunctionMode):
         inputs = pytree.tree_map_only(Tensor, torch.clone, inputs)  # a forward may write to them
         for tensor in _tensors(inputs):
             self._note(tensor, self.graph.create_node("placeholder", "input"))
-        with untouched(model, values=True), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with untouched(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
             set_mode(model, training)
             for fqn, module in self.modules.items():
                 if not isinstance(module, torch.jit.ScriptModule):  # takes no hooks: its output will be untracked

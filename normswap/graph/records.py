@@ -51,6 +51,7 @@ class Capture:
         names: All names of a module, by its first fqn.
         shapes: The shapes seen at each norm's input on the example inputs, as (axes, positions per channel), by the
             norm's fqn or key.
+        modes: The values of the train flag that were traced with.
     """
 
     model: nn.Module
@@ -60,6 +61,7 @@ class Capture:
     aliases: dict[str, str]
     names: dict[str, tuple[str, ...]]
     shapes: dict[str, frozenset[tuple[int, int]]] = field(default_factory=dict)
+    modes: tuple[bool, ...] = (False, True)
 
     def module_of(self, trace: Trace, node: fx.Node) -> nn.Module | None:
         """Return the module that ``node`` calls, None where it calls none."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
-from collections.abc import Iterator
-from itertools import product
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from enum import Enum
+from itertools import count
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch import nn
 from normswap.graph.ops import is_leaf
 from normswap.graph.records import Capture, Trace, model_names, refuse_wrappers
 from normswap.graph.tracer import ScopeTracer, why_untraceable
+from normswap.runs.argument_values import other_ways
 from normswap.runs.guard import set_mode, untouched
 from normswap.runs.wrappers import entry_of
 
@@ -37,18 +40,53 @@ def capture_symbolic(model: nn.Module, modes: tuple[bool, ...] = (False, True)) 
     modules, aliases, names = model_names(model)
     traces: list[Trace] = []
     opaque: dict[str, str] = {}
+    numbers = count()
     with untouched(model):
-        start, entry = entry_of(model)
-        defaults = _defaults(entry)
-        for run, (training, arguments) in enumerate(product(modes, _ways(defaults))):
+        for training in modes:
             set_mode(model, training)
-            hidden: dict[str, str] = {}
-            scopes = list(_trace_scopes(start, entry, run, arguments, hidden))
-            # Where a trace with optional arguments fails, it is no evidence, and the run is dropped.
-            if arguments == defaults or start not in hidden:
-                traces.extend(_of_the_model(trace) if trace.scope == start else trace for trace in scopes)
-                opaque.update(hidden)
-    return Capture(model, tuple(traces), opaque, modules, aliases, names)
+            for run in _runs(model, numbers):
+                traces.extend(run.scopes)
+                opaque.update(run.hidden)
+    return Capture(model, tuple(traces), opaque, modules, aliases, names, modes=modes)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The graphs of one way to call the model, by scope, and the modules that could not be traced, with the reason."""
+
+    scopes: tuple[Trace, ...]
+    hidden: Mapping[str, str]
+
+
+def _runs(model: nn.Module, numbers: Iterator[int]) -> Iterator[_Run]:
+    """Trace ``model`` with its optional arguments left out, given, and with other values.
+
+    They are those of the module behind wrappers that pass all on. Where a trace fails, it is no evidence, and the run
+    is dropped; but not the one with the defaults.
+    """
+    start, entry = entry_of(model)
+
+    def trace(arguments: dict[str, Any]) -> _Run:
+        hidden: dict[str, str] = {}
+        scopes = _trace_scopes(start, entry, next(numbers), arguments, hidden)
+        return _Run(tuple(_of_the_model(one) if one.scope == start else one for one in scopes), hidden)
+
+    defaults = _defaults(entry)
+    if not defaults:
+        yield trace({})
+        return
+    left_out, usual = trace({}), trace(defaults)
+    if followed := start not in left_out.hidden:
+        yield left_out
+    yield usual
+    for way in other_ways(entry, defaults):
+        flag = all(isinstance(value, bool) for value in way.values())
+        if followed and not flag:  # a trace that left it out shows the same for every value
+            continue
+        run = trace({**defaults, **way})
+        # A value that is none of the argument's fails somewhere inside.
+        if start not in run.hidden if flag else run.hidden.keys() <= usual.hidden.keys():
+            yield run
 
 
 def _defaults(module: nn.Module) -> dict[str, Any]:
@@ -57,16 +95,8 @@ def _defaults(module: nn.Module) -> dict[str, Any]:
         parameters = inspect.signature(type(module).forward).parameters.values()
     except (TypeError, ValueError):
         return {}
-    constants = (type(None), bool, int, float, str)
+    constants = (type(None), bool, int, float, str, Enum)
     return {p.name: p.default for p in parameters if p.default is not p.empty and isinstance(p.default, constants)}
-
-
-def _ways(defaults: dict[str, Any]) -> tuple[dict[str, Any], ...]:
-    """Return the ways to call a forward: with optional arguments given, left out, and with each flag turned."""
-    if not defaults:
-        return ({},)
-    flags = (name for name, value in defaults.items() if isinstance(value, bool))
-    return ({}, defaults, *({**defaults, flag: not defaults[flag]} for flag in flags))
 
 
 def _of_the_model(trace: Trace) -> Trace:
@@ -74,7 +104,7 @@ def _of_the_model(trace: Trace) -> Trace:
     for node in trace.graph.nodes if trace.scope else ():
         if node.op in ("call_module", "get_attr"):
             node.target = trace.fqn(str(node.target))
-    return dataclasses.replace(trace, scope="")
+    return replace(trace, scope="")
 
 
 def _trace_scopes(
@@ -97,7 +127,9 @@ def _trace_scopes(
                 pending.extend(_children(scope, module))
         else:
             try:
-                graph = tracer.trace(module, (arguments if scope == start else _defaults(module)) or None)
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "Was not able to add assertion")  # of an Enum's value
+                    graph = tracer.trace(module, (arguments if scope == start else _defaults(module)) or None)
             except Exception as cause:
                 refused.append((scope, module, why_untraceable(cause)))
             else:

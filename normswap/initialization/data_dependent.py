@@ -31,7 +31,7 @@ from normswap.nn.kinds import is_layer
 from normswap.records import InitReport, InitRow
 from normswap.runs.batches import bind_batches
 from normswap.runs.calling import run_on
-from normswap.runs.guard import set_mode
+from normswap.runs.guard import set_mode, untouched
 
 __all__ = ["initialize"]
 
@@ -66,33 +66,27 @@ def initialize(
     """
     inputs = next(bind_batches(model, batch))
     layers = {name: module for name, module in model.named_modules() if is_layer(module)}
-    modes = [(module, module.training) for module in model.modules()]
     run = _Pass()
-    handles = []
     try:
-        if fresh:
-            run.draw(layers.values(), torch.Generator().manual_seed(seed))
-        for name, layer in layers.items():
-            handles.append(layer.register_forward_hook(partial(run.settle, name), prepend=True))
-        for module in model.modules():
-            if isinstance(module, _NORMS):
-                handles.append(module.register_forward_pre_hook(run.adopt))
-        set_mode(model, False)
-        run_on(model, inputs)
-    except BaseException as cause:
-        run.undo()
-        if not isinstance(cause, Exception) or isinstance(cause, InitializationError):
-            raise
+        with untouched(model):
+            if fresh:
+                run.draw(layers.values(), torch.Generator().manual_seed(seed))
+            for name, layer in layers.items():
+                layer.register_forward_hook(partial(run.settle, name), prepend=True)
+            for module in model.modules():
+                if isinstance(module, _NORMS):
+                    module.register_forward_pre_hook(run.adopt)
+            set_mode(model, False)
+            run_on(model, inputs)
+    except InitializationError:
+        raise
+    except Exception as cause:
         raise InitializationError(
             f"the forward pass failed: {type(cause).__name__}: {(str(cause).splitlines() or [''])[0]}",
             code="initialize-forward",
             hint="give a batch that the model takes; the model is as it was",
         ) from cause
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, training in modes:
-            module.__dict__["training"] = training
+    run.apply()
     rows = [InitRow(name, *run.found[name]) for name in run.found]
     missed = [
         InitRow(name, "not initialized", ("the batch never reached it",)) for name in layers if name not in run.found
@@ -102,31 +96,30 @@ def initialize(
 
 @dataclass
 class _Pass:
-    """One pass over the minibatch: what was done so far, and what it takes to undo it.
+    """One pass over the minibatch: what was done so far, and the new values, which are put in place after it.
 
     Args:
         found: How each layer was initialized, and the notes on it, in execution order.
         scaled: The ids of the tensors that were scaled: a tied one is scaled once.
         adopted: The ids of the norms that have taken the minibatch's statistics.
-        saved: Each changed tensor with its former values.
+        new: Each changed tensor with its new values, by its id.
         last: The layer that ran last, its new output, and that output's mean and variance along axis 1, if known.
     """
 
     found: dict[str, tuple[str, tuple[str, ...]]] = field(default_factory=dict)
     scaled: set[int] = field(default_factory=set)
     adopted: set[int] = field(default_factory=set)
-    saved: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    new: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     last: tuple[str, Tensor, tuple[Tensor, Tensor] | None] | None = None
 
-    def save(self, *tensors: Tensor) -> None:
-        """Remember the values of ``tensors``, which are about to change."""
-        self.saved += [(tensor, tensor.detach().clone()) for tensor in tensors]
+    def keep(self, *tensors: Tensor) -> None:
+        """Remember the values of ``tensors``: they are new."""
+        self.new |= {id(tensor): (tensor, tensor.detach().clone()) for tensor in tensors}
 
-    def undo(self, first: int = 0) -> None:
-        """Put all changes back but the ``first`` ones."""
+    def apply(self) -> None:
+        """Give the changed tensors their new values."""
         with torch.no_grad():
-            while len(self.saved) > first:
-                tensor, values = self.saved.pop()
+            for tensor, values in self.new.values():
                 tensor.copy_(values)
 
     def note(self, name: str, note: str) -> None:
@@ -139,12 +132,12 @@ class _Pass:
         with torch.no_grad():
             for layer in layers:
                 weight = _weight_of(layer)
-                self.save(weight.direction, *(t for t in weight.gains if t is not weight.direction))
                 v = weight.direction
                 v.copy_(torch.randn(v.shape, generator=generator).to(v) * _FRESH_STD)
                 for gain in weight.gains[:1]:
                     if gain is not v:
                         gain.fill_(1.0)
+                self.keep(v, *weight.gains)
 
     def settle(self, name: str, layer: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
         """Scale and shift ``layer`` such that its output has mean 0 and deviation 1; return the new output."""
@@ -176,7 +169,8 @@ class _Pass:
             factor = torch.ones_like(factor)
             notes.append("its weight is tied to one that is initialized already")
         bias = layer.bias if isinstance(layer.bias, Tensor) else None
-        mark = len(self.saved)
+        changed = (*weight.gains, *([] if bias is None else [bias]))
+        before = [tensor.detach().clone() for tensor in changed]
         self._multiply(layer, weight, factor, bias, mean)
         new_mean = mean * factor if bias is None else torch.zeros_like(mean)
         if scales_with_its_parameters(layer):
@@ -187,12 +181,15 @@ class _Pass:
             new = layer.forward(*args)
             deviation = _statistics(new, axis)[1]
             if not bool(((deviation - 1).abs() < 1e-2).logical_or(constant).all()):
-                self.undo(mark)
+                with torch.no_grad():
+                    for tensor, values in zip(changed, before, strict=True):
+                        tensor.copy_(values)
                 self.found[name] = "not initialized", ("its output does not scale with its weight",)
                 return out
             notes.append("its forward is its own: its output was computed anew")
         if bias is None:
             notes.append("bias-free: scale only")
+        self.keep(*changed)
         self.scaled.update(map(id, weight.gains))
         self.found[name] = "scale" if bias is None else "scale and bias", tuple(notes)
         self.last = name, new, (new_mean, (std * factor).square()) if axis == 1 else None
@@ -200,7 +197,6 @@ class _Pass:
 
     def _multiply(self, layer: nn.Module, weight: _Weight, factor: Tensor, bias: Tensor | None, mean: Tensor) -> None:
         """Multiply a layer's output by ``factor`` per channel, after taking ``mean`` away where there is a bias."""
-        self.save(*weight.gains, *([] if bias is None else [bias]))
         layout = FilterLayout.of(layer)
         with torch.no_grad():
             for tensor in weight.gains:
@@ -229,8 +225,8 @@ class _Pass:
         for name, value in (("running_mean", mean), ("running_var", var)):
             buffer = getattr(norm, name, None)
             if isinstance(buffer, Tensor):
-                self.save(buffer)
                 buffer.copy_(value)
+                self.keep(buffer)
 
 
 def _statistics(x: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -37,7 +37,7 @@ def find_heads(original: nn.Module, converted: nn.Module, sources: set[int], inp
     owners = Counter(id(p) for m in converted.modules() for p in m._parameters.values())
     reads: Counter[int] = Counter()
     try:
-        with untouched(original, values=True), _Reads(reads):
+        with untouched(original), _Reads(reads):
             set_mode(original, False)
             for name, layer in converted.named_modules():
                 own = [p for p in layer._parameters.values() if p is not None]

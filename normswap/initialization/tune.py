@@ -17,12 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from normswap.errors import InitializationError, argument
 from normswap.initialization.match import Match
 from normswap.records import InitRow
 from normswap.runs.calling import Batch, call
 from normswap.runs.guard import set_mode, untouched
 from normswap.runs.tensors import tensors_of
 from normswap.runs.uses import ADDITIONS, find_uses
+from normswap.runs.writes import kept
 from normswap.stages.rewriting import Placed
 
 __all__ = ["Tune", "tune_to"]
@@ -60,39 +62,40 @@ def tune_to(
     held = [b for i, b in enumerate(batches) if len(batches) >= _HOLD_OUT and i % _HOLD_OUT == _HOLD_OUT - 1]
     train = [b for i, b in enumerate(batches) if not held or i % _HOLD_OUT != _HOLD_OUT - 1]
     before_values = [p.detach().clone() for p in parameters]
-    wanted = [p.requires_grad for p in converted.parameters()]
     with ExitStack() as stack:
-        stack.enter_context(untouched(original, values=True))
-        stack.enter_context(untouched(converted, values=True))
+        stack.enter_context(untouched(original))
+        stack.enter_context(untouched(converted))
         stack.enter_context(torch.enable_grad())
         set_mode(original, False)
         set_mode(converted, False)
         ends = [{name: network.get_submodule(name) for name in sites} for network in (original, converted)]
         features = _Features((original, converted), ends, find_uses(original, ends[0], batches[0]).into_addition)
         stack.enter_context(features.recording())
-        try:
-            converted.requires_grad_(False)
-            for parameter in parameters:
-                parameter.requires_grad_(True)
-            before = _mean_loss(features, held or train)
-            optimizer = torch.optim.Adam(parameters, lr=_RATE)
-            order = torch.Generator().manual_seed(0)
-            chosen: list[int] = []
-            for step in range(steps):
-                for group in optimizer.param_groups:
-                    group["lr"] = _RATE * (1 + math.cos(math.pi * step / steps)) / 2
-                chosen = chosen or torch.randperm(len(train), generator=order).tolist()
-                loss = features.loss(train[chosen.pop()])
-                optimizer.zero_grad()
-                loss.backward()
+        converted.requires_grad_(False)
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        before = _mean_loss(features, held or train)
+        optimizer = torch.optim.Adam(parameters, lr=_RATE)
+        order = torch.Generator().manual_seed(0)
+        chosen: list[int] = []
+        for step in range(steps):
+            for group in optimizer.param_groups:
+                group["lr"] = _RATE * (1 + math.cos(math.pi * step / steps)) / 2
+            chosen = chosen or torch.randperm(len(train), generator=order).tolist()
+            loss = features.loss(train[chosen.pop()])
+            if not loss.requires_grad:
+                raise InitializationError(
+                    "the model's forward records no gradients, so nothing can be tuned",
+                    code="tune-no-gradient",
+                    hint=f"convert with {argument('init', 'match')}",
+                )
+            optimizer.zero_grad()
+            loss.backward()
+            with kept():
                 optimizer.step()
-                if progress is not None:
-                    progress("gradient steps", step + 1, steps)
-            after = _mean_loss(features, held or train)
-        finally:
-            for parameter, flag in zip(converted.parameters(), wanted, strict=True):
-                parameter.requires_grad_(flag)
-                parameter.grad = None
+            if progress is not None:
+                progress("gradient steps", step + 1, steps)
+        after = _mean_loss(features, held or train)
     if not after < before:
         with torch.no_grad():
             for parameter, value in zip(parameters, before_values, strict=True):

@@ -34,7 +34,7 @@ from normswap.loading.refusals import refuse_code, refuse_hooks, refuse_known, r
 from normswap.loading.scanning import Call, Global, Made, Scan, globals_in, parts
 from normswap.loading.trust import Trust, import_trusted, under
 
-__all__ = ["admit"]
+__all__ = ["admit", "judge"]
 
 MODULE_PREFIXES = (
     "torch.nn",
@@ -114,6 +114,15 @@ def admit(scan: Scan, trust: Trust) -> list[tuple[object, str]]:
     Raises:
         InputError: a name is not admitted, or an admitted one is used in a way that would run code.
     """
+    return _resolve(judge(scan, trust), trust)
+
+
+def judge(scan: Scan, trust: Trust) -> list[Global]:
+    """Return the names to be admitted, beside those of every file; nothing is imported.
+
+    Raises:
+        InputError: as :func:`admit`.
+    """
     refuse_known(scan, trust)
     strange = {found for found in scan.globals if not _is_plain(found)}
     hooks = {found for table in scan.hook_tables for found in globals_in(table) if not _is_plain(found)}
@@ -126,7 +135,7 @@ def admit(scan: Scan, trust: Trust) -> list[tuple[object, str]]:
             _check_call(call)
     values = scan.values & strange
     refuse_names({found for found in values if not (trust.covers(found) or _may_be_value(found))})
-    return _resolve(sorted(strange), trust)
+    return sorted(strange)
 
 
 def _is_plain(found: Global) -> bool:

@@ -7,6 +7,7 @@ import torch.distributed as dist
 import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 __all__ = ["ChannelAffine", "ChannelLayerNorm", "MeanOnlyBatchNorm", "per_channel"]
 
@@ -67,12 +68,25 @@ class ChannelLayerNorm(nn.LayerNorm):
         return y.movedim(-1, 1)
 
 
-class MeanOnlyBatchNorm(nn.Module):
+# Note [A BatchNorm by class]
+# Much code finds norms by their class: loops that freeze them, swa_utils.update_bn, groups of parameters for weight
+# decay, a model's own fuse(). Mean-only norms are what it looks for: they have running statistics to be frozen and
+# estimated anew, and in evaluation they are a BatchNorm with the variance 1 and the gain 1. So the class is a subclass
+# of torch's, and the constants can be read. They are properties: nothing is added to the state dict or to a
+# synchronization of buffers, and what is written into them is lost. The gain is sqrt(1 + eps), so that formulas hold
+# with any eps that code sets. SyncBatchNorm.convert_sync_batchnorm raises a TypeError, as the gain is no parameter;
+# `synchronized` is what it is for.
+
+
+class MeanOnlyBatchNorm(_BatchNorm):
     """Mean-only batch normalization: ``y = x − μ + β``, with no division by a standard deviation.
 
     In training μ is the minibatch's mean per channel over batch and space and ``running_mean`` follows it as
     BatchNorm's does: ``running_mean ← (1 − momentum)·running_mean + momentum·μ``, the plain average of all batches with
     ``momentum=None``. In evaluation μ is ``running_mean``.
+
+    Code that looks for BatchNorms finds it (Note [A BatchNorm by class]): the subclass that :meth:`of_rank` returns is
+    a BatchNorm1d, 2d or 3d.
 
     Shape: ``(N, C)`` or ``(N, C, ...)`` to the same; statistics over all axes but 1.
 
@@ -88,6 +102,10 @@ class MeanOnlyBatchNorm(nn.Module):
 
     running_mean: Tensor
     num_batches_tracked: Tensor
+    # Of the class and not of each norm: models that were pickled before have none of their own.
+    eps: float = 0.0
+    affine: bool = True
+    track_running_stats: bool = True
 
     def __init__(
         self,
@@ -100,24 +118,45 @@ class MeanOnlyBatchNorm(nn.Module):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # a BatchNorm's own makes tensors of what is constant here
         self.num_features, self.momentum, self.rank = num_features, momentum, rank
         self.synchronized, self.rank_by_example = synchronized, rank_by_example
         self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
         self.register_buffer("running_mean", torch.zeros(num_features, device=device, dtype=dtype))
         self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long, device=device))
 
+    @staticmethod
+    def of_rank(rank: int | None) -> type[MeanOnlyBatchNorm]:
+        """Return the class for inputs of so many axes, which is also torch's BatchNorm for them."""
+        return {2: MeanOnlyBatchNorm1d, 3: MeanOnlyBatchNorm1d, 4: MeanOnlyBatchNorm2d, 5: MeanOnlyBatchNorm3d}.get(
+            rank or 0, MeanOnlyBatchNorm
+        )
+
+    @property
+    def running_var(self) -> Tensor:  # type: ignore[override]
+        """Ones: what BatchNorm would divide by the root of."""
+        return torch.ones_like(self.running_mean)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The gain of the BatchNorm that this is in evaluation: ``sqrt(running_var + eps)``, which is 1."""
+        return torch.sqrt(self.running_var + self.eps)
+
     def forward(self, x: Tensor) -> Tensor:
         """Subtract the mean and add the bias."""
         if not self.training:
             return x + per_channel(self.bias - self.running_mean, x)
         mean = self._batch_mean(x)
-        with torch.no_grad():
-            self.num_batches_tracked.add_(1)
-            count = self.num_batches_tracked.to(self.running_mean.dtype)
-            momentum = 1.0 / count if self.momentum is None else self.momentum
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+        if self.track_running_stats:
+            self._follow(mean)
         return x + per_channel(self.bias - mean, x)
+
+    @torch.no_grad()
+    def _follow(self, mean: Tensor) -> None:
+        self.num_batches_tracked.add_(1)
+        count = self.num_batches_tracked.to(self.running_mean.dtype)
+        momentum = 1.0 / count if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
 
     def _batch_mean(self, x: Tensor) -> Tensor:
         axes = [0, *range(2, x.ndim)]
@@ -132,3 +171,15 @@ class MeanOnlyBatchNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, momentum={self.momentum}"
+
+
+class MeanOnlyBatchNorm1d(MeanOnlyBatchNorm, nn.BatchNorm1d):
+    """Mean-only batch normalization where a BatchNorm1d was."""
+
+
+class MeanOnlyBatchNorm2d(MeanOnlyBatchNorm, nn.BatchNorm2d):
+    """Mean-only batch normalization where a BatchNorm2d was."""
+
+
+class MeanOnlyBatchNorm3d(MeanOnlyBatchNorm, nn.BatchNorm3d):
+    """Mean-only batch normalization where a BatchNorm3d was."""

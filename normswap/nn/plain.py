@@ -4,35 +4,82 @@ Note [Shared injected classes]
 torch parametrizes a module by giving it a class made for it, and a deep copy shares that class: removing the
 parametrization with torch's own function edits the class and breaks the other copy. Here the module gets its former
 class back and the injected one is left alone.
+
+Note [Legacy hooks]
+torch's older weight norm, its older spectral norm and its pruning are no parametrizations: a hook computes the tensor
+before each call of the module, from tensors of other names. Each has a function of torch's that makes the tensor plain.
+Those of one module are undone in the reverse order, as one hook may compute what the one before it reads: the pruned
+``weight_v`` of a normalized ``weight``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize, remove_weight_norm
+from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
+from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDictPreHook
 from torch.nn.utils.weight_norm import WeightNorm
 
-__all__ = ["make_plain"]
+__all__ = ["legacy_hooks", "make_plain"]
+
+
+@dataclass(frozen=True)
+class LegacyHook:
+    """A hook of torch's that computes a tensor of a module before each call (Note [Legacy hooks]).
+
+    Args:
+        tensor: The name of the tensor.
+        what: What it does, by the name of torch's function for it.
+        remove: Makes the tensor of this name in the module a plain parameter of its present value.
+    """
+
+    tensor: str
+    what: str
+    remove: Callable[[nn.Module, str], Any]
+
+
+def legacy_hooks(module: nn.Module) -> list[LegacyHook]:
+    """Return the hooks of ``module`` that compute one of its tensors, in the order in which they are called."""
+    found = []
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, WeightNorm):
+            found.append(LegacyHook(hook.name, "torch.nn.utils.weight_norm", remove_weight_norm))
+        elif isinstance(hook, SpectralNorm):
+            found.append(LegacyHook(hook.name, "torch.nn.utils.spectral_norm", _remove_spectral_norm))
+        elif isinstance(hook, prune.BasePruningMethod):
+            found.append(LegacyHook(hook._tensor_name, "torch.nn.utils.prune", prune.remove))
+    return found
+
+
+def _remove_spectral_norm(module: nn.Module, name: str) -> None:
+    remove_spectral_norm(module, name)
+    for key, hook in list(module._load_state_dict_pre_hooks.items()):  # torch looks past its own wrapper of it
+        inner = getattr(hook, "hook", hook)
+        if isinstance(inner, SpectralNormLoadStateDictPreHook) and inner.fn.name == name:
+            del module._load_state_dict_pre_hooks[key]
 
 
 def make_plain(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Replace every parametrized tensor in ``model`` by a plain parameter of its present value.
+    """Replace every parametrized tensor in ``model``, in eval mode, by a plain parameter of its present value.
 
-    Both of torch's weight-norm APIs count, and any other parametrization whose value does not change from one reading
-    to the next.
+    The hooks of torch's older weight norm, spectral norm and pruning count, and any parametrization whose value does
+    not change from one reading to the next.
 
     Yields:
         (fqn of the tensor, '') for each that is plain now, (fqn, reason) for each that stays.
     """
     for fqn, module in model.named_modules():
         prefix = f"{fqn}." if fqn else ""
-        for hook in list(module._forward_pre_hooks.values()):
-            if isinstance(hook, WeightNorm):
-                remove_weight_norm(module, hook.name)
-                yield f"{prefix}{hook.name}", ""
+        for hook in reversed(legacy_hooks(module)):
+            sources = [p for name, p in module._parameters.items() if name.startswith(f"{hook.tensor}_")]
+            trainable = any(p.requires_grad for p in sources if p is not None)
+            hook.remove(module, hook.tensor)
+            getattr(module, hook.tensor).requires_grad_(trainable)
+            yield f"{prefix}{hook.tensor}", ""
         if parametrize.is_parametrized(module):
             names = [name for name, _ in module.get_submodule("parametrizations").named_children()]
             random = [name for name in names if not torch.equal(getattr(module, name), getattr(module, name))]

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from normswap.nn.kinds import class_of
 from normswap.norms.records import Affine, Bias, Encoding, Incoming, NormState, Stays, Takes
@@ -108,6 +109,11 @@ class Norm:
     def groups(self) -> int | None:
         """Over how many groups of channels it normalizes, None where it has no groups."""
         return None
+
+    @property
+    def is_batch_norm(self) -> bool:
+        """Whether code that looks for BatchNorms by their class finds it."""
+        return any(issubclass(kind, _BatchNorm) for kind in self.modules)
 
     def build(self, site: Site, like: Tensor) -> nn.Module | None:
         """Return the module, on the device and with the dtype of ``like``; None for no module."""

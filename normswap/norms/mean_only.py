@@ -45,7 +45,7 @@ class MeanOnly(Norm):
         return Affine(torch.ones_like(shift), shift, norm.rank, norm.rank_by_example)
 
     def build(self, site: Site, like: Tensor) -> nn.Module:
-        return MeanOnlyBatchNorm(
+        return MeanOnlyBatchNorm.of_rank(site.rank)(
             site.num_features,
             self.momentum,
             site.rank,

@@ -31,4 +31,6 @@ class MeanOnlyBatchNormalization(Recipe):
         return Nothing() if site.frozen else MeanOnly(site.momentum, site.synchronized)
 
     def notes(self, site: Site) -> tuple[str, ...]:
-        return ("frozen: its mean goes into the bias",) if site.frozen else ()
+        if not site.frozen:
+            return ()
+        return ("its mean goes into the bias" if site.held else "frozen: its mean goes into the bias",)

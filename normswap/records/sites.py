@@ -68,6 +68,8 @@ class Site:
             evaluation may go.
         unread: Why the layer that reads the norm's output may not take it up, or None.
         rank_by_example: Whether example inputs alone show the rank, and the norm takes inputs of others.
+        held: Whether the norm is frozen by the model's own ``train()``, which leaves it in eval mode.
+        looked_up_by: The methods of the modules around it, beside the forward, that look for BatchNorms.
     """
 
     norm: str
@@ -94,6 +96,8 @@ class Site:
     readers: tuple[str, ...] = ()
     unread: str | None = None
     rank_by_example: bool = False
+    held: bool = False
+    looked_up_by: tuple[str, ...] = ()
 
     @property
     def writers(self) -> tuple[str, ...]:
@@ -107,8 +111,9 @@ class Site:
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """Why there is no layer, and what the check of the layer could not reach."""
-        return tuple(text for text in (self.reason, self.caveat) if text)
+        """Why there is no layer, what the check of the layer could not reach, and what keeps the norm in eval mode."""
+        held = "frozen: train() leaves it in eval mode" if self.held else None
+        return tuple(text for text in (self.reason, self.caveat, held) if text)
 
 
 @dataclass(frozen=True)

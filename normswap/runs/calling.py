@@ -10,21 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from normswap.errors import InputError, NormswapError
+from normswap.runs.argument_values import other_ways
 from normswap.runs.wrappers import entry_of
 
-__all__ = ["Batch", "call", "does_not_run", "first_input", "run_on", "run_on_data", "turned_flags"]
+__all__ = ["Batch", "call", "does_not_run", "first_input", "other_arguments", "run_on", "run_on_data"]
 
 Batch = tuple[Any, ...] | Mapping[str, Any] | Callable[[nn.Module], Any]
 """What a model is run on: positional inputs, inputs by keyword, or a function that calls it."""
 
 
-def run_on(model: nn.Module, inputs: Batch, flags: Mapping[str, bool] | None = None) -> Any:
+def run_on(model: nn.Module, inputs: Batch, flags: Mapping[str, Any] | None = None) -> Any:
     """Call ``model`` on ``inputs``, without gradient."""
     with torch.no_grad():
         return call(model, inputs, flags)
 
 
-def call(model: nn.Module, inputs: Batch, flags: Mapping[str, bool] | None = None) -> Any:
+def call(model: nn.Module, inputs: Batch, flags: Mapping[str, Any] | None = None) -> Any:
     """Call ``model`` on copies of ``inputs``: a forward may change what it is given in place."""
     if callable(inputs):
         return inputs(model)
@@ -33,16 +34,17 @@ def call(model: nn.Module, inputs: Batch, flags: Mapping[str, bool] | None = Non
     return model(*map(_copies, inputs), **(flags or {}))
 
 
-def turned_flags(model: nn.Module, inputs: tuple[Any, ...] | Mapping[str, Any]) -> tuple[dict[str, bool], ...]:
-    """Return each flag of ``model``'s forward that ``inputs`` leave at its default, turned, in a dict by itself."""
+def other_arguments(model: nn.Module, inputs: tuple[Any, ...] | Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+    """Return further ways to call ``model``: other values of the arguments that ``inputs`` leave at their default."""
+    model = entry_of(model)[1]
     try:
-        signature = inspect.signature(type(entry_of(model)[1]).forward)
+        signature = inspect.signature(type(model).forward)
         given = signature.bind_partial(model, **inputs) if isinstance(inputs, Mapping) else None
         given = given or signature.bind_partial(model, *inputs)
     except (TypeError, ValueError):
         return ()
-    flags = ((p.name, p.default) for p in signature.parameters.values() if isinstance(p.default, bool))
-    return tuple({name: not default} for name, default in flags if name not in given.arguments)
+    optional = (p for p in signature.parameters.values() if p.default is not p.empty)
+    return other_ways(model, {p.name: p.default for p in optional if p.name not in given.arguments})
 
 
 def run_on_data(model: nn.Module, inputs: Batch) -> Any:

@@ -1,52 +1,37 @@
-"""Snapshot and restore: a model's state, mode and hooks, and the random generators, are put back whatever happens."""
+"""A model is only read: whatever its forward writes is put back, whatever happens."""
 
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+
+from normswap.runs.settings import settings_kept
+from normswap.runs.snapshot import Snapshot
+from normswap.runs.writes import Watched
 
 __all__ = ["copy_of", "set_mode", "untouched"]
 
 
 @contextmanager
-def untouched(model: nn.Module, *, values: bool = False) -> Iterator[None]:
-    """Restore ``model`` and the random generators on leaving, also after an exception.
+def untouched(model: nn.Module) -> Iterator[Snapshot]:
+    """Restore ``model`` and all that its forward may write on leaving, also after an exception.
 
-    Restored are every module's attributes, train/eval flag, tables of parameters, buffers, submodules and hooks, the
-    contents of its own dicts, lists and sets, and the state of torch's, Python's and NumPy's generators; with
-    ``values`` also the values of the buffers (a forward pass may write them, a symbolic trace does not).
+    Restored are what hangs on the model (:class:`~normswap.runs.snapshot.Snapshot`): values, shapes and gradients of
+    tensors, attributes, modes, tables and hooks of modules, containers, counters; the random generators and torch's
+    settings. What is written within :func:`~normswap.runs.writes.kept` stays. The snapshot that is given tells
+    afterwards whether anything had changed.
     """
-    modules = list(model.modules())
-    attributes = [dict(m.__dict__) for m in modules]
-    # Tables of parameters, submodules and hooks, and whatever a user's forward keeps its caches in.
-    containers = [(c, c.copy()) for m in modules for c in m.__dict__.values() if isinstance(c, (dict, list, set))]
-    buffers: list[tuple[Tensor, Tensor]] = []
-    if values:
-        buffers = [(b, b.detach().clone()) for b in model.buffers() if b is not None]
-    cuda = list(range(torch.cuda.device_count())) if values and torch.cuda.is_initialized() else []
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=cuda):
-            yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
-        for module, before in zip(modules, attributes, strict=True):
-            module.__dict__.clear()
-            module.__dict__.update(before)
-        for container, copy in containers:
-            container.clear()
-            container.extend(copy) if isinstance(container, list) else container.update(copy)
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
+    with settings_kept():
+        before = Snapshot(model)
+        try:
+            with Watched(before.values):
+                yield before
+        finally:
+            before.restore()
 
 
 def set_mode(model: nn.Module, training: bool) -> None:

@@ -84,7 +84,7 @@ def make_up_inputs(model: nn.Module, *others: nn.Module, batch: int = 2) -> tupl
     end = time.monotonic() + _LONGEST
     with ExitStack() as stack:
         for one in (model, *others):
-            stack.enter_context(untouched(one, values=True))
+            stack.enter_context(untouched(one))
             set_mode(one, False)
         for shape in shapes:
             x = torch.randn(*shape, generator=generator).to(like)

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from normswap.runs.calling import Batch, first_input, run_on_data
 from normswap.runs.paired_sites import PairedSite
 from normswap.runs.uses import ADDITIONS, addends_of
+from normswap.runs.writes import watched_here
 
 __all__ = ["THREAD", "PausableRun", "Pause", "pausing_converted", "pausing_original"]
 
@@ -101,6 +102,7 @@ class PausableRun:
         self._error: BaseException | None = None
         self._closed = self._done = False
         self._device = torch.get_default_device()  # which is each thread's own
+        self._watched = watched_here()
 
     def advance(self) -> None:
         """Compute up to the next pause, or to the end."""
@@ -153,7 +155,7 @@ class PausableRun:
     def _work(self) -> None:
         _current.run = self
         try:
-            with self._device, _PauseInFunctions(self):
+            with self._device, self._watched, _PauseInFunctions(self):
                 self.output = run_on_data(self.model, self.inputs)
         except _Closed:
             pass

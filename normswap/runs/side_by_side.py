@@ -30,6 +30,7 @@ from normswap.runs.paired_sites import PairedSite, SiteBatch
 from normswap.runs.pausing import PausableRun, Pause, pausing_converted, pausing_original
 from normswap.runs.tensors import tensors_of
 from normswap.runs.uses import Uses, find_uses
+from normswap.runs.writes import kept
 
 __all__ = ["run_side_by_side"]
 
@@ -61,8 +62,8 @@ def run_side_by_side(
         InitializationError: The forward computes otherwise when it is paused.
     """
     with ExitStack() as stack:
-        stack.enter_context(untouched(original, values=True))
-        stack.enter_context(untouched(converted, values=True))
+        stack.enter_context(untouched(original))
+        stack.enter_context(untouched(converted))
         set_mode(original, False)
         set_mode(converted, False)
         at_addition, uses = _find_uses(original, converted, sites, batches[0])
@@ -130,7 +131,8 @@ def _fit_arrived(
         pauses.append(here)
     if not site_batches:
         return False
-    outputs = fit_site(site, site_batches)
+    with kept():
+        outputs = fit_site(site, site_batches)
     for here, output in zip(pauses, outputs or (), strict=outputs is not None):
         here.output = output
     return True
@@ -151,7 +153,7 @@ def _check_undisturbed(model: nn.Module, inputs: Batch, output: Any) -> None:
 
     One that draws random numbers is refused, too: both networks would draw others.
     """
-    with untouched(model, values=True):
+    with untouched(model):
         set_mode(model, False)
         plain = run_on(model, inputs)
     expected, found = tensors_of(plain), tensors_of(output)

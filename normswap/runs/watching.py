@@ -23,7 +23,7 @@ def watch_inputs(
     see: Callable[[str, nn.Module, Tensor], None],
 ) -> None:
     """Run ``model`` in evaluation and call ``see(name, module, input)`` at each call of these; read-only."""
-    with untouched(model, values=True), torch.no_grad():
+    with untouched(model), torch.no_grad():
         set_mode(model, False)
         handles = []
         for name in names:

@@ -106,6 +106,8 @@ class BoundStep:
             notes += (f"goes into {reader}, which reads it",)
         elif forward and site.unread is not None:
             notes += (site.unread,)
+        if site.looked_up_by and not (norm.is_batch_norm and (site.layer or norm.bias is Bias.KEPT)):
+            notes += (f"{', '.join(site.looked_up_by)} will not find it as a BatchNorm",)
         found = cls(Step(site, weight.name, words, groups, notes, reader), weight, norm, source)
         if found.held_rank is None:
             return found

@@ -20,8 +20,10 @@ from normswap.nn.kinds import class_of, is_layer
 from normswap.norms import is_convertible, norm_of
 from normswap.records import FoundBy, NormKind, Proof, Site, Skip
 from normswap.runs.inputs import Inputs
+from normswap.runs.modes import held_modules
 from normswap.stages.bound import NormSource
 from normswap.stages.forwards import trace_own_forward
+from normswap.stages.other_methods import refuse_by_mode, with_methods
 
 __all__ = ["FoundSites", "find_sites"]
 
@@ -72,8 +74,9 @@ def _norms(flow: Dataflow) -> tuple[list[Site], list[Skip], dict[str, NormSource
     sites: list[Site] = []
     skips: list[Skip] = []
     sources: dict[str, NormSource] = {}
-    named = reads_in_code(flow.capture)
+    named, held = reads_in_code(flow.capture), held_modules(flow.capture.model)
     _refuse_unwritable(flow)
+    refuse_by_mode(flow, held)
     holders = {key for key, (_, norm) in flow.functional.items() if norm.holder} | set(flow.refused)
     for fqn, module in flow.capture.modules.items():
         if not is_convertible(module) or fqn in holders:
@@ -88,7 +91,8 @@ def _norms(flow: Dataflow) -> tuple[list[Site], list[Skip], dict[str, NormSource
         site, sources[key] = _functional_site(flow, key)
         sites.append(site)
     skips += [Skip(key, "norm", "batch_norm", "functional-norm", why) for key, why in flow.refused.items()]
-    return sites, skips, sources
+    sites, batchwise = with_methods(flow, sites, held)
+    return sites, [*skips, *batchwise], sources
 
 
 @dataclass(frozen=True)
@@ -147,6 +151,10 @@ def _refuse_unwritable(flow: Dataflow) -> None:
         except PlanError as cause:
             for key in [key for key, (of, _) in flow.functional.items() if of == fqn]:
                 flow.refuse(key, f"{cause.message}: make it a BatchNorm module")
+            continue
+        for key, norm in [(key, norm) for key, (of, norm) in flow.functional.items() if of == fqn]:
+            if why := flow.choices.why_unwritable(fqn, norm.read(owner, frozen=False).num_features):
+                flow.refuse(key, f"{why}: make it a BatchNorm module")
 
 
 def _module_site(

@@ -27,17 +27,30 @@ _MARK = "_normswap_rewritten"
 
 
 def trace_own_forward(owner: nn.Module, training: bool) -> fx.Graph:
-    """Return the graph of ``owner``'s own forward, its submodules as leaves, in the given mode."""
+    """Return the graph of ``owner``'s own forward, its submodules as leaves, in the given mode.
+
+    Raises:
+        PlanError: The forward cannot be traced, or does what no graph holds: it writes the owner's state.
+    """
     with untouched(owner):
         owner.__dict__["training"] = training
         try:
-            return ScopeTracer(own_forward_only=True).trace(owner)
+            with untouched(owner) as before:
+                graph = ScopeTracer(own_forward_only=True).trace(owner)
         except Exception as cause:
             raise PlanError(
                 f"the forward of {type(owner).__name__}, which calls a norm functionally, cannot be traced: {cause}",
                 code="untraceable-forward",
                 hint="exclude this norm, or move it into a submodule",
             ) from cause
+    if before.changed:
+        raise PlanError(
+            f"the forward of {type(owner).__name__}, which calls a norm functionally, keeps state: it writes an "
+            "attribute or computes with a tensor that no attribute gives, and a rewritten forward would not",
+            code="untraceable-forward",
+            hint="exclude this norm, or move it into a submodule",
+        )
+    return graph
 
 
 def find_functional_norms(owner: nn.Module) -> dict[str, FunctionalNorm]:

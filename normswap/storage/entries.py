@@ -31,10 +31,21 @@ from normswap.storage.origin import Origin, forget
 from normswap.storage.replay import copied
 from normswap.version import __version__
 
-__all__ = ["FORMAT_KEY", "MISFITS", "Stored", "damaged", "header_of", "read_stored", "recipe_of", "unpack"]
+__all__ = [
+    "FORMAT_KEY",
+    "MISFITS",
+    "SKELETON_KEY",
+    "Stored",
+    "damaged",
+    "header_of",
+    "read_stored",
+    "recipe_of",
+    "unpack",
+    "unpacked",
+]
 
 FORMAT = 2  # 1 had other gains of weight standardization
-FORMAT_KEY, _VERSION, _PLANS, _CONTENTS, _SKELETON = (
+FORMAT_KEY, _VERSION, _PLANS, _CONTENTS, SKELETON_KEY = (
     f"normswap_{name}" for name in ("format", "version", "plans", "contents", "skeleton")
 )
 _LARGEST_SKELETON = 32 << 20
@@ -64,7 +75,7 @@ def header_of(origins: Sequence[Origin], contents: Contents, skeleton: nn.Module
     }
     packed = None if skeleton is None else _pack(skeleton)
     if packed is not None:
-        metadata[_SKELETON] = packed
+        metadata[SKELETON_KEY] = packed
     return metadata
 
 
@@ -132,7 +143,7 @@ def read_stored(path: Path) -> Stored:
         RuntimeError,
     ) as cause:
         raise damaged(path, cause) from cause
-    return Stored(plans, contents, metadata.get(_SKELETON))
+    return Stored(plans, contents, metadata.get(SKELETON_KEY))
 
 
 def damaged(path: Path, cause: Exception) -> InputError:
@@ -158,6 +169,18 @@ def _pack(skeleton: nn.Module) -> str | None:
     return packed if len(packed) <= _LARGEST_SKELETON else None
 
 
+def unpacked(skeleton: str, path: Path) -> bytes:
+    """Return the file by torch.save that a skeleton's text is."""
+    try:
+        decompressor = zlib.decompressobj()
+        data = decompressor.decompress(base64.b64decode(skeleton, validate=True), 16 * _LARGEST_SKELETON)
+        if not decompressor.eof:
+            raise ValueError("its skeleton is cut short or too large")
+    except (ValueError, binascii.Error, zlib.error) as cause:
+        raise damaged(path, cause) from cause
+    return data
+
+
 def unpack(stored: Stored, path: Path, trust: Trust) -> nn.Module:
     """Return the skeleton, read by the rules for any model file."""
     fresh = f"give a fresh model of the same architecture: {argument('model')}"
@@ -168,13 +191,7 @@ def unpack(stored: Stored, path: Path, trust: Trust) -> nn.Module:
             code="storage-no-skeleton",
             hint=fresh,
         )
-    try:
-        decompressor = zlib.decompressobj()
-        data = decompressor.decompress(base64.b64decode(stored.skeleton, validate=True), 16 * _LARGEST_SKELETON)
-        if not decompressor.eof:
-            raise ValueError("its skeleton is cut short or too large")
-    except (ValueError, binascii.Error, zlib.error) as cause:
-        raise damaged(path, cause) from cause
+    data = unpacked(stored.skeleton, path)
     try:
         skeleton = read_checkpoint(io.BytesIO(data), path, trust)
     except InputError as cause:

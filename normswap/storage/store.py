@@ -14,6 +14,7 @@ safetensors metadata, and what it holds, as tensors:
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,15 +25,26 @@ from torch import nn
 
 from normswap.errors import InputError, argument
 from normswap.loading.files import expect_kind, kind_of, open_file
+from normswap.loading.readable import why_unreadable
 from normswap.loading.trust import Trust
 from normswap.recipes import Recipe
 from normswap.storage.contents import collect, give
-from normswap.storage.entries import FORMAT_KEY, MISFITS, damaged, header_of, read_stored, recipe_of, unpack
+from normswap.storage.entries import (
+    FORMAT_KEY,
+    MISFITS,
+    SKELETON_KEY,
+    damaged,
+    header_of,
+    read_stored,
+    recipe_of,
+    unpack,
+    unpacked,
+)
 from normswap.storage.origin import origin_of
 from normswap.storage.replay import copied, history, refuse_changed, replayed_on, warn_of_hooks
 from normswap.storage.writing import check_target, reported, staged
 
-__all__ = ["is_stored", "load", "save"]
+__all__ = ["holds_structure", "is_stored", "load", "save"]
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -104,6 +116,13 @@ def load(
         return give(replayed, stored.contents)
     except MISFITS as cause:
         raise damaged(path, cause) from cause
+
+
+def holds_structure(path: Path) -> bool:
+    """Tell whether :func:`load` can read the structure from a file by :func:`save`, so that it needs no ``model``."""
+    with safe_open(path, "pt") as content:
+        skeleton = (content.metadata() or {}).get(SKELETON_KEY)
+    return skeleton is not None and why_unreadable(io.BytesIO(unpacked(skeleton, path))) is None
 
 
 def is_stored(path: str | os.PathLike[str]) -> bool:

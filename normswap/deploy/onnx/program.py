@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from normswap.deploy.onnx.quiet import quiet
 from normswap.errors import ExportError, InputError, argument, first_line, full_cause
 from normswap.runs.arguments import named_leaves
+from normswap.runs.guard import untouched
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -22,7 +23,7 @@ def to_onnx(model: nn.Module, inputs: dict[str, Any], dims: Any, opset: int) -> 
     """Return torch's own ONNX form of the model, with readable names."""
     in_names = [name for name, x in named_leaves(inputs) if isinstance(x, Tensor)]
     try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        with untouched(model), torch.no_grad():
             out_names = [
                 name if name not in in_names else f"{name}_out"
                 for name, _ in named_leaves(model(**pytree.tree_map_only(Tensor, torch.clone, inputs)))
@@ -34,7 +35,7 @@ def to_onnx(model: nn.Module, inputs: dict[str, Any], dims: Any, opset: int) -> 
             hint="give inputs that model(...) accepts in eval mode, and with 2 samples for dynamic_batch",
         ) from cause
     try:
-        with quiet(), torch.random.fork_rng(devices=[]), torch.no_grad():
+        with quiet(), untouched(model), torch.no_grad():
             program = torch.onnx.export(
                 model,
                 kwargs=inputs,
