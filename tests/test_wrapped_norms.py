@@ -256,3 +256,47 @@ def test_what_a_wrapper_does_is_seen() -> None:
     hooked = PassesOn(nn.ReLU())
     hooked.wrapped.register_forward_hook(lambda *_: None)
     assert entry_of(hooked)[0] == ""
+
+
+class Transposing(nn.BatchNorm1d):
+    """Over the last axis, as a subclass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+
+class OverLast(nn.Module):
+    """Over the last axis, as a module around a plain BatchNorm."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.norm, self.how = nn.BatchNorm1d(8), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "transpose":
+            return self.norm(x.transpose(1, 2)).transpose(1, 2)
+        if self.how == "permute":
+            return self.norm(x.permute(0, 2, 1)).permute(0, 2, 1)
+        return self.norm(x.reshape(-1, 8)).reshape(x.shape)
+
+
+@pytest.mark.parametrize("how", ["transpose", "permute", "reshape"])
+@pytest.mark.parametrize("given", [False, True])
+def test_a_norm_over_the_last_axis_converts_in_a_module_around_it(how: str, given: bool) -> None:
+    model, x = network(OverLast(how)), torch.randn(4, 5, 6)
+    result = ns.convert(model, "wn+mobn", example_inputs=x if given else None)
+    assert [step.site.layer for step in result.plan.steps] == [None if how == "reshape" else "a"]
+    assert distance(result.model.eval(), model, x) < 1e-5
+    folded = ns.fold(result.model, example_inputs=x if given else None)
+    assert distance(folded, model, x) < 1e-5
+    folded.a.bias.data[0] += 1
+    assert distance(folded, model, x) > 1e-2  # negative control
+
+
+def test_a_subclass_that_moves_axes_is_refused_with_what_to_do() -> None:
+    with pytest.raises(NothingToConvertError) as error:
+        ns.convert(network(Transposing(8)), "wn+mobn", example_inputs=torch.randn(4, 5, 6))
+    assert error.value.hint == (
+        "'norm': the forward of Transposing cannot be traced (TraceError), so what it does is unknown: where it moves "
+        "axes, let a module do so that calls a plain BatchNorm"
+    )
