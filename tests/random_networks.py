@@ -482,6 +482,8 @@ class _Scope:
         self.mark("tokens")
         (length,) = v.space
         size = self.pick(4, length, 6)
+        if self.rarely(3):
+            return self.read_tokens(v, size)
         fc = self.register("fc", f"nn.Linear({v.channels}, {size})")
         y = self.name("v")
         self.emit(f"{y} = {fc}({v.name}.transpose(1, 2))")
@@ -494,6 +496,20 @@ class _Scope:
             "flat": f"{bn}({y}.flatten(0, 1)).view(-1, {length}, {size}).transpose(1, 2)",
         }[kind]
         return self.put(code, size, v.space)
+
+    def read_tokens(self, v: _Value, size: int) -> _Value:
+        """A norm over the channels, read by a linear or recurrent layer that has them last."""
+        self.norm_count += 1
+        bn = self.register("bn", f"nn.BatchNorm1d({v.channels})")
+        tokens = f"{bn}({v.name}).transpose(1, 2)"
+        kind = self.pick("linear", "recurrent")
+        if kind == "linear":
+            self.mark("norm read by a linear layer")
+            fc = self.register("fc", f"nn.Linear({v.channels}, {size})")
+            return self.put(f"{fc}({tokens}).transpose(1, 2)", size, v.space)
+        self.mark("norm read by a recurrent layer")
+        rnn = self.register("rnn", f"nn.{self.pick('LSTM', 'GRU', 'RNN')}({v.channels}, {size}, batch_first=True)")
+        return self.put(f"{rnn}({tokens})[0].transpose(1, 2)", size, v.space)
 
     def other_norm(self, v: _Value) -> _Value:
         path = self.register("gn", f"nn.GroupNorm(1, {v.channels})")
