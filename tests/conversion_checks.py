@@ -204,9 +204,24 @@ def folded_is_same(network: Network, model: nn.Module, what: str) -> None:
 
 def same(network: Network, found: nn.Module, expected: nn.Module, what: str) -> None:
     """Check that two models give the same, on inputs that the conversion has seen and on others."""
-    for inputs, options in all_inputs(network):
-        error = distance(run(found, inputs(), **options), run(expected, inputs(), **options))
-        promise(error <= ALLOWED, "wrong output", f"{what}: {error:.1e} {options or ''}")
+    for domain in (0, 1) if "norm chosen at run time" in network.features else (0,):
+        with in_domain(domain, found, expected):
+            for inputs, options in all_inputs(network):
+                error = distance(run(found, inputs(), **options), run(expected, inputs(), **options))
+                promise(error <= ALLOWED, "wrong output", f"{what}: {error:.1e} {options or ''} domain {domain}")
+
+
+@contextmanager
+def in_domain(domain: int, *models: nn.Module) -> Iterator[None]:
+    """Models whose norms that an attribute chooses are the other ones."""
+    modules = [module for model in models for module in model.modules() if hasattr(module, "domain")]
+    try:
+        for module in modules:
+            module.domain = domain
+        yield
+    finally:
+        for module in modules:
+            del module.domain  # the class has the usual one
 
 
 def all_inputs(network: Network) -> Iterator[tuple[Callable[[], tuple[Tensor, ...]], dict[str, bool]]]:

@@ -135,7 +135,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     for name, module in model.named_modules(remove_duplicate=False):
         seen[id(module)] = module
         found[f"module {name}"] = (id(module), type(module), module.training)
-        found[f"order {name}"] = tuple(tuple(getattr(module, table)) for table in _TABLES)
+        found[f"order {name}"] = tuple(tuple(getattr(module, table).keys()) for table in _TABLES)
         for key, value in vars(module).items():
             if key.endswith(("_hooks", "_pre_hooks")):
                 found[f"hooks {name}.{key}"] = list(value or ())

@@ -31,7 +31,6 @@ import torch.nn.functional as F
 from hooked import old_weight_norm
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
-from torch.nn.utils.prune import random_unstructured
 from torch.utils.checkpoint import checkpoint
 from zoo import FrozenBatchNorm2d, NormDropAct, NormRelu, ReluNorm, SamePadConv2d, StandardizedConv2d
 
@@ -247,7 +246,7 @@ class _Scope:
             code = f"weight_norm({code})"
         if kind == "legacy":
             self.mark("legacy hook")
-            code = self.pick(f"old_weight_norm({code})", f"random_unstructured({code}, 'weight', 0.3)")
+            code = f"old_weight_norm({code})"
         path = self.register("conv", code)
         plain = kind not in ("weight norm", "subclass", "legacy")
         if kind == "tied":
@@ -409,6 +408,15 @@ class _Scope:
             f"{v.name} + {u.name}", f"{v.name} * torch.sigmoid({u.name})", f"torch.add({v.name}, {u.name})"
         )
         return self.put(code, v.channels, v.space)
+
+    def chosen_norm(self, v: _Value) -> _Value:
+        """A norm of several: by a flag, by an attribute that is set later, or by the size of a batch."""
+        self.mark("norm chosen at run time")
+        y, dims = self.layer(v), max(v.rank, 1)
+        self.norm_count += 2
+        path = self.register("bns", f"nn.ModuleList(nn.BatchNorm{dims}d({y.channels}) for _ in range(2))")
+        index = self.pick("self.domain", f"{y.name}.shape[0] % 2", "int(self.training)", f"({y.name}.size(0) > 2) * 1")
+        return self.put(f"{path}[{index}]({y.name})", y.channels, y.space)
 
     def residual(self, v: _Value) -> _Value:
         y = self.layer(v, v.channels)
@@ -598,7 +606,13 @@ class _Scope:
         path, name = self.register("parts", f"nn.ModuleList([{', '.join(parts)}])"), self.name("v")
         self.emit(f"{name} = {v.name}")
         with self.under(f"for part in {path}:"):
-            self.emit(f"{name} = part({name})")
+            if self.rarely(3):
+                self.mark("class asked for")
+                kinds = ("isinstance(part, {0})", "type(part) is {0}", "hasattr(part, 'running_var')")
+                test = self.pick(*kinds, "'BatchNorm' in part.__class__.__name__").format(f"nn.BatchNorm{max(n, 1)}d")
+                self.emit(f"{name} = part({name}) * 2 if {test} else part({name})")
+            else:
+                self.emit(f"{name} = part({name})")
         self.values.append(_Value(name, c, v.space))
         return self.values[-1]
 
@@ -607,7 +621,7 @@ _STEPS = (
     *("pair",) * 12, *("residual",) * 4, *("sequential",) * 2, *("block",) * 4, "activation", "norm", "norm",
     "layer_alone", "layer_alone", "add", "add", "concatenate", "concatenate", "chunk", "pool", "pool", "to_vector",
     "reshape", "tokens", "other_norm", "read_weight", "read_statistics", "only_in_training", "branch",
-    "change_in_place", "stash", "write_state",
+    "change_in_place", "stash", "write_state", "chosen_norm",
 )  # fmt: skip
 
 
@@ -625,7 +639,14 @@ def _write(scope: _Scope, start: _Value, steps: int) -> _Value:
 
 
 def _class(name: str, scope: _Scope, result: str, signature: str = "self, x") -> str:
-    lines = [f"class {name}(nn.Module):", "    def __init__(self):", "        super().__init__()", *scope.init]
+    lines = [
+        f"class {name}(nn.Module):",
+        "    domain = 0",
+        "",
+        "    def __init__(self):",
+        "        super().__init__()",
+        *scope.init,
+    ]
     return "\n".join([*lines, "", f"    def forward({signature}):", *scope.body, f"        {result}"])
 
 

@@ -15,7 +15,7 @@ from zoo import randomize_
 from zoo_packages import import_torchvision
 
 import normswap as ns
-from normswap.graph.ops import is_norm
+from normswap.norms import is_convertible
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torchvision, for what it still uses
 
@@ -63,7 +63,7 @@ def test_a_detector_converts_and_trains_on_one_image(name: str) -> None:
         assert step.site.layer is not None
         assert step.site.proof == "checked"
         assert "eval mode only" in str(step.site.caveat)  # in train mode it wants targets
-    assert not any(is_norm(m) for m in result.model.modules())
+    assert not any(is_convertible(m) for m in result.model.modules())
     losses = result.model.train()(image(), targets())
     loss = torch.stack([value.sum() for value in losses.values()]).sum()
     loss.backward()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.optim.swa_utils import update_bn
-from zoo import conv3, randomize_
+from zoo import NormDropAct, NormRelu, conv3, randomize_
 
 import normswap as ns
 from normswap.graph.class_lookups import class_lookups
@@ -289,6 +289,27 @@ def test_a_norm_that_never_leaves_train_mode_is_no_site(kind: type[nn.Module]) -
     assert [step.site.norm for step in result.plan.steps] == ["bn2"]
     reasons = {skip.name: skip.reason for skip in result.plan.skips}
     assert "keeps it in train mode in evaluation" in reasons["bn1"]
+
+
+class DropsInside(nn.Module):
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.bn = conv3(4, 6), norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x))
+
+    def train(self, mode: bool = True) -> DropsInside:
+        super().train(mode)
+        self.bn.eval()
+        return self
+
+
+def test_a_frozen_norm_with_dropout_inside_stays() -> None:
+    """Its dropout is frozen with it, and would not be beside a new norm."""
+    plan = ns.plan(built(lambda: DropsInside(NormDropAct(6))), "mobn", example_inputs=images())
+    assert [skip.code for skip in plan.skips if skip.what == "norm"] == ["held-dropout"]
+    assert len(ns.plan(built(lambda: DropsInside(NormRelu(6))), "mobn", example_inputs=images()).steps) == 1
 
 
 def test_a_stored_model_keeps_its_frozen_norms(tmp_path: Any) -> None:

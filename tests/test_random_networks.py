@@ -16,6 +16,7 @@ from random_networks import Network, networks
 from torch import nn
 
 import normswap as ns
+from normswap.graph.choices import Choices
 from normswap.records import Plan
 
 pytestmark = pytest.mark.slow
@@ -163,6 +164,16 @@ def test_held_norms_move_no_statistics_and_use_them() -> None:
         assert model.training
         assert torch.equal(conversion_checks.run(model, PAIRS.inputs())[0], expected[0])
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_norm_that_the_other_domain_does_not_call_is_a_wrong_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = PAIRS.source.replace("class Net(nn.Module):", "class Net(nn.Module):\n    domain = 0\n")
+    source = source.replace("nn.BatchNorm2d(4)\n\n", "nn.ModuleList(nn.BatchNorm2d(4) for _ in range(2))\n\n")
+    source = source.replace("self.bn2(", "self.bn2[self.domain](")
+    network = Network(source, PAIRS.shape, 3, frozenset({"norm chosen at run time"}))
+    assert check(network).sites == {"module, alone, none": 3}
+    monkeypatch.setattr(Choices, "_beside", lambda *_: None)
+    assert kind_of(network) == "wrong output"
 
 
 def test_a_plan_that_forgets_a_norm_or_a_layer_is_incomplete() -> None:

@@ -19,6 +19,7 @@ import normswap as ns
 from normswap.errors import InputError, NothingToConvertError
 from normswap.graph.branches import left_out
 from normswap.loading import load_model
+from normswap.runs.wrappers import entry_of
 
 
 def distance(a: nn.Module, b: nn.Module, x: Tensor) -> float:
@@ -186,3 +187,116 @@ def test_a_pickled_averaged_model_may_hold_no_code(tmp_path: Path) -> None:
     with pytest.raises(InputError) as error:
         load_model(tmp_path / "swa.pt")
     assert error.value.code == "untrusted-global"
+
+
+class PassesOn(nn.Module):
+    """What trainers wrap models in."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.wrapped = model
+
+    def forward(self, *inputs, **options):  # type: ignore[no-untyped-def]
+        """Pass all on."""
+        return self.wrapped(*inputs, **options)
+
+
+class PassesOnMore(PassesOn):
+    def forward(self, *inputs, **options):  # type: ignore[no-untyped-def]
+        return 2 * self.wrapped(*inputs, **options)
+
+
+class Flagged(nn.Module):
+    """Behind the flag the layer is seen without its norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor, raw: bool = False) -> Tensor:
+        y = self.conv(x)
+        return y if raw else self.bn(y)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_wrapper_that_passes_all_on_hides_nothing(depth: int) -> None:
+    model: nn.Module = zoo.randomize_(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()), 0)
+    for _ in range(depth):
+        model = PassesOn(model)
+    model, x = model.eval(), torch.randn(2, 3, 8, 8)
+    result = ns.convert(model, "wn+mobn")
+    inner = "wrapped." * depth
+    assert [(s.site.layer, s.site.norm, s.site.proof) for s in result.plan.steps] == [
+        (f"{inner}0", f"{inner}1", "proven")
+    ]
+    assert distance(result.model, model, x) < 1e-5
+    assert distance(ns.fold(result.model), model, x) < 1e-5
+    result.model.get_submodule(f"{inner}1").bias.data[0] += 1
+    assert distance(result.model, model, x) > 1e-2  # negative control
+
+
+def test_a_flag_behind_a_wrapper_counts() -> None:
+    model, x = zoo.randomize_(PassesOn(Flagged()), 0).eval(), torch.randn(2, 3, 8, 8)
+    for inputs in (None, (x,)):
+        converted = ns.swap_norms(model, "wn+mobn", example_inputs=inputs).eval()
+        for raw in (False, True):
+            with torch.no_grad():
+                assert torch.allclose(converted(x, raw=raw), model(x, raw=raw), atol=1e-5)
+
+
+def test_labels_behind_a_wrapper_are_left_out() -> None:
+    model = zoo.randomize_(PassesOn(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))), 0).eval()
+    loader = [(torch.randn(16, 3, 8, 8), torch.zeros(16).long())]
+    assert ns.convert(model, "gn", calibration=loader).init.notes[0] == ("of each batch's 2 entries the first was used")
+
+
+def test_what_a_wrapper_does_is_seen() -> None:
+    assert entry_of(PassesOn(nn.ReLU()))[0] == "wrapped"
+    assert entry_of(PassesOnMore(nn.ReLU()))[0] == ""
+    hooked = PassesOn(nn.ReLU())
+    hooked.wrapped.register_forward_hook(lambda *_: None)
+    assert entry_of(hooked)[0] == ""
+
+
+class Transposing(nn.BatchNorm1d):
+    """Over the last axis, as a subclass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+
+class OverLast(nn.Module):
+    """Over the last axis, as a module around a plain BatchNorm."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.norm, self.how = nn.BatchNorm1d(8), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "transpose":
+            return self.norm(x.transpose(1, 2)).transpose(1, 2)
+        if self.how == "permute":
+            return self.norm(x.permute(0, 2, 1)).permute(0, 2, 1)
+        return self.norm(x.reshape(-1, 8)).reshape(x.shape)
+
+
+@pytest.mark.parametrize("how", ["transpose", "permute", "reshape"])
+@pytest.mark.parametrize("given", [False, True])
+def test_a_norm_over_the_last_axis_converts_in_a_module_around_it(how: str, given: bool) -> None:
+    model, x = network(OverLast(how)), torch.randn(4, 5, 6)
+    result = ns.convert(model, "wn+mobn", example_inputs=x if given else None)
+    assert [step.site.layer for step in result.plan.steps] == [None if how == "reshape" else "a"]
+    assert distance(result.model.eval(), model, x) < 1e-5
+    folded = ns.fold(result.model, example_inputs=x if given else None)
+    assert distance(folded, model, x) < 1e-5
+    folded.a.bias.data[0] += 1
+    assert distance(folded, model, x) > 1e-2  # negative control
+
+
+def test_a_subclass_that_moves_axes_is_refused_with_what_to_do() -> None:
+    with pytest.raises(NothingToConvertError) as error:
+        ns.convert(network(Transposing(8)), "wn+mobn", example_inputs=torch.randn(4, 5, 6))
+    assert error.value.hint == (
+        "'norm': the forward of Transposing cannot be traced (TraceError), so what it does is unknown: where it moves "
+        "axes, let a module do so that calls a plain BatchNorm"
+    )

@@ -38,7 +38,8 @@ def after_norm(module: nn.Module) -> tuple[nn.Module, ...] | str:
         try:
             graph = ScopeTracer(own_forward_only=True, rank=_rank(module)).trace(module)
         except Exception as cause:
-            return f"the forward of {name} cannot be traced ({type(cause).__name__}), so what it does is unknown"
+            what = f"the forward of {name} cannot be traced ({type(cause).__name__}), so what it does is unknown"
+            return f"{what}: where it moves axes, let a module do so that calls a plain BatchNorm"
     after = _tail(module, graph)
     if isinstance(after, str):
         return f"the forward of {name} {after}"

@@ -29,6 +29,7 @@ from normswap.nn.kinds import is_layer
 from normswap.norms import is_convertible
 from normswap.operations.channel_rules import Value, values_in
 from normswap.operations.table import of_call, of_module, reads_no_value
+from normswap.runs.wrappers import entry_of
 
 __all__ = ["FIXED", "Channels", "find_channels"]
 
@@ -240,7 +241,8 @@ def _shown(capture: Capture) -> frozenset[str]:
         return frozenset()
     shown, called = set(), set()
     for trace in capture.traces:
-        closed = not trace.recorded and _has_known_ways(capture.modules[capture.aliases[trace.scope]], not trace.scope)
+        scope = capture.modules[capture.aliases[trace.scope]] if trace.scope else entry_of(capture.model)[1]
+        closed = not trace.recorded and _has_known_ways(scope, not trace.scope)
         for node in trace.graph.nodes:
             if node.op == "call_module":
                 fqn = capture.aliases[trace.fqn(str(node.target))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import count
 from typing import Any
@@ -18,6 +18,7 @@ from normswap.graph.records import Capture, Trace, model_names, refuse_wrappers
 from normswap.graph.tracer import ScopeTracer, why_untraceable
 from normswap.runs.argument_values import other_ways
 from normswap.runs.guard import set_mode, untouched
+from normswap.runs.wrappers import entry_of
 
 __all__ = ["capture_symbolic"]
 
@@ -60,28 +61,31 @@ class _Run:
 def _runs(model: nn.Module, numbers: Iterator[int]) -> Iterator[_Run]:
     """Trace ``model`` with its optional arguments left out, given, and with other values.
 
-    Where a trace fails, it is no evidence, and the run is dropped; but not the one with the defaults.
+    They are those of the module behind wrappers that pass all on. Where a trace fails, it is no evidence, and the run
+    is dropped; but not the one with the defaults.
     """
+    start, entry = entry_of(model)
 
     def trace(arguments: dict[str, Any]) -> _Run:
         hidden: dict[str, str] = {}
-        return _Run(tuple(_trace_scopes(model, next(numbers), arguments, hidden)), hidden)
+        scopes = _trace_scopes(start, entry, next(numbers), arguments, hidden)
+        return _Run(tuple(_of_the_model(one) if one.scope == start else one for one in scopes), hidden)
 
-    defaults = _defaults(model)
+    defaults = _defaults(entry)
     if not defaults:
         yield trace({})
         return
     left_out, usual = trace({}), trace(defaults)
-    if followed := "" not in left_out.hidden:
+    if followed := start not in left_out.hidden:
         yield left_out
     yield usual
-    for way in other_ways(model, defaults):
+    for way in other_ways(entry, defaults):
         flag = all(isinstance(value, bool) for value in way.values())
         if followed and not flag:  # a trace that left it out shows the same for every value
             continue
         run = trace({**defaults, **way})
         # A value that is none of the argument's fails somewhere inside.
-        if "" not in run.hidden if flag else run.hidden.keys() <= usual.hidden.keys():
+        if start not in run.hidden if flag else run.hidden.keys() <= usual.hidden.keys():
             yield run
 
 
@@ -95,8 +99,18 @@ def _defaults(module: nn.Module) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.default is not p.empty and isinstance(p.default, constants)}
 
 
-def _trace_scopes(model: nn.Module, run: int, arguments: dict[str, Any], opaque: dict[str, str]) -> Iterator[Trace]:
-    pending = [("", model)]
+def _of_the_model(trace: Trace) -> Trace:
+    """Return the trace of a model's entry as one of the model: the wrappers around it do nothing."""
+    for node in trace.graph.nodes if trace.scope else ():
+        if node.op in ("call_module", "get_attr"):
+            node.target = trace.fqn(str(node.target))
+    return replace(trace, scope="")
+
+
+def _trace_scopes(
+    start: str, model: nn.Module, run: int, arguments: dict[str, Any], opaque: dict[str, str]
+) -> Iterator[Trace]:
+    pending = [(start, model)]
     done: set[int] = set()
     while pending:
         scope, module = pending.pop(0)
@@ -115,7 +129,7 @@ def _trace_scopes(model: nn.Module, run: int, arguments: dict[str, Any], opaque:
             try:
                 with warnings.catch_warnings():
                     warnings.filterwarnings("ignore", "Was not able to add assertion")  # of an Enum's value
-                    graph = tracer.trace(module, (_defaults(module) if scope else arguments) or None)
+                    graph = tracer.trace(module, (arguments if scope == start else _defaults(module)) or None)
             except Exception as cause:
                 refused.append((scope, module, why_untraceable(cause)))
             else:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from normswap.errors import InputError
 from normswap.runs.calling import Batch
 from normswap.runs.inputs import Inputs, as_inputs
+from normswap.runs.wrappers import entry_of
 
 __all__ = ["LEAST_SAMPLES", "bind_batches", "held_out", "sample_count", "some_samples", "take"]
 
@@ -111,7 +112,7 @@ def _call(forward_fn: Callable[[nn.Module, Any], Any], batch: Any, model: nn.Mod
 
 def _known(model: nn.Module, inputs: dict[str, Any], notes: list[str] | None) -> dict[str, Any]:
     """Return the entries that ``forward`` has arguments for."""
-    parameters = inspect.signature(model.forward).parameters.values()
+    parameters = inspect.signature(entry_of(model)[1].forward).parameters.values()
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return inputs
     names = [p.name for p in parameters]
@@ -131,7 +132,7 @@ def _known(model: nn.Module, inputs: dict[str, Any], notes: list[str] | None) ->
 
 def _required(model: nn.Module) -> int | None:
     """Return how many positional arguments ``forward`` requires, None where it takes any number."""
-    parameters = inspect.signature(model.forward).parameters.values()
+    parameters = inspect.signature(entry_of(model)[1].forward).parameters.values()
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return None
     return sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)

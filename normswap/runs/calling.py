@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from normswap.errors import InputError, NormswapError
 from normswap.runs.argument_values import other_ways
+from normswap.runs.wrappers import entry_of
 
 __all__ = ["Batch", "call", "does_not_run", "first_input", "other_arguments", "run_on", "run_on_data"]
 
@@ -35,6 +36,7 @@ def call(model: nn.Module, inputs: Batch, flags: Mapping[str, Any] | None = None
 
 def other_arguments(model: nn.Module, inputs: tuple[Any, ...] | Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
     """Return further ways to call ``model``: other values of the arguments that ``inputs`` leave at their default."""
+    model = entry_of(model)[1]
     try:
         signature = inspect.signature(type(model).forward)
         given = signature.bind_partial(model, **inputs) if isinstance(inputs, Mapping) else None

@@ -1,15 +1,60 @@
-"""Wrappers around a whole model that a conversion takes off."""
+"""Wrappers around a whole model: those that a conversion takes off, and those that pass all arguments on."""
 
 from __future__ import annotations
 
 import logging
+from types import CodeType, FunctionType
+from typing import Any
 
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-__all__ = ["unwrapped"]
+__all__ = ["entry_of", "unwrapped"]
 
 logger = logging.getLogger(__name__)
+
+
+def _all(self: Any, *args: Any, **kwargs: Any) -> Any:
+    return self.inner(*args, **kwargs)
+
+
+def _positional(self: Any, *args: Any) -> Any:
+    return self.inner(*args)
+
+
+def _shape(code: CodeType) -> tuple[bytes, int, int]:
+    """Return what is the same in two functions that differ in names alone."""
+    return code.co_code, code.co_argcount, code.co_flags
+
+
+_PASSING_ON = {_shape(function.__code__) for function in (_all, _positional)}
+
+
+def entry_of(model: nn.Module) -> tuple[str, nn.Module]:
+    """Return the module whose forward says what ``model`` takes, and its fqn; '' and the model itself as a rule.
+
+    Another is it behind ``def forward(self, *args, **kwargs): return self.inner(*args, **kwargs)``.
+    """
+    path: list[str] = []
+    found = model
+    while (name := _passes_to(found)) is not None:
+        path.append(name)
+        found = found.get_submodule(name)
+    return ".".join(path), found
+
+
+def _passes_to(module: nn.Module) -> str | None:
+    """Return the child that ``module`` hands all its arguments to, None where it does anything else."""
+    function = type(module).forward
+    if not isinstance(function, FunctionType) or "forward" in vars(module):
+        return None
+    code = function.__code__
+    if _shape(code) not in _PASSING_ON or code.co_names[0] not in module._modules:
+        return None
+    child = module._modules[code.co_names[0]]
+    if child is None or child._forward_hooks or child._forward_pre_hooks:
+        return None
+    return code.co_names[0]
 
 
 def unwrapped(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:

@@ -114,6 +114,11 @@ class Watched(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Let ``torch.compile`` work within: attention with a score function compiles itself."""
+        return True
+
     def __init__(self, values: SavedValues) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.values = values

@@ -9,6 +9,7 @@ from torch import nn
 
 from normswap.graph.class_lookups import class_lookups
 from normswap.graph.dataflow import Dataflow
+from normswap.norms import norm_of
 from normswap.records import Site, Skip
 from normswap.runs.modes import Held
 
@@ -16,6 +17,11 @@ __all__ = ["refuse_by_mode", "with_methods"]
 
 
 _BATCHWISE = "the model keeps it in train mode in evaluation, too, where it uses the batch's statistics"
+
+
+_HELD_DROPOUT = (
+    "train() leaves it in eval mode with a random module inside of it, which would be random once it is outside"
+)
 
 
 def refuse_by_mode(flow: Dataflow, held: Held) -> None:
@@ -49,6 +55,9 @@ def with_methods(flow: Dataflow, found: Iterable[Site], held: Held) -> tuple[lis
         if norm in held.in_train:
             skips.append(Skip(site.norm, "norm", site.norm_type, "batch-statistics", _BATCHWISE))
             continue
+        if norm in held.in_eval and _drops(_modules_of(flow, site.norm)[0]):
+            skips.append(Skip(site.norm, "norm", site.norm_type, "held-dropout", _HELD_DROPOUT))
+            continue
         names = (site.norm.partition(":")[0], *site.aliases)
         methods = [m for owner, ms in lookups.items() for m in ms if any(_is_below(name, owner) for name in names)]
         if norm in held.in_eval:
@@ -56,6 +65,12 @@ def with_methods(flow: Dataflow, found: Iterable[Site], held: Held) -> tuple[lis
             methods = [method for method in methods if not method.endswith(".train")]  # what it does is done
         sites.append(replace(site, looked_up_by=tuple(dict.fromkeys(methods))))
     return sites, skips
+
+
+def _drops(norm: nn.Module) -> bool:
+    """Tell whether a module inside of a norm is random in train mode; a call's owner stays, and so does its mode."""
+    inside = norm.modules() if norm_of(norm) is not None else ()
+    return any(isinstance(module, (nn.modules.dropout._DropoutNd, nn.RReLU)) for module in inside)
 
 
 def _is_below(name: str, owner: str) -> bool:
