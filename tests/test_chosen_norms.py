@@ -378,6 +378,15 @@ def test_what_train_mode_calls_is_no_choice_in_evaluation() -> None:
     assert error(folded, model, attribute, 0) < 1e-12
 
 
+@pytest.mark.parametrize("width", [7, 8])
+def test_what_an_untraceable_block_may_call_is_a_choice_in_evaluation(width: int) -> None:
+    """The trace of train mode shows that the block is called, and nothing of what it calls."""
+    model = randomize_(nn.Sequential(ByShape(), nn.ReLU()).double(), 0).eval()
+    folded = ns.fold(model, example_inputs=(F.pad(X, (0, width - 7)),))
+    for x in (X, F.pad(X, (0, 1))):
+        assert (folded(x) - model(x)).abs().max() < 1e-12
+
+
 def test_other_values_of_an_argument_prove_the_pairs_that_only_they_call() -> None:
     class PerTask(Chooser):
         def __init__(self) -> None:

@@ -208,11 +208,11 @@ class Choices:
 
     @cached_property
     def _trained(self) -> frozenset[str]:
-        """What train mode calls, where the capture is of eval mode alone and knows nothing of it."""
+        """What train mode is shown to call, where the capture is of eval mode alone and knows nothing of it."""
         capture = self.flow.capture
         if True in capture.modes:
             return frozenset()
-        return Choices(Calls(capture_symbolic(capture.model, (True,))))._called_from("")
+        return frozenset(Choices(Calls(capture_symbolic(capture.model, (True,))))._called.get("", ()))
 
     def _reachable(self, path: str, around: str) -> bool:
         """Tell whether each part of ``path``'s name is a place in a container or is named by code further out."""
