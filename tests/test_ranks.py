@@ -65,7 +65,7 @@ def test_another_rank_than_the_examples_is_refused_where_a_layer_was_absorbed(re
     converted = ns.swap_norms(original, recipe, example_inputs=VECTORS).eval()
     with pytest.raises(ValueError, match=r"expected an input with 2 axes, .* got 3, \(4, 8, 8\)"):
         converted(MAPS)
-    assert distance(without_checks(converted), original, MAPS) > 0.3  # what it would have computed
+    assert distance(without_checks(converted), original, MAPS) > 0.1  # what it would have computed
 
 
 @pytest.mark.parametrize("recipe", EXACT)

@@ -154,11 +154,11 @@ def _takes_affine(module: nn.Module) -> bool:
 
 def _rank(flow: Dataflow, fqn: str, affine: Affine, ranks: Ranks) -> tuple[int | None, bool]:
     """Return the number of axes that reach an affine, and whether only example inputs show it."""
-    proven = (None if affine.rank_by_example else affine.rank) or flow.rank(fqn)
-    if proven:
-        return proven, False
     seen = {axes for axes, _ in flow.capture.shapes.get(fqn, ())}
-    return rank_of(flow.capture.modules[fqn], affine, ranks) or (seen.pop() if len(seen) == 1 else None), True
+    shown = rank_of(flow.capture.modules[fqn], affine, ranks) or (seen.pop() if len(seen) == 1 else None)
+    proven = (None if affine.rank_by_example else affine.rank) or flow.rank(fqn)
+    # The graph takes the input of a Conv1d to be batched; a run may show that it is not.
+    return shown or proven, proven is None or shown not in (None, proven)
 
 
 def rank_of(module: nn.Module, affine: Affine, ranks: Ranks) -> int | None:

@@ -60,7 +60,7 @@ class Norm:
     @classmethod
     def why_kept(cls, module: nn.Module) -> str:
         """Return why such a norm, which does not convert, is left as it is."""
-        return f"it is a {class_of(module).__name__}, not a BatchNorm"
+        return f"its class is {class_of(module).__name__}, not BatchNorm"
 
     @classmethod
     def read(cls, module: nn.Module) -> NormState:

@@ -190,7 +190,7 @@ def _module_site(
         state.eps,
         state.momentum,
         rank=flow.rank(fqn, shape),
-        rank_by_example=shape is not None and len(norm.axes(module)) != 1 and flow.rank(fqn) is None,
+        rank_by_example=shape is not None and len(norm.axes(module)) != 1 and flow.rank(fqn) != shape[0],
         spatial=shape[1] if shape else None,
         frozen=state.frozen,
         synchronized=state.synchronized,
@@ -214,7 +214,7 @@ def _functional_site(flow: Dataflow, key: str) -> tuple[Site, NormSource]:
         state.eps,
         state.momentum,
         rank=flow.rank(key, shape),
-        rank_by_example=shape is not None and flow.rank(key) is None,
+        rank_by_example=shape is not None and flow.rank(key) != shape[0],
         spatial=shape[1] if shape else None,
         frozen=key in flow.frozen,
     )
