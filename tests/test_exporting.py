@@ -295,7 +295,7 @@ UNREADY: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "module of normswap": (
         lambda: nn.Sequential(nn.Conv2d(3, 4, 3), MeanOnlyBatchNorm(4)).eval(),
         "export-unfolded",
-        "fold it first: normswap.fold(model)",
+        "fold it first: normswap.fold(model), with example_inputs=",
     ),
 }
 

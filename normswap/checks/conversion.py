@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from normswap.checks.self_check import eval_output, keeps_output, output_after
 from normswap.checks.verification import Verification
-from normswap.errors import InputError, NothingToConvertError, VerificationError, argument, marked
+from normswap.errors import InputError, NothingToConvertError, Text, VerificationError, argument, marked
 from normswap.records import Plan
 from normswap.runs.inputs import Inputs, make_up_inputs
 
@@ -94,8 +94,8 @@ class Promise:
             VerificationError: The converted model does not run, or its output has moved.
         """
         if self.trial is not None:
-            hint = "its forward asks a norm for what a new one does not have: leave that norm out "
-            output_after(model, self.trial, f"{hint}({argument('exclude', ['NAME'])})")
+            asked = "its forward asks a norm for what a new one does not have"
+            output_after(model, self.trial, Text(f"{asked}: leave that norm out ({argument('exclude', ['NAME'])})"))
         if self.expected is None:
             return None
         expected, inputs = self.expected

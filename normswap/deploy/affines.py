@@ -95,7 +95,8 @@ def fuse_affines(model: nn.Module, inputs: Inputs | None, ranks: Ranks) -> Fused
     taken: set[str] = set()
     for fqn, one in sorted(fusions.items(), key=lambda item: item[1].behind):
         if one.gap and (one.target, fqn) not in closed:
-            tail = f"give {argument('example_inputs')}" if inputs is None else "a run on the example inputs does not"
+            missing = Text(f"give {argument('example_inputs')}")
+            tail = marked(missing) if inputs is None else "the example inputs do not show it"
             left[id(flow.capture.modules[fqn])] = Text(f"{one.gap}: {tail}")
             continue
         if fqn in taken or one.target in taken:
