@@ -357,6 +357,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], Tensor, str]] = {
     "not in training": (named_norm(OtherInTraining), MAP, ""),
     "a hook on the norm": (hooked("bn"), MAP, ""),
     "a hook before the layer": (hooked("reader", before=True), MAP, ""),
+    "a hook behind the layer": (hooked("reader"), MAP, "a forward hook sees its input"),
     "the first state, too": (lambda: Stateful(nn.BatchNorm1d(6), nn.GRU(6, 4, batch_first=True)), SEQUENCE, ""),
     "the first state": (AsState, image(3, 6, 6), ""),
     "a packed sequence": (Packed, SEQUENCE, ""),
@@ -406,13 +407,6 @@ def same_in_both_modes(found: nn.Module, model: nn.Module, x: Tensor, train: boo
 
 def test_a_pair_that_is_called_twice_is_one_and_goes_together() -> None:
     model = built(named_norm(BothTwice))
-    result = ns.convert(model, "none", example_inputs=MAP)
-    assert result.plan.steps[0].reader == "reader"
-    same_in_both_modes(result.model, model, MAP)
-
-
-def test_a_hook_behind_the_layer_goes_on_seeing_the_same_output() -> None:
-    model = built(hooked("reader"))
     result = ns.convert(model, "none", example_inputs=MAP)
     assert result.plan.steps[0].reader == "reader"
     same_in_both_modes(result.model, model, MAP)

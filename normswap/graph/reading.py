@@ -86,6 +86,8 @@ def _unfit(flow: Dataflow, fqn: str, channels: int, rank: int | None, axis: int)
     layer = flow.capture.modules[fqn]
     if reason := flow.why_shared(fqn):
         return reason
+    if layer._forward_hooks:
+        return "a forward hook sees its input"
     if not is_plain(layer):
         return "its forward is not torch's own"
     if rank is None:
