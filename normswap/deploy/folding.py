@@ -22,6 +22,7 @@ from normswap.records import text_table
 from normswap.runs.guard import copy_of
 from normswap.runs.inputs import Inputs, example_of, make_up_inputs
 from normswap.runs.modes import training_modules
+from normswap.runs.settings import settings_kept
 from normswap.runs.wrappers import unwrapped
 from normswap.stages.forwards import is_rewritten, trace_own_forward
 from normswap.storage.origin import forget
@@ -58,6 +59,7 @@ def fold(model: nn.Module, *, example_inputs: Any = None) -> nn.Module:
     return fold_with_report(model, example_inputs=example_inputs).model
 
 
+@settings_kept()  # a parametrization may draw random numbers wherever its weight is read
 def fold_with_report(model: nn.Module, *, example_inputs: Any = None) -> Folding:
     """Return a copy of ``model`` with plain weights, what was folded, and what could not be.
 
