@@ -168,13 +168,13 @@ def succeed(*arguments: str) -> str:
     return result.output
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FOLDS)
-def test_a_model_goes_all_the_way_on_the_command_line(kind: str, place: int) -> None:
+def test_a_model_goes_all_the_way_on_the_command_line(kind: str) -> None:
     """The model comes from its architecture and a state dict, as a file of it is refused with a reason."""
-    model = net(kind, place)
+    model = net(kind, 3)
     torch.save(model.state_dict(), "state.pt")
-    arch = ("--arch", "hooked:net", "--arch-kwargs", f'{{"kind": "{kind}", "place": {place}}}')
+    arch = ("--arch", "hooked:net", "--arch-kwargs", f'{{"kind": "{kind}", "place": 3}}')
     shape = ("--input-shape", "2,3,9,9")
     assert "1 BatchNorm site" in succeed("inspect", "state.pt", *arch)
     shown = succeed("convert", "state.pt", "--to", "wn+mobn", "-o", "m.safetensors", *arch, *shape)

@@ -21,6 +21,7 @@ from normswap.nn import (
     ChannelLayerNorm,
     FilterLayout,
     MeanOnlyBatchNorm,
+    RankCheck,
     WeightStandardization,
     parametrize_weight_norm,
 )
@@ -426,6 +427,13 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
 EXACT = {"mobn", "wn", "wn+mobn"}
 
 
+def unchecked(module: nn.Module) -> nn.Module:
+    """Return what is behind the check of how many axes an input has, which only the example showed."""
+    if isinstance(module, RankCheck):
+        return nn.Identity()
+    return module[-1] if isinstance(module, nn.Sequential) else module
+
+
 @pytest.mark.sampled
 @pytest.mark.parametrize("recipe", RECIPES)
 @every_layer
@@ -439,7 +447,7 @@ def test_a_converted_layer_computes_its_papers_equations(case: Case, recipe: str
     assert type(converted[1]) is not type(model[1]) or to == "ws"
     for training in (False, True):
         converted.train(training)
-        expected = normalized_by(converted[1], oracle(converted[0], weight_by(converted[0]))(array(x)))
+        expected = normalized_by(unchecked(converted[1]), oracle(converted[0], weight_by(converted[0]))(array(x)))
         if recipe in EXACT and not training:
             assert_equal(expected, before)
         found = converted(x)

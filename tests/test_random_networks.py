@@ -22,7 +22,7 @@ from normswap.records import Plan
 pytestmark = pytest.mark.slow
 
 DETERMINISTIC = settings(
-    max_examples=100,
+    max_examples=60,
     derandomize=True,
     database=None,
     deadline=None,
