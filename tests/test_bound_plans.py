@@ -178,6 +178,7 @@ def step_at(record: dict[str, Any], norm: str) -> dict[str, Any]:
 NEW_FIELDS = {"axis", "readers", "unread"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", sorted(ns.all_recipes()))
 def test_a_plan_of_the_first_format_replays(recipe: str) -> None:
     """Files of before a site knew its axis and its readers: no reader takes a norm up, and all else is as planned."""

@@ -206,6 +206,7 @@ def test_inputs_and_outputs_have_the_names_that_the_model_gives_them(tmp_path: P
     assert verify(model, artifact.path, inputs).ok
 
 
+@pytest.mark.slow
 def test_inputs_in_a_list_and_inputs_that_are_not_used_are_kept(tmp_path: Path) -> None:
     class Listed(nn.Module):
         def forward(self, maps: list[Tensor], extra: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -488,6 +488,7 @@ def test_the_law_of_the_expected_statistics_sees_a_wrong_value(recipe: str, name
     assert distance(known.run(known.model), expected) > 1e-2, "at the sample's own statistics it is not the original"
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("recipe", "options"),
     [
@@ -610,6 +611,7 @@ def test_centring_keeps_the_mean_of_every_channel_on_the_calibration_data(name: 
     assert float((found - wanted).abs().amax()) > 1e-3, "the filters' means were not taken away at all"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CENTRED)
 def test_centring_in_the_data_moves_the_output_less_than_centring_evenly(
     name: str, monkeypatch: pytest.MonkeyPatch
@@ -712,6 +714,7 @@ def test_a_damaged_plan_is_refused(damage: dict[str, Any]) -> None:
         Plan.from_json(json.dumps(record | damage))
 
 
+@pytest.mark.sampled
 @every(RECIPES)
 def test_a_state_dict_carries_everything_into_another_converted_model(name: str, recipe: str) -> None:
     known = case(name, recipe, True)
@@ -728,6 +731,7 @@ def test_a_state_dict_carries_everything_into_another_converted_model(name: str,
     assert error <= 1e-14
 
 
+@pytest.mark.sampled
 @every(RECIPES)
 def test_a_deep_copy_computes_the_same_and_shares_nothing(name: str, recipe: str) -> None:
     known = case(name, recipe, True)

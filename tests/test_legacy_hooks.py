@@ -119,6 +119,7 @@ def test_a_weight_that_changes_with_each_reading_is_left_and_said_to_be() -> Non
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_export_writes_a_folded_model_and_refuses_another(kind: str) -> None:
     if kind != "a user's hook":
@@ -136,6 +137,7 @@ def test_export_writes_a_folded_model_and_refuses_another(kind: str) -> None:
 # -------------------------------------------------------------------------------------------------- the whole way
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("kind", STEADY)

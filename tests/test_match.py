@@ -338,6 +338,7 @@ def test_a_rerun_gives_the_same_weights_bit_for_bit() -> None:
     assert not same(first, values(convert(residual(), data=list(images(seed=2).split(8))).model))
 
 
+@pytest.mark.slow
 def test_labels_in_the_loader_are_ignored() -> None:
     found = []
     for labels in (torch.zeros(40), torch.randint(0, 5, (40,))):
@@ -409,6 +410,7 @@ def test_bad_data_is_an_input_error_and_the_model_stays(what: str, recipe: str) 
     assert not any(isinstance(module, nn.GroupNorm) for module in model.modules())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", [torch.ones(20, 3, 8, 8), torch.zeros(20, 3, 8, 8), images(1), images(2)])
 @pytest.mark.parametrize("recipe", ["ln", "gn+ws"])
 def test_poor_data_gives_a_finite_network_that_agrees_on_it(data: Tensor, recipe: str) -> None:
@@ -523,6 +525,7 @@ def test_in_place_gives_the_same_as_the_copy(init: str, kind: type[nn.Sequential
     assert torch.equal(model(images(4)), copied.model(images(4)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("after", [0, 3, 5, 7])
 def test_an_interruption_leaves_the_model_as_it_was(inplace: bool, after: int) -> None:
@@ -695,6 +698,7 @@ def test_an_exact_recipe_stays_exact_with_calibration(recipe: str) -> None:
         assert distance(model, result.model, x) < 1e-5
 
 
+@pytest.mark.slow
 def test_what_forwards_write_stays_out_of_the_converted_model() -> None:
     class Counts(nn.Module):
         def __init__(self) -> None:

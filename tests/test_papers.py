@@ -593,6 +593,7 @@ def test_per_sample_gradients_are_those_of_one_sample_after_the_other(
             assert deviation(found[name][1 - n], p.grad) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_compiled_layer_computes_the_same_and_the_same_gradients(parametrized: tuple[Any, Tensor]) -> None:
     layer, x = parametrized
     torch.compiler.reset()

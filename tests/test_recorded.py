@@ -250,6 +250,7 @@ def forced(plan: Plan) -> Plan:
     return dataclasses.replace(plan, steps=(dataclasses.replace(step, site=site, weight="wn"),))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", TRAPS)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_no_layer_is_absorbed_where_that_is_wrong(name: str) -> None:
@@ -259,6 +260,7 @@ def test_no_layer_is_absorbed_where_that_is_wrong(name: str) -> None:
     assert distance(outputs(result.model, x), outputs(model, x)) < EXACT
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", sorted(set(TRAPS) - TRAPS_IN_TRAINING))
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_fuser_that_goes_by_names_is_wrong_there(name: str) -> None:
@@ -273,6 +275,7 @@ def test_a_fuser_that_goes_by_names_is_wrong_there(name: str) -> None:
         assert distance(outputs(wrong, x), outputs(model, x)) > 1e-2
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", TRAPS)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_numeric_check_alone_finds_every_trap(name: str) -> None:

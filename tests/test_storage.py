@@ -277,6 +277,7 @@ def test_the_skeleton_of_a_resnet18_is_small(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------- what training may have changed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [False, True], ids=["from_the_file", "into_a_fresh_model"])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_training_flags_layouts_and_dtype_come_back(recipe: str, given: bool, tmp_path: Path) -> None:
@@ -517,6 +518,7 @@ TRAIN = """
 """
 
 
+@pytest.mark.slow
 def test_a_class_of_a_script_is_found_in_the_script_that_is_trusted(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(textwrap.dedent(TRAIN))
     printed = python("import runpy; runpy.run_path('train.py', run_name='__main__')", folder=tmp_path)
@@ -556,6 +558,7 @@ def test_a_class_of_a_script_is_stored_from_python_as_one_of_main(tmp_path: Path
     )
 
 
+@pytest.mark.slow
 def test_a_script_that_runs_is_not_run_again_for_its_own_classes(tmp_path: Path) -> None:
     source = textwrap.dedent(TRAIN) + "    loaded = ns.load('model.safetensors', trust=[__file__])\n"
     source += "    print(type(loaded) is Net)\n"
@@ -695,6 +698,7 @@ def test_a_file_of_a_later_format_is_refused(tmp_path: Path) -> None:
 CONTENTS = {"ties", "shared", "strides", "loose", "trainable", "training", "attributes"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("entry", "value"),
     [
@@ -769,6 +773,7 @@ def test_a_file_with_wrong_bytes_gives_no_traceback(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------- all of a file or nothing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("failure", "raised"),
     [

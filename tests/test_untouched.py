@@ -243,12 +243,14 @@ def _settings() -> Any:
 FEW = ("symbolic", "plan on inputs", "swap", "verify")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("write", WRITES)
 def test_no_verb_changes_what_a_forward_writes(write: str) -> None:
     for name in VERBS if write in TENSORS else FEW:
         assert not touched_by(name, Writer(write)), name
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("write", WRITES)
 def test_no_verb_changes_what_a_forward_writes_before_it_fails(write: str) -> None:
     for name in FEW:
@@ -271,6 +273,7 @@ def test_the_fingerprint_sees_each_write(write: str) -> None:
     assert bool(changed(before, fingerprint(model))) == (write != "nothing")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("write", ["nothing", "momentum encoder", "set on the first call", "a counter", "seeds"])
 def test_an_export_and_its_refusal_change_nothing(write: str, tmp_path: Path) -> None:
     model = Writer(write).eval()
@@ -281,6 +284,7 @@ def test_an_export_and_its_refusal_change_nothing(write: str, tmp_path: Path) ->
     }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("write", TENSORS)
 def test_saving_changes_nothing(write: str, tmp_path: Path) -> None:
     converted = ns.convert(Writer(write), "gn+ws").model
@@ -315,6 +319,7 @@ def test_initialize_changes_layers_and_norms_and_nothing_else(write: str) -> Non
     assert [row.name for row in report.rows if row.method != "not initialized"] == ["conv"]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("failure", [RuntimeError("after the write"), KeyboardInterrupt()])
 @pytest.mark.parametrize("write", WRITES)
 def test_an_initialization_that_fails_changes_nothing(write: str, failure: BaseException) -> None:
@@ -446,6 +451,7 @@ def test_a_norm_that_sets_itself_on_its_first_call_is_still_unset_in_the_result(
         assert not ns.verify(model, converted, X).ok
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [{}, {"example_inputs": X}, {"calibration": DATA}], ids=["bare", "inputs", "data"])
 def test_a_momentum_encoder_is_refused_with_the_reason_and_not_moved(given: dict[str, Any]) -> None:
     """Its forward reads the parameters of its norms; the tracer runs that on real tensors."""

@@ -300,6 +300,7 @@ class LeafTracer(torch.fx.Tracer):
         return isinstance(m, (_ConvNd, nn.Linear, _BatchNorm)) or super().is_leaf_module(m, module_qualified_name)
 
 
+@pytest.mark.sampled
 @ENTRIES
 def test_symbolic_tracing_gets_through_where_claimed(entry: Entry) -> None:
     model = entry.model()
