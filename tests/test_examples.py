@@ -30,6 +30,7 @@ RUNS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "fold_and_run.py": ([], ["9 before folding, 0 after", "agree: ", "onnxruntime "]),
     "private_training.py": ([], ["gn+ws ", "wn ", "wn+mobn is refused"]),
+    "rms_group_norm.py": ([], ["2 of 2 BatchNorms convert", "matched: ", "rms.onnx agree"]),
     "train_digits.py": (["--help"], ["--output"]),  # its training takes longer than all others together
 }
 """Per example: its arguments, and what its output must hold."""
