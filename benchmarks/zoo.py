@@ -35,6 +35,7 @@ from torch.utils import _pytree as pytree
 
 import normswap as ns
 from normswap.loading.importing import first_line, import_quietly
+from normswap.nn import MeanOnlyBatchNorm
 from normswap.records import text_table
 
 RECIPES = ("wn+mobn", "gn+ws", "ln")
@@ -117,7 +118,11 @@ def randomize(model: nn.Module, noise: Tensor) -> None:
 
 
 def batch_norms(model: nn.Module) -> Iterator[_BatchNorm]:
-    return (module for module in model.modules() if isinstance(module, _BatchNorm))
+    return (
+        module
+        for module in model.modules()
+        if isinstance(module, _BatchNorm) and not isinstance(module, MeanOnlyBatchNorm)
+    )
 
 
 def tensors(output: Any) -> list[Tensor]:
