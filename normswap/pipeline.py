@@ -22,7 +22,7 @@ from normswap.initialization.equalization import EQUALIZED, equalize
 from normswap.initialization.match import Match, match_sites
 from normswap.initialization.missing import missing_statistics
 from normswap.options import Options
-from normswap.recipes import Recipe, all_recipes, make_recipe, option_names
+from normswap.recipes import Recipe, To, all_recipes, make_recipe, option_names
 from normswap.records import InitReport, Plan, SiteCost
 from normswap.runs.data import Data
 from normswap.runs.guard import copy_of
@@ -47,12 +47,14 @@ class Conversion(Generic[Model]):
         plan: What was done.
         init: How the new parts got their values.
         check: For an exact recipe, the comparison of both models' outputs; None where there were no inputs for it.
+        exact: Whether every site has a recipe that is exact.
     """
 
     model: Model
     plan: Plan
     init: InitReport
     check: Verification | None
+    exact: bool = False
 
     def __repr__(self) -> str:
         return f"<Conversion of {self.plan.model} to {self.plan.recipe}: {self.plan.summary()}>"
@@ -68,7 +70,7 @@ class Conversion(Generic[Model]):
         return tuple(row.name for row in self.init.rows if row.fit is not None and row.name not in norms)
 
 
-def swap_norms(model: Model, to: str | Recipe = "gn+ws", **options: Any) -> Model:
+def swap_norms(model: Model, to: To = "gn+ws", **options: Any) -> Model:
     """Return ``model`` with its BatchNorms swapped for the recipe ``to``; what it has learnt is kept.
 
     The arguments are those of :func:`convert`, which also returns the plan and the reports.
@@ -77,7 +79,7 @@ def swap_norms(model: Model, to: str | Recipe = "gn+ws", **options: Any) -> Mode
 
 
 def plan(
-    model: nn.Module, to: str | Recipe = "gn+ws", *, example_inputs: Any = None, calibration: Any = None, **options: Any
+    model: nn.Module, to: To = "gn+ws", *, example_inputs: Any = None, calibration: Any = None, **options: Any
 ) -> Plan:
     """Return what :func:`convert` would do; the model is only read, and may be on the meta device.
 
@@ -91,7 +93,7 @@ def plan(
 
 def convert(
     model: Model,
-    to: str | Recipe = "gn+ws",
+    to: To = "gn+ws",
     *,
     example_inputs: Any = None,
     calibration: Any = None,
@@ -105,7 +107,10 @@ def convert(
     Args:
         model: The model; left as it is unless ``inplace``. Of a ``torch.optim.swa_utils.AveragedModel`` its module is
             converted and returned.
-        to: A recipe's name, or a recipe.
+        to: A recipe's name, or a recipe; or a mapping that gives each norm the recipe of the first glob that matches
+            its name, and leaves those that none matches or that have None: ``{"stem.*": "gn+aws", "*": "gn+ws"}``.
+            The options of recipes go to those that have them; ``{"recipe": "gn+ws", "num_groups": 1}`` in place of a
+            name gives a recipe some of its own.
         example_inputs: Inputs of the model: a tensor, a tuple, or a dict by keyword. They decide what the graph leaves
             open (ranks, hidden consumers) and serve the check of exact recipes. Default: the first calibration samples.
         calibration: Unlabelled data: a tensor, tuple or dict of inputs, or an iterable of those, such as a DataLoader.
@@ -128,8 +133,8 @@ def convert(
     """
     recipe, chosen = _asked(to, plan, options)
     initializer = initializer_for(chosen.init, recipe, calibration is not None)
-    least_group = recipe.least_group if plan is None else None
-    if least_group is not None and not initializer.fits:
+    choose_groups = recipe.least_group is not None and plan is None
+    if choose_groups and not initializer.fits:
         raise InputError(
             f"{argument('num_groups', 'auto')} chooses by calibration data and none is used",
             code="no-calibration",
@@ -141,8 +146,8 @@ def convert(
     data = Data.of(model, example_inputs, calibration, forward_fn)
     skeleton = skeleton_of(model)
     work = _prepared(model, recipe, chosen, data, plan, scale=chosen.scale and initializer.keeps_function)
-    work = dataclasses.replace(work, least_group=least_group, progress=progress)
-    exact = recipe.exact and initializer.keeps_function
+    work = dataclasses.replace(work, choose_groups=choose_groups, progress=progress)
+    exact = work.bound.exact and initializer.keeps_function
     promise = Promise.of(model, work.bound.plan, data.example, exact=exact) if chosen.check else Promise()
 
     target = _target(model, work.source, inplace=chosen.inplace, apart=initializer.fits)
@@ -159,12 +164,12 @@ def convert(
     report = InitReport(
         method.name, outcome.rows, (*notes, *data.all_notes, *scaled, *outcome.notes), outcome.agreement
     )
-    return Conversion(cast(Model, target), bound.plan, report, promise.keep(target))
+    return Conversion(cast(Model, target), bound.plan, report, promise.keep(target), bound.exact)
 
 
 def rank_sites(
     model: nn.Module,
-    to: str | Recipe = "gn+ws",
+    to: To = "gn+ws",
     *,
     calibration: Any,
     example_inputs: Any = None,
@@ -197,7 +202,7 @@ def rank_sites(
     refuse_unfit(model)
     data = Data.of(model, example_inputs, calibration, forward_fn)
     work = _prepared(model, recipe, chosen, data, None, scale=chosen.scale)
-    work = dataclasses.replace(work, least_group=recipe.least_group, isolated=True, progress=progress)
+    work = dataclasses.replace(work, choose_groups=True, isolated=True, progress=progress)
     target, method = copy_of(work.source), Match(work)
     rows = match_sites(work, target, rewrite(target, work.bound, method.values))
     found = [(step.site, fit) for step in work.bound.steps if (row := rows.get(step.site.norm)) and (fit := row.fit)]
@@ -209,7 +214,7 @@ def rank_sites(
     return tuple(sorted(costs, key=lambda cost: cost.error, reverse=True))
 
 
-def _asked(to: str | Recipe, plan: Plan | None, given: Mapping[str, Any]) -> tuple[Recipe, Options]:
+def _asked(to: To, plan: Plan | None, given: Mapping[str, Any]) -> tuple[Recipe, Options]:
     """Return the recipe and the options that the arguments ask for; a plan brings its own recipe."""
     if plan is not None and not isinstance(to, Recipe):
         to, given = plan.recipe, {**given, **plan.options}

@@ -85,7 +85,7 @@ def _render(conversion: Conversion) -> str:
         plan=plan,
         init=init,
         agreement=init.agreement,
-        options=", ".join(f"{name}={value}" for name, value in plan.options.items()),
+        options=plan.chosen,
         fits=[
             {"index": i, "name": name, "layer": layers.get(name), "fit": f, "before": a, "after": b}
             for i, ((name, f), a, b) in enumerate(zip(fits, *ratios, strict=True), 1)

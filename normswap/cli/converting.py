@@ -12,6 +12,7 @@ import typer
 import normswap as ns
 from normswap.cli.console import note, print_json, progressing, working
 from normswap.cli.flags import (
+    At,
     Chosen,
     DataFlags,
     InputFlags,
@@ -27,6 +28,7 @@ from normswap.cli.outputs import needing_normswap, needs_architecture, save_whol
 from normswap.cli.reporting import as_record, left_as_they_were, needs, show_conversion, show_plan
 from normswap.cli.requests import Files, Request, Writing
 from normswap.cli.sources import Source
+from normswap.cli.values import called
 from normswap.errors import NothingToConvertError
 from normswap.options import WHICH_NORMS
 from normswap.records import Plan
@@ -50,6 +52,7 @@ def convert_model(
     *,
     model: Model,
     to: To = None,
+    at: At = None,
     writing: Writing,
     data: DataFlags,
     chosen: Chosen,
@@ -71,7 +74,7 @@ def convert_model(
     --calibration, some hundred inputs without labels; without it gn+ws may lose much.
     """
     source = Source.of(reading)
-    request = Request.of(to, plan, recipe, chosen)
+    request = Request.of(to, at, plan, recipe, chosen)
     files = Files.of(model, request.recipe, writing)
     with staged(*files.all(), inputs=(model,)) as place:
         network = source.open(model)
@@ -82,10 +85,10 @@ def convert_model(
             _save_plan(made, files, place)
         else:
             example = _example(network, files, inputs, batches)
-            with progressing(f"converting to {request.recipe}", quiet=as_json) as progress:
+            with progressing(f"converting to {called(request.to)}", quiet=as_json) as progress:
                 result = ns.convert(
                     network,
-                    request.recipe,
+                    request.to,
                     example_inputs=inputs,
                     calibration=batches,
                     plan=request.plan,
@@ -106,9 +109,9 @@ def convert_model(
     show_conversion(result, artifact, files.all())
     if writing.output is None and files.target is not None:
         note("no -o was given: the output stands beside the model")
-    if batches is None and result.init.method == "absorb" and not ns.all_recipes()[result.plan.recipe].exact:
+    if batches is None and result.init.method == "absorb" and not result.exact:
         note(
-            f"{result.plan.recipe} without --calibration: measure how much accuracy is left before you use the model; "
+            f"{called(request.to)} without --calibration: measure how much accuracy is left before you use the model; "
             "some hundred inputs without labels keep more of it"
         )
 
@@ -119,7 +122,7 @@ def _planned(network: nn.Module, request: Request, inputs: Any, batches: Any) ->
     with working("planning"):
         return ns.plan(
             network,
-            request.recipe,
+            request.to,
             example_inputs=inputs,
             calibration=batches,
             **request.chosen,

@@ -19,11 +19,12 @@ import typer
 
 from normswap.cli.console import note
 from normswap.cli.spelling import flag_of, spell
-from normswap.cli.values import Shapes, read_recipe_options, read_shapes
-from normswap.options import NEW_NORMS, OUTPUT, Meaning, Options
+from normswap.cli.values import Recipes, Shapes, read_recipe_options, read_shapes
+from normswap.options import NEW_NORMS, OUTPUT, WHICH_NORMS, Meaning, Options
 
 __all__ = [
     "OUTPUT",
+    "At",
     "Chosen",
     "DataFlags",
     "InputFlags",
@@ -62,6 +63,15 @@ To = Annotated[
         "see `normswap recipes`",
         autocompletion=_recipes_like,
         rich_help_panel=NEW_NORMS,
+    ),
+]
+At = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="GLOB=RECIPE",
+        help="another recipe where a norm's name matches, such as 'stem.*=gn+aws'; 'GLOB=stays' leaves it; repeatable, "
+        "the first that matches decides",
+        rich_help_panel=WHICH_NORMS,
     ),
 ]
 Json = Annotated[
@@ -184,8 +194,8 @@ class RecipeFlags:
     def __bool__(self) -> bool:
         return self != RecipeFlags()
 
-    def of(self, recipe: str) -> dict[str, Any]:
-        """Return the options as ``recipe`` has them."""
+    def of(self, recipe: Recipes) -> dict[str, Any]:
+        """Return the options as ``recipe``, or those that it is made of, have them."""
         own = {"num_groups": self.num_groups, "group_size": self.group_size, "eps": self.eps}
         return read_recipe_options(recipe, own, self.option)
 

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import normswap as ns
 from normswap.cli.console import print_json, progressing, say, table, working
-from normswap.cli.flags import Chosen, DataFlags, InputFlags, Json, Model, Reading, To, flattened
+from normswap.cli.flags import At, Chosen, DataFlags, InputFlags, Json, Model, Reading, To, flattened
 from normswap.cli.inputs import calibration_batches, example_inputs
 from normswap.cli.reporting import costs_as_record, show_costs, show_norms, show_plan
 from normswap.cli.requests import DEFAULT
 from normswap.cli.sources import Source
+from normswap.cli.values import called, read_at
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,6 +26,7 @@ def inspect_model(
     *,
     model: Model,
     to: To = None,
+    at: At = None,
     data: DataFlags,
     chosen: Chosen,
     given: InputFlags,
@@ -39,15 +41,16 @@ def inspect_model(
     network = Source.of(reading).open(model)
     inputs = example_inputs(network, given)
     batches = calibration_batches(network, data)
+    recipe = read_at(to or DEFAULT, at)
     if batches is not None:
         with progressing("ranking the sites", quiet=as_json) as progress:
             costs = ns.rank_sites(
-                network, to or DEFAULT, calibration=batches, example_inputs=inputs, progress=progress, **chosen
+                network, recipe, calibration=batches, example_inputs=inputs, progress=progress, **chosen
             )
-        print_json(costs_as_record(costs)) if as_json else show_costs(costs, type(network).__name__, to or DEFAULT)
-    elif to is not None:
+        print_json(costs_as_record(costs)) if as_json else show_costs(costs, type(network).__name__, called(recipe))
+    elif to is not None or at:
         with working("planning"):
-            plan = ns.plan(network, to, example_inputs=inputs)
+            plan = ns.plan(network, recipe, example_inputs=inputs)
         print_json(plan.to_json()) if as_json else show_plan(plan)
     else:
         _show_sites(network, inputs, as_json=as_json)

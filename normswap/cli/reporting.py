@@ -42,8 +42,7 @@ MOST_NOTES = 5
 
 def show_plan(plan: Plan) -> None:
     """Print what becomes of every norm and layer."""
-    chosen = "".join(f" {name}={value}" for name, value in plan.options.items())
-    say(f"{plan.model} → {plan.recipe}{chosen}\n")
+    say(f"{plan.headline}\n")
     if plan.steps:
         show_norms(
             ("norm", "type", "layer", "weight", "becomes", "proof"),
@@ -134,8 +133,7 @@ def _counted(names: Sequence[str], what: str) -> str:
 def show_conversion(result: Conversion, artifact: ExportArtifact | None, outputs: Sequence[Path]) -> None:
     """Print what a conversion did, assumed, checked and wrote."""
     plan = result.plan
-    chosen = "".join(f" {name}={value}" for name, value in plan.options.items())
-    say(f"{plan.model} → {plan.recipe}{chosen}")
+    say(plan.headline)
     lines = [("converted", plan.summary().replace(" convert,", ","))]
     heads = result.heads
     skips = [skip for skip in plan.skips if skip.name not in heads]
@@ -174,10 +172,7 @@ def _noted(plan: Plan, init: InitReport) -> list[str]:
 
 
 def _should_be_checked(result: Conversion) -> bool:
-    from normswap import all_recipes
-
-    recipe = all_recipes().get(result.plan.recipe)
-    return recipe is not None and recipe.exact and result.init.method != "fresh"
+    return result.exact and result.init.method != "fresh"
 
 
 def describe_check(check: Verification | None) -> str:

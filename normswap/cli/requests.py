@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +11,7 @@ import typer
 
 from normswap.cli.flags import OUTPUT, Chosen, Opset, RecipeFlags
 from normswap.cli.outputs import read_text
+from normswap.cli.values import Recipes, read_at
 from normswap.errors import InputError
 from normswap.records import Plan
 from normswap.report import require_packages
@@ -60,24 +62,34 @@ class Writing:
 class Request:
     """What is to become of the model: a recipe with its options, or a plan to carry out; and how."""
 
-    recipe: str
+    to: Recipes
     recipe_options: dict[str, Any]
     chosen: Chosen
     plan: Plan | None
 
     @classmethod
-    def of(cls, to: str | None, plan: Path | None, recipe: RecipeFlags, chosen: Chosen) -> Request:
+    def of(
+        cls, to: str | None, at: Sequence[str] | None, plan: Path | None, recipe: RecipeFlags, chosen: Chosen
+    ) -> Request:
         """Return what the flags ask for."""
         if plan is None:
-            return cls(to or DEFAULT, recipe.of(to or DEFAULT), chosen, None)
+            asked = read_at(to or DEFAULT, at)
+            return cls(asked, recipe.of(asked), chosen, None)
         made = Plan.from_json(read_text(plan))
-        if to or recipe or "include" in chosen or "exclude" in chosen:
+        if to or at or recipe or "include" in chosen or "exclude" in chosen:
             raise InputError(
-                "--plan says which norms become what; --to, --include, --exclude or an option is given beside it",
+                "--plan says which norms become what; --to, --at, --include, --exclude or an option is given beside it",
                 code="plan-options",
                 hint="leave them out, or make the plan anew",
             )
         return cls(made.recipe, {}, chosen, made)
+
+    @property
+    def recipe(self) -> str:
+        """The recipe's name, that of several where it is made of them."""
+        from normswap.recipes import PerSite
+
+        return self.to if isinstance(self.to, str) else PerSite.name
 
 
 @dataclass(frozen=True)

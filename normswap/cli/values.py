@@ -10,9 +10,14 @@ from typing import Any
 
 from normswap.errors import InputError
 
-__all__ = ["Shapes", "read_arch_kwargs", "read_recipe_options", "read_shapes"]
+__all__ = ["STAYS", "Recipes", "Shapes", "called", "read_arch_kwargs", "read_at", "read_recipe_options", "read_shapes"]
 
 Shapes = tuple[tuple[int, ...], ...]
+Recipes = str | Mapping[str, str | None]
+"""A recipe's name, or one by globs of norms' names."""
+
+STAYS = "stays"
+"""What stands for a recipe where norms stay as they are."""
 
 
 def read_shapes(texts: Sequence[str] | None) -> Shapes:
@@ -52,18 +57,41 @@ def _assignment(text: str) -> tuple[str, Any]:
         return name, {"True": True, "False": False, "None": None}.get(value, value)
 
 
-def read_recipe_options(recipe: str, given: Mapping[str, Any], texts: Sequence[str] | None) -> dict[str, Any]:
+def read_at(to: str, texts: Sequence[str] | None) -> Recipes:
+    """Return the recipe ``to``, or a mapping with those of the ``GLOB=RECIPE``s before it."""
+    found: dict[str, str | None] = {}
+    for text in texts or ():
+        glob, _, recipe = text.rpartition("=")
+        if not glob or not recipe:
+            raise InputError(
+                f"--at {text!r} is not GLOB=RECIPE",
+                code="at-value",
+                hint="write --at 'stem.*=gn+aws' or 'head.*=stays'",
+            )
+        if glob in found:
+            raise InputError(f"--at {glob!r} is given twice", code="at-value", hint="give it once")
+        found[glob] = None if recipe == STAYS else recipe
+    return {**found, "*": to} if found else to
+
+
+def called(recipe: Recipes) -> str:
+    """Return what a line calls a recipe, or several: ``gn+aws, gn+ws``."""
+    return recipe if isinstance(recipe, str) else ", ".join(dict.fromkeys(filter(None, recipe.values())))
+
+
+def read_recipe_options(recipe: Recipes, given: Mapping[str, Any], texts: Sequence[str] | None) -> dict[str, Any]:
     """Return the recipe's options, each of the type that the recipe declares for it.
 
     Args:
-        recipe: The recipe's name.
+        recipe: The recipe's name, or what has several.
         given: What options of their own gave; None was not given.
         texts: The ``NAME=VALUE``s.
     """
     from normswap.recipes import all_recipes
 
-    cls = all_recipes().get(recipe)  # an unknown one is refused later, with the list of those there are
-    types = {field.name: str(field.type).split(" | ") for field in fields(cls)} if cls else {}
+    names = [recipe] if isinstance(recipe, str) else [name for name in recipe.values() if name is not None]
+    classes = [all_recipes()[name] for name in names if name in all_recipes()]  # unknown ones are refused later
+    types = {field.name: str(field.type).split(" | ") for cls in classes for field in fields(cls)}
     options = {
         name: _typed(name, value, types.get(name, ["str"])) if isinstance(value, str) else value
         for name, value in given.items()

@@ -196,7 +196,8 @@ class Absorb(Initializer):
         site = step.site
         fqn = step.step.taken_up_by
         layer = None if fqn is None else self.work.source.get_submodule(fqn)
-        found = absorb(step, layer, self.moments, self.data.get(site.norm))
+        data = None if step.recipe.exact else self.data.get(site.norm)
+        found = absorb(step, layer, self.moments, data)
         self.rows[site.norm] = found.row
         return found.values
 

@@ -38,7 +38,7 @@ class Work:
         batches: Calibration data, all of it.
         enough: Its first batches, which hold enough samples for closed forms.
         scales: Of the channels that norms of ``source`` give, by fqn, where they were scaled.
-        least_group: The fewest channels of a group, where the data is to choose the group counts.
+        choose_groups: Whether the data chooses the group counts where a recipe leaves them to it.
         isolated: Whether the original's values go on after each site, so that its error is its own alone.
         progress: Called with what is done, how much of it is, and how much there is.
     """
@@ -51,7 +51,7 @@ class Work:
     batches: Sequence[Batch] | None = None
     enough: Sequence[Batch] | None = None
     scales: Mapping[str, Tensor] = field(default_factory=dict)
-    least_group: int | None = None
+    choose_groups: bool = False
     isolated: bool = False
     progress: Progress | None = None
 

@@ -50,10 +50,10 @@ def match_sites(work: Work, converted: nn.Module, placed: Sequence[Placed]) -> d
 
     def regress(site: PairedSite, batches: Sequence[SiteBatch]) -> list[Tensor] | None:
         target = targets[site.name]
+        one = by_name.get(site.name)
+        least_group = one.bound.recipe.least_group if one is not None and work.choose_groups else None
         with torch.no_grad():
-            regression = SiteRegression(
-                site, target, batches, by_name.get(site.name), work.least_group, work.options.spread
-            )
+            regression = SiteRegression(site, target, batches, one, least_group, work.options.spread)
             rows[site.name] = regression.run(original)
         if work.progress is not None:
             work.progress(site.name, len(rows), len(sites))

@@ -6,37 +6,54 @@ import sys
 from collections.abc import Mapping
 from dataclasses import fields
 from functools import cache
-from typing import Any
+from typing import Any, TypeAlias
 
 from normswap.discovery import classes_in
 from normswap.errors import InputError
 from normswap.recipes.base import Recipe
+from normswap.recipes.per_site import PerSite
 
-__all__ = ["Recipe", "all_recipes", "make_recipe", "option_names"]
+__all__ = ["PerSite", "Recipe", "To", "all_recipes", "make_recipe", "option_names"]
+
+To: TypeAlias = "str | Recipe | Mapping[str, str | Recipe | Mapping[str, Any] | None]"
+"""What says what becomes of the norms: a recipe's name, a recipe, or such by globs of the norms' names."""
 
 
 @cache
 def all_recipes() -> Mapping[str, type[Recipe]]:
-    """Return every recipe of this folder by name, in the order of the files."""
-    return classes_in(sys.modules[__name__], Recipe)
+    """Return every recipe of this folder that its name alone chooses, by name, in the order of the files."""
+    return {name: kind for name, kind in classes_in(sys.modules[__name__], Recipe).items() if kind.by_itself}
 
 
-def option_names(to: str | Recipe) -> tuple[str, ...]:
-    """Return the names of the options of the recipe that ``to`` names; none for an instance, which has its own.
+def option_names(to: To) -> tuple[str, ...]:
+    """Return the names of the options of the recipes that ``to`` names; an instance has its own and takes none.
 
     Raises:
         InputError: There is no such recipe.
     """
-    return () if isinstance(to, Recipe) else tuple(f.name for f in fields(_type_of(to)))
+    if isinstance(to, Recipe) or to is None:
+        return ()
+    if isinstance(to, Mapping):
+        parts = [_split(part)[0] for part in to.values()]
+        return tuple(dict.fromkeys(name for part in parts for name in option_names(part)))
+    return ("at",) if to == PerSite.name else tuple(f.name for f in fields(_type_of(to)))
 
 
-def make_recipe(to: str | Recipe, options: Mapping[str, Any] | None = None) -> Recipe:
+def make_recipe(to: To, options: Mapping[str, Any] | None = None) -> Recipe:
     """Return the recipe that ``to`` names, with ``options``; an instance is returned as it is.
+
+    A mapping of globs to recipes gives each site the recipe of the first glob that matches its norm's name, and each
+    recipe those of the options that it has: ``{"stem.*": "gn+aws", "head.*": {"recipe": "gn+ws", "num_groups": 1},
+    "layer1.*": None, "*": "gn+ws"}``. None leaves the norm.
 
     Raises:
         InputError: There is no such recipe, or it has no such option.
     """
     options = dict(options or {})
+    if to == PerSite.name and isinstance(options.get("at"), Mapping):
+        to = options.pop("at")
+    if isinstance(to, Mapping):
+        return PerSite.combined((glob, _part(part, options)) for glob, part in to.items())
     if isinstance(to, Recipe):
         if options:
             raise InputError(
@@ -54,6 +71,22 @@ def make_recipe(to: str | Recipe, options: Mapping[str, Any] | None = None) -> R
             hint=f"its options are {', '.join(known)}" if known else "it has no options",
         )
     return kind(**options)
+
+
+def _split(part: Any) -> tuple[Any, dict[str, Any]]:
+    """Return what a glob stands for, a recipe or a name, and the options that stand with it."""
+    if not isinstance(part, Mapping):
+        return part, {}
+    own = dict(part)
+    return own.pop("recipe", ""), own
+
+
+def _part(part: Any, options: Mapping[str, Any]) -> Recipe | None:
+    if part is None:
+        return None
+    to, own = _split(part)
+    taken = {} if isinstance(to, Recipe) else {k: v for k, v in options.items() if k in option_names(to)}
+    return make_recipe(to, {**taken, **own})
 
 
 def _type_of(to: object) -> type[Recipe]:

@@ -35,6 +35,9 @@ class Recipe:
     exact: ClassVar[bool]
     """Whether the swap is a reparameterization: the model's eval output stays the same up to rounding."""
 
+    by_itself: ClassVar[bool] = True
+    """Whether its name alone chooses it; else it needs options."""
+
     def __post_init__(self) -> None:
         eps = getattr(self, "eps", None)
         if eps is not None and not eps > 0:
@@ -46,6 +49,15 @@ class Recipe:
         """Return the options that differ from their defaults."""
         defaults = {f.name: f.default for f in fields(self)}
         return {k: v for k, v in asdict(self).items() if v != defaults[k]}
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """The globs by which it tells the norms apart, each of which must match one."""
+        return ()
+
+    def at(self, site: Site) -> Recipe | None:
+        """Return the recipe that is used at ``site``: itself, or one of those that it is made of; None for none."""
+        return self
 
     def refuse(self, site: Site) -> str | None:
         """Return why this recipe cannot be used at ``site``, or None."""

@@ -28,6 +28,7 @@ class Step:
         num_groups: The group count, where the norm has groups.
         notes: What a person should know about it.
         reader: The layer behind the norm that takes it up, where no layer in front of it does.
+        recipe: The recipe that does it; '' in a plan that was written when all sites had the same.
     """
 
     site: Site
@@ -36,6 +37,7 @@ class Step:
     num_groups: int | None = None
     notes: tuple[str, ...] = ()
     reader: str | None = None
+    recipe: str = ""
 
     @property
     def taken_up_by(self) -> str | None:
@@ -62,9 +64,6 @@ class Plan:
     skips: tuple[Skip, ...]
 
     def __str__(self) -> str:
-        head = f"{self.model} → {self.recipe}"
-        if self.options:
-            head += " (" + ", ".join(f"{k}={v}" for k, v in self.options.items()) + ")"
         rows = [
             (
                 step.site.norm,
@@ -77,7 +76,7 @@ class Plan:
             )
             for step in self.steps
         ]
-        parts = [head]
+        parts = [self.headline]
         if rows:
             parts.append(text_table(("norm", "type", "layer", "weight", "becomes", "proof", "notes"), rows))
         if self.skips:
@@ -90,6 +89,19 @@ class Plan:
                 )
             )
         return "\n\n".join([*parts, self.summary()])
+
+    @property
+    def headline(self) -> str:
+        """Return the model, the recipe and its options: ``ResNet → gn+ws (num_groups=4)``."""
+        return f"{self.model} → {self.recipe}" + (f" ({self.chosen})" if self.options else "")
+
+    @property
+    def chosen(self) -> str:
+        """The recipe's options in words: ``num_groups=4, eps=0.001``, or ``stem.*: gn+aws, *: gn+ws``."""
+        at = self.options.get("at")
+        if isinstance(at, Mapping):
+            return ", ".join(f"{glob}: {_in_words(part)}" for glob, part in at.items())
+        return _listed(self.options)
 
     def summary(self) -> str:
         """Return one line: how many norms convert, how many layers take part, what is skipped."""
@@ -134,6 +146,17 @@ class Plan:
                 code="plan-unreadable",
                 hint="give the JSON that Plan.to_json() or 'normswap convert --dry-run --json' wrote",
             ) from cause
+
+
+def _listed(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in options.items())
+
+
+def _in_words(part: Any) -> str:
+    """Return in words what a pattern stands for: ``gn+ws (num_groups=4)``."""
+    if isinstance(part, Mapping):
+        return f"{part['recipe']} ({_listed({k: v for k, v in part.items() if k != 'recipe'})})"
+    return "stays" if part is None else str(part)
 
 
 def _read(cls: type[Any], record: Mapping[str, Any]) -> Any:

@@ -67,12 +67,14 @@ class BoundStep:
         weight: The form that the layer's weight gets.
         norm: What takes the norm's place.
         source: The norm that stands there.
+        recipe: The recipe that is used there.
     """
 
     step: Step
     weight: Weight
     norm: Norm
     source: NormSource
+    recipe: Recipe
 
     @property
     def site(self) -> Site:
@@ -108,7 +110,7 @@ class BoundStep:
             notes += (site.unread,)
         if site.looked_up_by and not (norm.is_batch_norm and (site.layer or norm.bias is Bias.KEPT)):
             notes += (f"{', '.join(site.looked_up_by)} will not find it as a BatchNorm",)
-        found = cls(Step(site, weight.name, words, groups, notes, reader), weight, norm, source)
+        found = cls(Step(site, weight.name, words, groups, notes, reader, recipe.name), weight, norm, source, recipe)
         if found.held_rank is None:
             return found
         notes += (f"takes inputs of {found.held_rank} axes alone, as the example inputs have",)
@@ -129,7 +131,7 @@ class BoundPlan:
 
     Args:
         plan: The plan.
-        recipe: Its recipe.
+        recipe: Its recipe, which may be made of several.
         steps: Its steps, in the plan's order.
     """
 
@@ -141,6 +143,11 @@ class BoundPlan:
     def modules(self) -> tuple[BoundStep, ...]:
         """The steps whose norm is a submodule."""
         return tuple(step for step in self.steps if step.site.kind == NormKind.MODULE)
+
+    @property
+    def exact(self) -> bool:
+        """Whether every site has a recipe that is exact."""
+        return all(step.recipe.exact for step in self.steps)
 
     def with_statistics(self, measured: Mapping[str, Statistics]) -> BoundPlan:
         """Return the plan with statistics that were measured at norms which store none, by fqn.
@@ -175,7 +182,7 @@ class BoundPlan:
     def with_groups(self, counts: Mapping[str, int]) -> BoundPlan:
         """Return the plan with other group counts, by fqn."""
         steps = tuple(
-            BoundStep.at(step.site, self.recipe, counts[step.site.norm], step.source)
+            BoundStep.at(step.site, step.recipe, counts[step.site.norm], step.source)
             if step.site.norm in counts
             else step
             for step in self.steps
@@ -207,8 +214,15 @@ def bind(plan: Plan, recipe: Recipe, model: nn.Module) -> BoundPlan:
         for alias in step.site.aliases:
             submodule(model, alias.rpartition(".")[0], plan)
         _refuse_unfit_layers(plan, step, model)
-        steps.append(BoundStep(step, _weight(recipe, step.site), recipe.norm(step.site, step.num_groups), source))
+        steps.append(_bound(plan, step, source, recipe))
     return BoundPlan(plan, recipe, tuple(steps))
+
+
+def _bound(plan: Plan, step: Step, source: NormSource, recipe: Recipe) -> BoundStep:
+    chosen = recipe.at(step.site)
+    if chosen is None:
+        raise misfit(plan, f"its recipe has none for '{step.site.norm}'")
+    return BoundStep(step, _weight(chosen, step.site), chosen.norm(step.site, step.num_groups), source, chosen)
 
 
 def _refuse_unfit_layers(plan: Plan, step: Step, model: nn.Module) -> None:

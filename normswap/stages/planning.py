@@ -31,19 +31,20 @@ def make_plan(
     Raises:
         InputError: An option does not fit a site, or a glob matches no norm.
     """
-    _check_globs(found, (*options.include, *options.exclude))
+    _check_globs(found, (*options.include, *options.exclude, *recipe.patterns))
     steps: list[BoundStep] = []
     skips = list(found.skips)
     for site in found.sites:
-        if refusal := _refusal(site, recipe, options, has_data):
-            code, reason = refusal
+        chosen = _chosen(site, recipe, options, has_data)
+        if isinstance(chosen, tuple):
+            code, reason = chosen
             skips.append(Skip(site.norm, "norm", site.norm_type, code, reason))
             if site.layer is not None and site.layer_type is not None:
                 skips.append(
                     Skip(site.layer, "layer", site.layer_type, code, Text(f"its norm stays: {marked(reason)}"))
                 )
             continue
-        step = BoundStep.at(site, recipe, recipe.groups_at(site), found.sources[site.norm])
+        step = BoundStep.at(site, chosen, chosen.groups_at(site), found.sources[site.norm])
         if step.held_rank is not None and step.source.call is not None and step.norm.bias is Bias.KEPT:
             why = "it is a call of batch_norm that stays, and only the example inputs show how many axes its input has"
             skips.append(Skip(site.norm, "norm", site.norm_type, "rank-of-call", why))
@@ -65,20 +66,24 @@ def _each_layer_once(steps: list[BoundStep]) -> list[BoundStep]:
     return found
 
 
-def _refusal(site: Site, recipe: Recipe, options: Options, has_data: bool) -> tuple[str, str] | None:
+def _chosen(site: Site, recipe: Recipe, options: Options, has_data: bool) -> Recipe | tuple[str, str]:
+    """Return the recipe that is used at ``site``, or the code and the words of why none is."""
     names = (site.norm, *site.aliases)
     if options.include and not any(fnmatchcase(name, glob) for name in names for glob in options.include):
         return "excluded", Text(f"no pattern of {parameter('include')} matches it")
     for glob in options.exclude:
         if any(fnmatchcase(name, glob) for name in names):
             return "excluded", f"the pattern {glob!r} excludes it"
+    chosen = recipe.at(site)
+    if chosen is None:
+        return "excluded", "no pattern gives it a recipe"
     if not site.has_statistics and not has_data:
         return (
             "no-statistics",
             Text(f"it stores no running statistics, so there is nothing to take over: give {argument('calibration')}"),
         )
-    reason = recipe.refuse(site)
-    return None if reason is None else ("recipe-refuses", reason)
+    reason = chosen.refuse(site)
+    return chosen if reason is None else ("recipe-refuses", reason)
 
 
 def _check_globs(found: FoundSites, globs: Sequence[str]) -> None:

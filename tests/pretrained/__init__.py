@@ -17,6 +17,7 @@ from .cgcnn import CGCNN
 from .cifar_resnet import ResNet8, ResNet20, ResNet32
 from .crepe import CrepeTiny
 from .data import accuracy, available, cifar10_test, cifar10_train, data_folder, expected_output
+from .efficientnet import EfficientNetLite0
 from .gtcrn import GTCRN
 from .phasenet import PhaseNet
 from .separable import DSCNN, MobileNetV1, WakeWordNet
@@ -49,6 +50,7 @@ MODELS: dict[str, Pretrained] = {
         ("cifar10_resnet20", ResNet20, lambda: (cifar10_test(32)[0],)),
         ("cifar10_resnet32", ResNet32, lambda: (cifar10_test(32)[0],)),
         ("cifar10_resnet8", ResNet8, lambda: (data.cifar10_images("test", 32)[0],)),
+        ("imagenet_efficientnet_lite0", EfficientNetLite0, lambda: (data.photographs()[0][:4],)),
         ("kws_dscnn", DSCNN, lambda: (data.speech_commands()[0][:32],)),
         ("wakeword_conv1d", WakeWordNet, lambda: (data.wakeword_spectrograms()[0],)),
         ("vww_mobilenetv1", MobileNetV1, lambda: (data.visual_wake_words_stand_in(32),)),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import os
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -24,6 +27,7 @@ __all__ = [
     "mnist_test",
     "mnist_train",
     "noisy_speech",
+    "photographs",
     "pitch_frames",
     "seismic_phases",
     "speech_commands",
@@ -119,6 +123,17 @@ def visual_wake_words_stand_in(count: int = 32) -> Tensor:
     """CIFAR test images, each pixel repeated 3 × 3, in 0..1: (N, 3, 96, 96)."""
     images, _ = cifar10_images("test", count)
     return images.repeat_interleave(3, 2).repeat_interleave(3, 3) / 255
+
+
+@cache
+def photographs() -> tuple[Tensor, Tensor]:
+    """Photographs (600, 3, 224, 224), (RGB − 127)/128, each of another class of ImageNet, and their classes."""
+    stored = data_folder() / "imagenet_photographs.npz"
+    with np.load(stored, allow_pickle=False) as arrays:
+        files, offsets, labels = arrays["jpeg"].tobytes(), arrays["offsets"], arrays["labels"]
+    images = [Image.open(io.BytesIO(files[a:b])).convert("RGB") for a, b in itertools.pairwise(offsets)]
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
+    return (pixels.contiguous().float() - 127) / 128, torch.from_numpy(labels).long()
 
 
 # Audio, waveforms, crystals ---------------------------------------------------------------------------------
