@@ -11,6 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 __all__ = ["ChannelAffine", "ChannelLayerNorm", "MeanOnlyBatchNorm", "per_channel"]
 
+_WIDE = (torch.float32, torch.float64)
+
 
 def per_channel(values: Tensor, x: Tensor) -> Tensor:
     """Return ``values``, ``(C,)``, in the dtype of ``x`` and shaped to broadcast along its axis 1."""
@@ -161,7 +163,9 @@ class MeanOnlyBatchNorm(_BatchNorm):
     def _batch_mean(self, x: Tensor) -> Tensor:
         axes = [0, *range(2, x.ndim)]
         if not (self.synchronized and dist.is_available() and dist.is_initialized()):
-            return x.mean(axes)
+            # The gradient of a sum is one number per channel, that of a mean is written out at the size of x. The sum
+            # of a half-precision x may overflow.
+            return x.sum(axes) / (x.numel() // x.shape[1]) if x.dtype in _WIDE else x.mean(axes)
         from torch.distributed.nn.functional import all_reduce  # differentiable
 
         total = torch.cat([x.sum(axes), x.new_tensor([float(x.numel() // x.shape[1])])])
