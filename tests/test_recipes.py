@@ -98,7 +98,8 @@ def test_weight_standardization_without_gain_keeps_each_channels_part() -> None:
     model = small().double()
     x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
     with_gain, without = (
-        ns.swap_norms(model, "gn+ws", gain=g, calibration=x, init="absorb", num_groups=32) for g in (True, False)
+        ns.swap_norms(model, "gn+ws", gain=g, input_offset=False, calibration=x, init="absorb", num_groups=32)
+        for g in (True, False)
     )
     # With one channel per group the norm divides each channel by its own deviation: the scale is gone either way.
     assert torch.allclose(with_gain(x), without(x), atol=1e-3)  # eps is seen by other scales
@@ -118,11 +119,11 @@ def test_depthwise_filters_are_standardized_on_demand_only(kind: str) -> None:
     build, depthwise = DEPTHWISE[kind]
     layer = build()
     model = nn.Sequential(layer, nn.BatchNorm2d(layer.out_channels)).eval()
-    (step,) = ns.plan(model, "gn+ws").steps
+    (step,) = ns.plan(model, "gn+ws", input_offset=False).steps
     assert step.site.depthwise is depthwise
     assert step.weight == (None if depthwise else "ws")
     assert any("depthwise" in note for note in step.notes) is depthwise
-    (step,) = ns.plan(model, "gn+ws", depthwise=True).steps
+    (step,) = ns.plan(model, "gn+ws", depthwise=True, input_offset=False).steps
     assert step.weight == "ws"
     assert not step.notes
     assert ns.plan(model, "gn+aws").steps[0].weight == "aws"  # which keeps the filters' means
@@ -218,3 +219,32 @@ def test_a_dead_filter_is_as_long_as_the_others_and_computes_the_same() -> None:
     assert float(lengths[2]) == 0
     expected = model[0].weight / (model[1].running_var + model[1].eps).sqrt()[:, None, None, None]
     assert torch.allclose(swapped.weight, expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("side", "channels", "groups"),
+    [(56, 64, 4), (28, 64, 4), (14, 64, 1), (14, 256, 4), (7, 1024, 4), (7, 64, 1), (1, 32, 1)],
+)
+@pytest.mark.parametrize("to", ["gn", "gn+ws", "gn+aws"])
+def test_groups_grow_where_the_map_is_small(to: str, side: int, channels: int, groups: int) -> None:
+    """A group holds 16·28² values at the least, where the channels suffice."""
+    model = nn.Sequential(nn.Conv2d(3, channels, 1), nn.BatchNorm2d(channels))
+    (step,) = ns.plan(model, to, example_inputs=torch.zeros(1, 3, side, side)).steps
+    assert step.num_groups == groups
+    assert ("larger groups than 16 channels, as the map is small" in step.notes) is (groups != channels // 16)
+
+
+@pytest.mark.parametrize(
+    ("option", "groups"), [({"group_size": 16}, 4), ({"num_groups": 8}, 8), ({"group_size": 8}, 8)]
+)
+def test_groups_are_those_that_were_asked_for_on_any_map(option: dict[str, int], groups: int) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 64, 1), nn.BatchNorm2d(64))
+    for example in (None, torch.zeros(1, 3, 4, 4)):
+        (step,) = ns.plan(model, "gn", example_inputs=example, **option).steps
+        assert step.num_groups == groups
+        assert step.notes == ()
+
+
+def test_groups_are_of_16_channels_where_no_input_shows_the_map() -> None:
+    (step,) = ns.plan(nn.Sequential(nn.Conv2d(3, 64, 1), nn.BatchNorm2d(64)), "gn").steps
+    assert step.num_groups == 4

@@ -17,6 +17,13 @@ __all__ = ["AUTO_GROUPS", "DEFAULT_GROUP_SIZE", "GroupedRecipe", "Recipe"]
 DEFAULT_GROUP_SIZE = 16
 """Channels per group, one of the two settings of the group normalization paper (Wu & He 2018, table 3)."""
 
+LEAST_VALUES = DEFAULT_GROUP_SIZE * 28**2
+"""The values of a sample that a group holds at the least, where it has no size of its user's.
+
+On maps of 7×7 positions a group of 16 channels has the statistics of 784 values, which differ from sample to sample by
+more than what the network has learnt can take. Measured on an ImageNet network (docs/results.md).
+"""
+
 AUTO_GROUPS = "auto"
 
 
@@ -92,8 +99,9 @@ class GroupedRecipe(Recipe):
     Args:
         num_groups: Groups at every site; must divide the channels everywhere. ``"auto"`` gives each site the count of
             least error on held-out calibration data.
-        group_size: Channels per group, where that divides; elsewhere the nearest size that does. Default 16. With
-            ``num_groups="auto"`` the fewest channels that a group may have.
+        group_size: Channels per group, where that divides; elsewhere the nearest size that does. Default 16, and more
+            where example inputs show a map of fewer than 28×28 positions: as many as hold the same number of values.
+            With ``num_groups="auto"`` the fewest channels that a group may have.
         eps: Added to the variance; default that of the norm it replaces.
     """
 
@@ -146,7 +154,7 @@ class GroupedRecipe(Recipe):
                     "each norm",
                 )
             return self.num_groups
-        target = DEFAULT_GROUP_SIZE if self.group_size is None else self.group_size
+        target = self._default_size(site) if self.group_size is None else self.group_size
         if target < 1:
             raise InputError(
                 f"{parameter('group_size')} must be ≥ 1, got {target}",
@@ -156,6 +164,16 @@ class GroupedRecipe(Recipe):
         smallest = 1 if target == 1 or channels == 1 else 2
         sizes = [s for s in range(smallest, channels + 1) if channels % s == 0]
         return channels // min(sizes, key=lambda s: abs(math.log(s / target)))
+
+    def notes(self, site: Site) -> tuple[str, ...]:
+        chosen = self.num_groups is not None or self.group_size is not None
+        grown = not chosen and self._default_size(site) > DEFAULT_GROUP_SIZE < site.num_features
+        return ("larger groups than 16 channels, as the map is small",) if grown else ()
+
+    def _default_size(self, site: Site) -> int:
+        if site.spatial is None:
+            return DEFAULT_GROUP_SIZE
+        return max(DEFAULT_GROUP_SIZE, min(site.num_features, math.ceil(LEAST_VALUES / max(site.spatial, 1))))
 
     @property
     def least_group(self) -> int | None:

@@ -31,4 +31,5 @@ class GroupNormalizationAffineWeightStandardization(GroupedRecipe):
         return WeightStd(offset=True) if site.fan_in > 1 else PlainWeight()
 
     def notes(self, site: Site) -> tuple[str, ...]:
-        return ("fan-in 1: the weight is not standardized",) if site.fan_in == 1 else ()
+        own = ("fan-in 1: the weight is not standardized",) if site.fan_in == 1 else ()
+        return (*own, *super().notes(site))

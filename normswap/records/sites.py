@@ -69,6 +69,7 @@ class Site:
         unread: Why the layer that reads the norm's output may not take it up, or None.
         rank_by_example: Whether example inputs alone show the rank, and the norm takes inputs of others.
         held: Whether the norm is frozen by the model's own ``train()``, which leaves it in eval mode.
+        reads_input: Whether what the layer reads is an input of the model.
         looked_up_by: The methods of the modules around it, beside the forward, that look for BatchNorms.
     """
 
@@ -98,6 +99,7 @@ class Site:
     rank_by_example: bool = False
     held: bool = False
     looked_up_by: tuple[str, ...] = ()
+    reads_input: bool = False
 
     @property
     def writers(self) -> tuple[str, ...]:

@@ -8,12 +8,11 @@ from dataclasses import dataclass, replace
 from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
-from normswap.errors import PlanError, Text, argument, marked
-from normswap.graph import Capture
+from normswap.errors import PlanError, Text, marked
 from normswap.graph.after_norm import after_norm
 from normswap.graph.code_reads import reads_in_code
 from normswap.graph.dataflow import Dataflow
-from normswap.graph.perturbation import confirm_feeds
+from normswap.graph.first_layers import reads_input
 from normswap.graph.reading import reader_of
 from normswap.nn import FilterLayout
 from normswap.nn.kinds import class_of, is_layer
@@ -23,6 +22,7 @@ from normswap.runs.inputs import Inputs
 from normswap.runs.modes import held_modules
 from normswap.stages.bound import NormSource
 from normswap.stages.forwards import trace_own_forward
+from normswap.stages.gaps import close_gaps
 from normswap.stages.other_methods import refuse_by_mode, with_methods
 
 __all__ = ["FoundSites", "find_sites"]
@@ -59,7 +59,7 @@ def find_sites(flow: Dataflow, example_inputs: Inputs | None = None, *, has_data
     for one in found:
         if one.refused:
             refused.setdefault(one.refused, one.site.reason or "")
-    placed = _close_gaps(capture, [one.site for one in found], gaps, example_inputs)
+    placed = close_gaps(capture, [one.site for one in found], gaps, example_inputs)
     placed.sort(key=lambda site: flow.order.get(site.norm, len(flow.order)))
     skips += _layer_skips(flow, placed, refused)
     skips += [
@@ -134,6 +134,7 @@ def _with_layer(flow: Dataflow, site: Site, has_data: bool) -> _Placed:
         depthwise=layout.groups == layout.in_channels(weight) > 1,
         proof=Proof.PROVEN,
         axis=found.axis,
+        reads_input=reads_input(flow, found.layer),
     )
     return _Placed(site, found.gap)
 
@@ -226,48 +227,6 @@ def _only(shapes: frozenset[tuple[int, int]] | None) -> tuple[int, int] | None:
     if not shapes or len({axes for axes, _ in shapes}) != 1:
         return None
     return min(shapes)
-
-
-def _close_gaps(
-    capture: Capture,
-    sites: list[Site],
-    conditional: dict[str, str],
-    example_inputs: Inputs | None,
-) -> list[Site]:
-    """Decide the absorptions whose flow has a gap, by running the model; without inputs, absorb nothing there."""
-    pairs = [(s.layer, s.norm) for s in sites if s.norm in conditional and s.layer and s.kind == NormKind.MODULE]
-    confirmed: dict[tuple[str, str], frozenset[bool]] = {}
-    if pairs and example_inputs is not None:
-        confirmed = confirm_feeds(capture.model, pairs, example_inputs)
-    closed = []
-    for site in sites:
-        if gap := conditional.get(site.norm):
-            modes = confirmed.get((site.layer or "", site.norm))
-            if modes is not None:
-                site = replace(site, proof=Proof.CHECKED, caveat=_CAVEATS.get(modes))
-            else:
-                tail = (
-                    "example inputs show that it does, or do not come there"
-                    if example_inputs is not None
-                    else f"give {argument('example_inputs')} to have it checked"
-                )
-                site = replace(
-                    site,
-                    layer=None,
-                    layer_type=None,
-                    fan_in=0,
-                    depthwise=False,
-                    proof=Proof.NONE,
-                    reason=Text(f"{marked(gap)}: {tail}"),
-                )
-        closed.append(site)
-    return closed
-
-
-_CAVEATS = {
-    frozenset({False}): "checked in eval mode only: in train mode the example inputs do not come there",
-    frozenset({True}): "checked in train mode only: in eval mode the example inputs do not come there",
-}
 
 
 def _layer_skips(flow: Dataflow, sites: list[Site], refused: Mapping[str, str]) -> list[Skip]:
