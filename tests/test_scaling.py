@@ -124,9 +124,9 @@ def test_scaled_channels_bring_gn_ws_nearer(init: str) -> None:
     model = load_network()
     images, _ = digits()
     calibration, rest = images[:150], images[150:]
+    options = {"calibration": calibration, "init": init, "input_offset": False}
     plain, scaled = (
-        error(ns.swap_norms(model, "gn+ws", calibration=calibration, init=init, scale=scale), model, rest)
-        for scale in (False, True)
+        error(ns.swap_norms(model, "gn+ws", scale=scale, **options), model, rest) for scale in (False, True)
     )
     assert scaled < 0.9 * plain
 
@@ -226,5 +226,6 @@ def test_scales_are_chosen_on_fewer_samples_where_these_are_large(
 
     monkeypatch.setattr("normswap.initialization.equalization.choose_scales", choose)
     model = nn.Sequential(nn.Conv2d(3, 2, 3, stride=8), nn.BatchNorm2d(2)).eval()
-    ns.swap_norms(model, "gn+ws", init="absorb", calibration=list(torch.randn(160, 3, side, side).split(16)))
+    batches = list(torch.randn(160, 3, side, side).split(16))
+    ns.swap_norms(model, "gn+ws", init="absorb", input_offset=False, calibration=batches)
     assert sum(seen) == samples
