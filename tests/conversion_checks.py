@@ -143,6 +143,7 @@ def accounted_for(plan: Plan, model: nn.Module, norms: int) -> int:
     """Check that every norm and layer stands in the plan once; return how many norms an untraceable forward hides."""
     in_plan = Counter(step.site.norm for step in plan.steps)
     in_plan += Counter(s.name for s in plan.skips if s.what == "norm" and s.code != "not-batch-norm")
+    in_plan = Counter(oracle_export.name_in(model, name) for name in in_plan.elements())
     layers = Counter(step.site.layer for step in plan.steps if step.site.layer is not None)
     layers += Counter(s.name for s in plan.skips if s.what == "layer" and s.code != "functional-layer")
     promise(layers == Counter(list(laws.layers_of(model))), "incomplete plan", f"layers {layers}")
@@ -224,17 +225,19 @@ def in_domain(domain: int, *models: nn.Module) -> Iterator[None]:
             del module.domain  # the class has the usual one
 
 
-def all_inputs(network: Network) -> Iterator[tuple[Callable[[], tuple[Tensor, ...]], dict[str, bool]]]:
+def all_inputs(network: Network) -> Iterator[tuple[Callable[[], tuple[Tensor, ...]], dict[str, Any]]]:
     yield network.inputs, {}
     if "norm: no statistics" in network.features:  # those are the batch's: another batch has others
         return
     yield lambda: network.inputs(2, 5), {}
     if "optional argument" in network.features:
         yield network.inputs, {"more": True}
+    if "norm chosen by argument" in network.features:
+        yield network.inputs, {"which": 1}
 
 
 @torch.no_grad()
-def run(model: nn.Module, inputs: tuple[Tensor, ...], **options: bool) -> list[Tensor]:
+def run(model: nn.Module, inputs: tuple[Tensor, ...], **options: Any) -> list[Tensor]:
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)  # dropout
         return laws.leaves(copy.deepcopy(model)(*inputs, **options))  # a copy: its forward may write what it holds

@@ -90,7 +90,8 @@ def is_named(module: nn.Module, path: str, names: frozenset[str]) -> bool:
     """Tell whether code inside ``module`` that has these names can name ``path``; places in containers have no name."""
     holder = module
     for part in path.split("."):
-        free = isinstance(holder, (nn.ModuleList, nn.ModuleDict, nn.Sequential)) or part.isdigit()
+        containers = (nn.ModuleList, nn.ModuleDict, nn.Sequential, fx.GraphModule)
+        free = isinstance(holder, containers) or part.isdigit()
         if not (free or part in names or names & _WALKS):
             return False
         holder = holder.get_submodule(part)
