@@ -462,7 +462,7 @@ class _Scope:
         n = v.rank
         if v.channels * math.prod(v.space) <= 40:
             path = self.register("flat", "nn.Flatten()")
-            code = self.pick(f"{v.name}.flatten(1)", f"{path}({v.name})", f"{v.name}.view({v.name}.size(0), -1)")
+            code = self.pick(f"{v.name}.flatten(1)", f"{path}({v.name})", f"{v.name}.reshape({v.name}.size(0), -1)")
             return self.put(code, v.channels * math.prod(v.space), ())
         if self.pick(True, False):
             return self.put(f"{v.name}.mean({tuple(range(2, 2 + n))})", v.channels, ())
