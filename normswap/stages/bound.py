@@ -111,7 +111,7 @@ class BoundStep:
         found = cls(Step(site, weight.name, words, groups, notes, reader), weight, norm, source)
         if found.held_rank is None:
             return found
-        notes += (f"takes inputs of {found.held_rank} axes alone, as the example inputs have",)
+        notes += (f"takes inputs of {found.held_rank} axes alone, which other inputs might not have",)
         return dataclasses.replace(found, step=dataclasses.replace(found.step, notes=notes))
 
     def without_reader(self) -> BoundStep:
