@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import zoo
 from last_axis import (
     SPELLINGS,
@@ -160,6 +161,8 @@ def test_it_is_stored_and_read_again(tmp_path: Path) -> None:
     ns.save(result.model, tmp_path / "a.safetensors")
     again = ns.load(tmp_path / "a.safetensors", model=network(Transposed)).eval()
     assert distance(again, result.model) == 0
+    trusted = ns.load(tmp_path / "a.safetensors", trust=["last_axis", "test_opened_norms"]).eval()
+    assert distance(trusted, result.model) == 0
     replayed = ns.convert(model, plan=result.plan).model
     assert distance(replayed, model) < 1e-12
     folded = ns.fold(result.model)
@@ -176,6 +179,17 @@ def test_it_is_matched_on_data(recipe: str) -> None:
     matched = ns.swap_norms(model, recipe, calibration=data, **options)
     assert type(model.norm) is Transposed
     assert distance(matched.eval(), model) < distance(absorbed.eval(), model)
+
+
+def test_its_cost_is_ranked_and_what_train_holds_stays_held() -> None:
+    model = network(Transposed)
+    (cost,) = ns.rank_sites(model, "ln", calibration=torch.randn(64, 8, 8, dtype=torch.float64))
+    assert cost.norm == "norm.norm"
+    held = network(Transposed, HoldsNorms)
+    (step,) = ns.plan(held, "mobn").steps
+    assert step.site.frozen
+    assert step.site.held
+    assert type(held.norm) is type(model.norm) is Transposed
 
 
 class Domains(nn.Module):
@@ -270,6 +284,18 @@ class OwnWeight(Transposed):
         self.gate = nn.Parameter(torch.ones(channels))
 
 
+class ByName(nn.BatchNorm1d):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.BatchNorm1d.forward(self, x.transpose(1, 2)).transpose(1, 2)
+
+
+class Functional(nn.BatchNorm1d):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.transpose(1, 2)
+        y = F.batch_norm(y, self.running_mean, self.running_var, self.weight, self.bias, self.training, 0.1, self.eps)
+        return y.transpose(1, 2)
+
+
 class OwnMode(Transposed):
     def train(self, mode: bool = True) -> Any:
         return super().train(False)
@@ -277,6 +303,7 @@ class OwnMode(Transposed):
 
 REFUSED: list[Callable[[int], nn.Module]] = [
     Branching, ByMode, ByChance, Keeps, ReadsItself, InContext, Decorated, Optional, NoCheck, OwnWeight, OwnMode,
+    ByName, Functional,
 ]  # fmt: skip
 
 
@@ -314,6 +341,15 @@ class Holds(Network):
         super().train(mode)
         for module in self.modules():
             if isinstance(module, WithAttribute):
+                module.eval()
+        return self
+
+
+class HoldsNorms(Network):
+    def train(self, mode: bool = True) -> Any:
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
         return self
 
