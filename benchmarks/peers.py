@@ -2,6 +2,7 @@
 
     python benchmarks/peers.py                    # the awkward models of tests/zoo.py and 100 timm models
     python benchmarks/peers.py --timm 20 --results peers.jsonl
+    python benchmarks/peers.py --constructs       # forwards that do more with their norms than call them
 
 Swaps, BatchNorm to GroupNorm: normswap ``convert(to="gn")``, Opacus ``ModuleValidator.fix``, and the isinstance walk
 that is written again and again (below, in a version that copies γ, β and eps). Folds, of a model in eval mode: normswap
@@ -13,6 +14,11 @@ norm or in the statistics that the layer has taken up; the activation inside the
 Counted per model: a *crash* is an exception, of the tool or of the model that it returns; an output is *wrong* if it
 moved by more than 1e-3 of its size in float32 (1e-6 in float64 where a random network is chaotic in float32);
 *refused* is a model that normswap gives back with a reason, of its self-check for one.
+
+``--constructs`` prints one table, of the networks in ``constructs.py``. There a swap is right where the network
+computes what its forward does, written by hand with the new norms called as the old ones were; a fold where the output
+is that of the original, in every way in which the network may be called: again, with another argument, in train mode
+where it holds its norms. The figure is the largest difference, relative to the largest value.
 """
 
 from __future__ import annotations
@@ -29,10 +35,12 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from constructs import CONSTRUCTS, Construct
 from networks import TESTS, Inputs, Network, timm_networks
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
@@ -65,7 +73,7 @@ def swap_normswap(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, int]:
 def swap_opacus(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, int]:
     from opacus.validators import ModuleValidator
 
-    fixed = ModuleValidator.fix(model)
+    fixed = ModuleValidator.fix(model).to(next(model.parameters()).dtype)  # it makes float32
     return fixed, len(batch_norms(model)) - len(batch_norms(fixed))
 
 
@@ -280,16 +288,22 @@ def norm_calls(model: nn.Module, inputs: Inputs) -> int:
 
 def awkward() -> Iterator[Case]:
     """The models of tests/zoo.py that take float32 or float64."""
+    for entry in tests_zoo().ZOO:
+        model = entry.model()
+        if not entry.kwargs() and all(p.dtype in ALLOWED for p in model.parameters()):
+            yield Case(entry.name, model, entry.inputs(), entry.norms)
+
+
+@cache
+def tests_zoo() -> Any:
+    """Return ``tests/zoo.py`` as a module."""
     spec = importlib.util.spec_from_file_location("awkward_zoo", TESTS / "zoo.py")
     assert spec is not None
     assert spec.loader is not None
     zoo = importlib.util.module_from_spec(spec)
     sys.modules["awkward_zoo"] = zoo
     spec.loader.exec_module(zoo)
-    for entry in zoo.ZOO:
-        model = entry.model()
-        if not entry.kwargs() and all(p.dtype in ALLOWED for p in model.parameters()):
-            yield Case(entry.name, model, entry.inputs(), entry.norms)
+    return zoo
 
 
 def timm_cases(count: int, skip: Callable[[str], bool]) -> Iterator[tuple[str, Case | None]]:
@@ -319,6 +333,90 @@ def _fits(network: Network) -> bool:
     with torch.device("meta"):
         model = network.make()
     return bool(batch_norms(model)) and sum(p.numel() for p in model.parameters()) <= LARGEST
+
+
+# ------------------------------------------------------------------------------------------------ constructs
+
+
+def outcome_of_swap(kind: type[Construct], swap: Callable[..., tuple[nn.Module, int]]) -> str:
+    """Return ``right``, ``wrong`` with the figure, or ``refused`` with the message's first words."""
+    model = built(kind)
+    try:
+        found, converted = swap(copy.deepcopy(model), (model.sample(),))
+        if not converted:
+            return "left as it is"
+        by_hand, called = copy.deepcopy(found), copy.deepcopy(found)
+        if not isinstance(found, Construct):
+            return "another class"
+        worst = 0.0
+        for mode, which in ways(kind, train=False):
+            given = {} if which is None else {"which": which}
+            called.train(mode)
+            by_hand.train(mode)
+            with torch.no_grad():
+                worst = max(worst, difference(called(model.sample(), **given), by_hand.by_hand(model.sample(), which)))
+    except Exception as cause:
+        return refused(cause)
+    return outcome(worst)
+
+
+def outcome_of_fold(kind: type[Construct], fold: Callable[[nn.Module, Inputs], nn.Module]) -> str:
+    model = built(kind)
+    try:
+        found, expected = fold(copy.deepcopy(model), (model.sample(),)), copy.deepcopy(model)
+        worst = 0.0
+        for mode, which in ways(kind, train=kind.train is not nn.Module.train):
+            given = {} if which is None else {"which": which}
+            with torch.no_grad():
+                one, two = found.train(mode)(model.sample(), **given), expected.train(mode)(model.sample(), **given)
+                worst = max(worst, difference(one, two))
+    except Exception as cause:
+        return refused(cause)
+    return outcome(worst)
+
+
+def built(kind: type[Construct]) -> Construct:
+    """Return a network in float64 with statistics, γ and β that no shortcut survives."""
+    zoo = tests_zoo()
+    torch.manual_seed(0)
+    model: Construct = kind().double()
+    zoo.randomize_(model, 0)
+    with torch.no_grad():
+        model.eval()(model.sample())  # the old weight_norm computes its weight in a call
+    return model
+
+
+def ways(kind: type[Construct], *, train: bool) -> Iterator[tuple[bool, int | None]]:
+    """Yield the ways in which a network is called: the mode, and the argument."""
+    yield False, None
+    yield False, None  # again: what a forward has written counts
+    if kind.domain is not None:
+        yield False, kind.domain
+    if train:
+        yield True, None
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max()) if found.shape == expected.shape else math.inf
+
+
+def outcome(worst: float) -> str:
+    return "right" if worst <= ALLOWED[torch.float64] else f"**wrong, by {worst:.2f}**"
+
+
+def refused(cause: Exception) -> str:
+    words = f"{cause.message}: {cause.hint}" if isinstance(cause, ns.NormswapError) else first_line(cause)
+    return f"refused: “{' '.join(words.split())[:90].rstrip()}…”"
+
+
+def constructs_table() -> str:
+    tools = [*SWAPS, *FOLDS]
+    lines = [f"| | {' | '.join(tools)} |", f"|---|{'---|' * len(tools)}"]
+    for kind in CONSTRUCTS:
+        cells = [outcome_of_swap(kind, swap) for swap in SWAPS.values()]
+        cells += [outcome_of_fold(kind, fold) for fold in FOLDS.values()]
+        lines.append(f"| {kind.what} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------------- reports
@@ -379,6 +477,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--results", type=Path, metavar="FILE", help="keep each timm model's row here, and go on from it"
     )
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--constructs", action="store_true", help="print the table of constructs alone")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     logging.disable(logging.WARNING)  # Opacus tells of each norm that it replaces
@@ -386,6 +485,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if importlib.util.find_spec(module) is None:
             print(f"{tool} is not installed: pip install --no-deps {hint}")
             return 2
+    if options.constructs:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            print(constructs_table())
+        return 0
     known: dict[str, dict[str, Any]] = {}
     if options.results is not None and options.results.exists():
         rows = [json.loads(line) for line in options.results.read_text(encoding="utf-8").splitlines()]

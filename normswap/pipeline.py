@@ -29,6 +29,7 @@ from normswap.runs.guard import copy_of
 from normswap.runs.wrappers import unwrapped
 from normswap.stages.bound import BoundPlan, bind
 from normswap.stages.find_sites import find_sites
+from normswap.stages.opened import opened
 from normswap.stages.planning import make_plan
 from normswap.stages.rewriting import rewrite
 from normswap.storage.origin import Origin, remember, skeleton_of
@@ -88,7 +89,9 @@ def plan(
     recipe, chosen = _asked(to, None, options)
     model, _ = unwrapped(model)
     data = Data.to_plan(model, example_inputs, calibration)
-    return _bound(Dataflow(capture(model, data.example)), recipe, chosen, data).plan
+    refuse_wrappers(model)
+    with opened(model):
+        return _bound(Dataflow(capture(model, data.example)), recipe, chosen, data).plan
 
 
 def convert(
@@ -145,19 +148,22 @@ def convert(
     refuse_unfit(model)
     data = Data.of(model, example_inputs, calibration, forward_fn)
     skeleton = skeleton_of(model)
-    work = _prepared(model, recipe, chosen, data, plan, scale=chosen.scale and initializer.keeps_function)
-    work = dataclasses.replace(work, choose_groups=choose_groups, progress=progress)
-    exact = work.bound.exact and initializer.keeps_function
-    promise = Promise.of(model, work.bound.plan, data.example, exact=exact) if chosen.check else Promise()
+    with opened(model) as norms:
+        work = _prepared(model, recipe, chosen, data, plan, scale=chosen.scale and initializer.keeps_function)
+        work = dataclasses.replace(work, choose_groups=choose_groups, progress=progress)
+        exact = work.bound.exact and initializer.keeps_function
+        promise = Promise.of(model, work.bound.plan, data.example, exact=exact) if chosen.check else Promise()
 
-    target = _target(model, work.source, inplace=chosen.inplace, apart=initializer.fits)
-    method = initializer(work)
-    outcome = method.refine(target, rewrite(target, work.bound, method.values))
-    bound = work.bound.with_groups(outcome.groups)
-    if chosen.inplace and target is not model:
-        rewrite(model, bound)
-        _take_values(model, target)
-        target = model
+        target = _target(model, work.source, inplace=chosen.inplace, apart=initializer.fits)
+        method = initializer(work)
+        outcome = method.refine(target, rewrite(target, work.bound, method.values))
+        bound = work.bound.with_groups(outcome.groups)
+        if chosen.inplace and target is not model:
+            rewrite(model, bound)
+            _take_values(model, target)
+            target = model
+
+        norms.close(target)
 
     remember(target, Origin(bound.plan, recipe, skeleton))
     scaled = (EQUALIZED,) if work.source is not model else ()
@@ -201,10 +207,11 @@ def rank_sites(
     refuse_wrappers(model)
     refuse_unfit(model)
     data = Data.of(model, example_inputs, calibration, forward_fn)
-    work = _prepared(model, recipe, chosen, data, None, scale=chosen.scale)
-    work = dataclasses.replace(work, choose_groups=True, isolated=True, progress=progress)
-    target, method = copy_of(work.source), Match(work)
-    rows = match_sites(work, target, rewrite(target, work.bound, method.values))
+    with opened(model):
+        work = _prepared(model, recipe, chosen, data, None, scale=chosen.scale)
+        work = dataclasses.replace(work, choose_groups=True, isolated=True, progress=progress)
+        target, method = copy_of(work.source), Match(work)
+        rows = match_sites(work, target, rewrite(target, work.bound, method.values))
     found = [(step.site, fit) for step in work.bound.steps if (row := rows.get(step.site.norm)) and (fit := row.fit)]
     total = sum(fit.noise_after for _, fit in found) or 1.0
     costs = (

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 
-__all__ = ["HOOKS", "KINDS", "LEGACY", "count", "net"]
+__all__ = ["HOOKS", "KINDS", "LEGACY", "count", "net", "old_spectral_norm", "old_weight_norm", "pruned"]
 
 
 class Doubled(nn.Module):
@@ -31,6 +31,17 @@ def old_weight_norm(layer: nn.Module) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # it is deprecated
         return weight_norm(layer)
+
+
+def old_spectral_norm(layer: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return spectral_norm(layer)
+
+
+def pruned(layer: nn.Module) -> nn.Module:
+    """``layer`` without the smallest half of its weights."""
+    return prune.l1_unstructured(layer, "weight", 0.5)
 
 
 def count(module: nn.Module, args: Any) -> None:

@@ -19,6 +19,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from oracle_export import name_in
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
@@ -336,6 +337,8 @@ def old_tensor(model: nn.Module, step: Step, name: str) -> Tensor | None:
     if functional:
         owner = ".".join(part for part in (owner, functional.rpartition(".")[0]) if part)
         name = functional.rpartition(".")[2].replace("running_mean", name)
+    else:
+        owner = name_in(model, owner)
     return getattr(model.get_submodule(owner), name, None)
 
 

@@ -297,13 +297,19 @@ def _other_reader(graph: Graph, weight: int, feeding: set[fx.Node]) -> str:
 # -------------------------------------------------------------------------------------------------- a plan
 
 
+def name_in(model: nn.Module, norm: str) -> str:
+    """The name in the original of a plan's norm: inside a subclass that was opened it has that of the subclass."""
+    outer, names = norm.rpartition(".")[0], dict(model.named_modules(remove_duplicate=False))
+    return norm if ":" in norm or norm in names or not outer else outer
+
+
 def compare(plan: Plan, exported: Exported) -> Comparison:
     """Hold every site and every skipped norm of ``plan`` against the graphs."""
     wrong, missed, unseen = [], [], []
     right = 0
     model = exported.model
     for step in plan.steps:
-        pair = find_pair(exported, step.site.norm)
+        pair = find_pair(exported, name_in(model, step.site.norm))
         if not pair.calls:
             unseen.append(step.site.norm)
         elif step.site.layer is not None:
@@ -317,7 +323,7 @@ def compare(plan: Plan, exported: Exported) -> Comparison:
     for skip in plan.skips:
         if skip.what != "norm" or skip.code in ("not-batch-norm", "functional-norm"):
             continue
-        pair = find_pair(exported, skip.name)
+        pair = find_pair(exported, name_in(model, skip.name))
         if pair.layer is not None:
             missed.append((skip.name, pair.layer, skip.reason))
         elif not pair.calls:

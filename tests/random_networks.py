@@ -28,7 +28,10 @@ Draw = Callable[[st.SearchStrategy[Any]], Any]
 _HEAD = """\
 import torch
 import torch.nn.functional as F
-from hooked import old_weight_norm
+from hooked import old_spectral_norm, old_weight_norm, pruned
+from last_axis import (
+    Around, AroundFlat, Derived, Flattened, Moved, Permuted, Reshaped, Transposed, Unsqueezed, ViewedAs, WithAttribute,
+)
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
@@ -123,6 +126,7 @@ class _Scope:
     indent: int = 2
     prefix: str = ""  # where the instance of this class hangs in the network, once
     optional: bool = False  # whether the forward has an optional argument
+    which: bool = False  # whether that chooses norms
 
     # ------------------------------------------------------------------------------------------------ writing
 
@@ -246,7 +250,7 @@ class _Scope:
             code = f"weight_norm({code})"
         if kind == "legacy":
             self.mark("legacy hook")
-            code = f"old_weight_norm({code})"
+            code = f"{self.pick('old_weight_norm', 'old_spectral_norm', 'pruned')}({code})"
         path = self.register("conv", code)
         plain = kind not in ("weight norm", "subclass", "legacy")
         if kind == "tied":
@@ -415,6 +419,9 @@ class _Scope:
         y, dims = self.layer(v), max(v.rank, 1)
         self.norm_count += 2
         path = self.register("bns", f"nn.ModuleList(nn.BatchNorm{dims}d({y.channels}) for _ in range(2))")
+        if self.which:
+            self.mark("norm chosen by argument")
+            return self.put(f"{path}[which]({y.name})", y.channels, y.space)
         index = self.pick("self.domain", f"{y.name}.shape[0] % 2", "int(self.training)", f"({y.name}.size(0) > 2) * 1")
         return self.put(f"{path}[{index}]({y.name})", y.channels, y.space)
 
@@ -455,7 +462,7 @@ class _Scope:
         n = v.rank
         if v.channels * math.prod(v.space) <= 40:
             path = self.register("flat", "nn.Flatten()")
-            code = self.pick(f"{v.name}.flatten(1)", f"{path}({v.name})", f"{v.name}.view({v.name}.size(0), -1)")
+            code = self.pick(f"{v.name}.flatten(1)", f"{path}({v.name})", f"{v.name}.reshape({v.name}.size(0), -1)")
             return self.put(code, v.channels * math.prod(v.space), ())
         if self.pick(True, False):
             return self.put(f"{v.name}.mean({tuple(range(2, 2 + n))})", v.channels, ())
@@ -496,6 +503,27 @@ class _Scope:
             "flat": f"{bn}({y}.flatten(0, 1)).view(-1, {length}, {size}).transpose(1, 2)",
         }[kind]
         return self.put(code, size, v.space)
+
+    def last_axis(self, v: _Value) -> _Value:
+        """A norm over the last axis of a linear layer's output, as a subclass or as a module around a plain one."""
+        if not v.rank:
+            return self.pair(v)
+        length = math.prod(v.space)
+        cls = self.pick(
+            "Transposed", "Around", "Permuted", "Moved", "Derived", "WithAttribute", "Reshaped", "ViewedAs",
+            "Flattened", "Unsqueezed", "AroundFlat",
+        )  # fmt: skip
+        self.mark("norm over the last axis, around" if cls.startswith("Around") else "norm over the last axis")
+        size = self.pick(4, length, 6) if length <= 12 else 4
+        fc, bn = self.register("fc", f"nn.Linear({v.channels}, {size})"), self.register("bn", f"{cls}({size})")
+        self.norm_count += 1
+        tokens = f"{v.name}.flatten(2).transpose(1, 2)"
+        kind = self.pick("behind a layer", "in front of a layer", "behind an activation")
+        if kind == "in front of a layer":
+            self.init[-1] = self.init[-1].replace(f"({size})", f"({v.channels})")
+            return self.put(f"{fc}({bn}({tokens})).transpose(1, 2)", size, (length,))
+        code = f"{fc}({tokens})" if kind == "behind a layer" else f"{fc}({tokens}).tanh()"
+        return self.put(f"{bn}({code}).transpose(1, 2)", size, (length,))
 
     def read_tokens(self, v: _Value, size: int) -> _Value:
         """A norm over the channels, read by a linear or recurrent layer that has them last."""
@@ -575,7 +603,11 @@ class _Scope:
         inner = _Scope(self.draw, self.depth + 1, self.classes, [], self.features)
         out = _write(inner, v, self.pick(1, 2, 3, 4))
         cls = f"Block{len(self.classes) + 1}"
-        self.classes.append(_class(cls, inner, f"return {out.name}"))
+        code = _class(cls, inner, f"return {out.name}")
+        if self.rarely(10):
+            self.mark("a block overrides train")
+            code += _train(self)
+        self.classes.append(code)
         path = self.register("block", f"{cls}()")
         self.norm_count += inner.norm_count
         self.adjust += [line.replace("self.", f"{path}.", 1) for line in inner.adjust]
@@ -621,7 +653,7 @@ _STEPS = (
     *("pair",) * 12, *("residual",) * 4, *("sequential",) * 2, *("block",) * 4, "activation", "norm", "norm",
     "layer_alone", "layer_alone", "add", "add", "concatenate", "concatenate", "chunk", "pool", "pool", "to_vector",
     "reshape", "tokens", "other_norm", "read_weight", "read_statistics", "only_in_training", "branch",
-    "change_in_place", "stash", "write_state", "chosen_norm",
+    "change_in_place", "stash", "write_state", "chosen_norm", "last_axis", "last_axis",
 )  # fmt: skip
 
 
@@ -650,6 +682,11 @@ def _class(name: str, scope: _Scope, result: str, signature: str = "self, x") ->
     return "\n".join([*lines, "", f"    def forward({signature}):", *scope.body, f"        {result}"])
 
 
+def _train(scope: _Scope) -> str:
+    isinstance_of = "isinstance(module, nn.modules.batchnorm._BatchNorm)"
+    return _TRAIN.format(condition=scope.pick(isinstance_of, "hasattr(module, 'running_mean')"))
+
+
 _TRAIN = """
 
     def train(self, mode=True):
@@ -667,10 +704,15 @@ def networks(draw: Draw, largest: int = 9) -> Network:
     space = draw(st.sampled_from([(6, 6), (6, 6), (6, 6), (9,), (4, 4, 4), ()]))
     channels = draw(st.sampled_from([4, 3, 6]))
     scope = _Scope(draw, 0, [], [], set())
-    scope.optional = scope.rarely(12)
+    scope.optional = scope.rarely(8)
+    scope.which = scope.optional and scope.pick(True, False)
     value = _write(scope, _Value("x", channels, space), draw(st.integers(1, largest)))
     signature = "self, x"
-    if scope.optional:
+    if scope.which:
+        signature = "self, x, which=0"
+        if "norm chosen by argument" not in scope.features:
+            value = scope.chosen_norm(value)
+    elif scope.optional:
         scope.mark("optional argument")
         signature = "self, x, more=False"
         with scope.under("if more:"):
@@ -687,7 +729,6 @@ def networks(draw: Draw, largest: int = 9) -> Network:
     net = _class("Net", scope, result, signature)
     if scope.rarely(8):
         scope.mark("overrides train")
-        isinstance_of = "isinstance(module, nn.modules.batchnorm._BatchNorm)"
-        net += _TRAIN.format(condition=scope.pick(isinstance_of, "hasattr(module, 'running_mean')"))
+        net += _train(scope)
     parts = [_HEAD, *scope.classes, net, f"def adjust(model):\n{adjust}"]
     return Network("\n\n\n".join(parts) + "\n", (channels, *space), scope.norm_count, frozenset(scope.features))

@@ -237,3 +237,25 @@ def test_refusals_of_two_percent_make_the_exit_code_1(loaded: dict[str, ModuleTy
         file.write_text(random.json.dumps({"chunk": "0:50", "count": row}) + "\n", encoding="utf-8")
         arguments = ["--count", "50", "--results", str(file), "--threads", str(torch.get_num_threads())]
         assert random.main(arguments) == code
+
+
+def test_the_constructs_by_hand_are_what_their_forwards_do(peers: Any) -> None:
+    for kind in peers.CONSTRUCTS:
+        first, again = peers.built(kind), peers.built(kind)
+        for _, which in peers.ways(kind, train=False):
+            given = {} if which is None else {"which": which}
+            with torch.no_grad():
+                found, expected = first(first.sample(), **given), again.by_hand(first.sample(), which)
+            assert peers.difference(found, expected) < 1e-12
+
+
+def test_a_construct_that_a_swap_makes_wrong_is_told_from_a_right_one(peers: Any) -> None:
+    ours, _, walk = peers.SWAPS.values()
+    by_name = {kind.__name__: kind for kind in peers.CONSTRUCTS}
+    assert peers.outcome_of_swap(by_name["OverLastAxis"], ours) == "right"
+    assert peers.outcome_of_swap(by_name["OverLastAxis"], walk).startswith("**wrong, by ")
+    assert peers.outcome_of_swap(by_name["BranchesOnClass"], ours).startswith("refused: “no norm")
+    assert peers.outcome_of_swap(by_name["BranchesOnClass"], walk).startswith("**wrong, by ")
+    fold, fuse = peers.FOLDS.values()
+    assert peers.outcome_of_fold(by_name["LegacyHook"], fold) == "right"
+    assert peers.outcome_of_fold(by_name["LegacyHook"], fuse).startswith("refused: “cannot assign")

@@ -295,3 +295,99 @@ def test_a_model_of_such_norms_alone_is_refused_in_words() -> None:
 
     with pytest.raises(NothingToConvertError, match="the forward of Only asks for its class"):
         ns.convert(network(Only), "gn")
+
+
+# -------------------------------------------------------------------------- Sequential and Identity, which norms become
+
+
+class Loops(nn.Module):
+    """Runs through a list in which a norm stands beside a block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        block = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.ReLU())
+        self.layers = nn.ModuleList([nn.Linear(6, 6), nn.Tanh(), nn.BatchNorm1d(6), block])
+
+    def doubles(self, layer: Any) -> bool:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x) if self.doubles(layer) else layer(x)
+        return x
+
+
+class IfSequential(Loops):
+    def doubles(self, layer: Any) -> bool:
+        return isinstance(layer, nn.Sequential)
+
+
+class IfIdentity(Loops):
+    def doubles(self, layer: Any) -> bool:
+        return isinstance(layer, nn.Identity | nn.Dropout)
+
+
+class IfContainer(Loops):
+    def doubles(self, layer: Any) -> bool:
+        return type(layer) in (nn.Sequential, nn.ModuleList)
+
+
+class IfElement(Loops):
+    def doubles(self, layer: Any) -> bool:
+        return layer is self.layers[2] and isinstance(self.layers[2], nn.Sequential)
+
+
+class Nested(Loops):
+    """Two loops reach the norm inside of the block."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            if isinstance(layer, nn.Sequential):
+                for part in layer:
+                    x = x + part(x) if isinstance(part, nn.Sequential) else part(x)
+            else:
+                x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("recipe", ["none", "mobn", "gn", "ln"])
+@pytest.mark.parametrize("kind", [IfSequential, IfIdentity, IfContainer, IfElement, Nested])
+def test_a_question_for_what_a_norm_may_become_keeps_the_norm(kind: type[nn.Module], recipe: str) -> None:
+    model = network(kind)
+    options: dict[str, Any] = {"group_size": 3} if recipe == "gn" else {}
+    try:
+        result = ns.convert(model, recipe, check=False, example_inputs=(VECTORS,), **options)
+    except NothingToConvertError:
+        assert kind is Nested
+        return
+    (kept,) = [skip for skip in result.plan.skips if skip.what == "norm"]
+    assert (kept.name, kept.code) == ("layers.2", "read-elsewhere")
+    assert [step.site.norm for step in result.plan.steps] == ["layers.3.1"], "no question reaches into the block"
+    if recipe in ("none", "mobn"):
+        assert error(result.model, model, VECTORS) < 1e-12
+    wrong = copy.deepcopy(model)
+    wrong.layers[2] = nn.Sequential(wrong.layers[2])
+    if kind is not IfIdentity:
+        assert error(wrong, model, VECTORS) > 1e-2  # what a swap would do
+
+
+class Blocks(nn.Module):
+    """As HRNet asks: of the blocks, and not of the norms inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        block = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6))
+        self.blocks = nn.ModuleList([nn.Identity(), block, nn.Sequential(block, nn.ReLU())])
+        self.end = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = [t(x) if not isinstance(t, nn.Identity) else x for t in self.blocks]
+        x = y[0] + y[1] + y[2]
+        return self.end(x) if isinstance(self.blocks, nn.ModuleList) else x
+
+
+def test_a_question_about_what_holds_a_norm_is_none_about_the_norm() -> None:
+    model = network(Blocks)
+    result = ns.convert(model, "wn+mobn", example_inputs=(VECTORS,))
+    assert {step.site.norm for step in result.plan.steps} == {"blocks.1.1", "end.1"}
+    assert error(result.model, model, VECTORS) < 1e-12

@@ -382,13 +382,15 @@ class WritingNorm(nn.BatchNorm2d):
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_a_norm_that_writes_to_its_output_stays(device: str) -> None:
+def test_a_norm_that_writes_to_its_output_goes_on_writing(device: str) -> None:
     with torch.device(device):
         model = nn.Sequential(nn.Conv2d(4, 6, 3), WritingNorm(6), nn.Conv2d(6, 5, 1), nn.BatchNorm2d(5)).eval()
     plan = ns.plan(model, "gn")
-    assert [step.site.norm for step in plan.steps] == ["3"]
-    (skip,) = (skip for skip in plan.skips if skip.what == "norm")
-    assert (skip.name, skip.code) == ("1", "unknown-forward")
+    assert [step.site.norm for step in plan.steps] == ["1.norm", "3"]
+    if device == "cpu":
+        model = randomize_(model.double(), 0)
+        for recipe in ("none", "wn+mobn"):
+            assert error(ns.swap_norms(model, recipe), model, lambda m: m(X)) < 1e-12
 
 
 def test_two_parameters_in_one_piece_of_memory_are_tied() -> None:

@@ -21,6 +21,7 @@ from torch.optim.swa_utils import update_bn
 from zoo import NormDropAct, NormRelu, conv3, randomize_
 
 import normswap as ns
+from normswap.errors import InputError
 from normswap.graph.class_lookups import class_lookups
 from normswap.nn import ChannelAffine, MeanOnlyBatchNorm
 from normswap.runs.modes import Held, held_modules
@@ -415,8 +416,12 @@ def test_statistics_that_are_not_tracked_do_not_move() -> None:
 def test_convert_sync_batchnorm_does_not_replace_a_mean_only_norm(recipe: str) -> None:
     converted = ns.swap_norms(built(Net), recipe, example_inputs=images())
     expected = converted(images())
-    with pytest.raises(TypeError, match="weight"):
-        nn.SyncBatchNorm.convert_sync_batchnorm(converted)
+    with pytest.raises(InputError, match=r"'inner\.bn1' is a mean-only BatchNorm") as caught:
+        nn.SyncBatchNorm.convert_sync_batchnorm(nn.ModuleDict({"inner": converted}))
+    assert caught.value.code == "sync-mean-only"
+    assert "before it is converted" in caught.value.hint
+    with pytest.raises(InputError, match="the module is a mean-only"):
+        nn.SyncBatchNorm.convert_sync_batchnorm(converted.bn1)
     assert isinstance(converted.bn1, MeanOnlyBatchNorm)
     assert torch.equal(converted(images()), expected)
 

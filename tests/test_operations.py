@@ -16,7 +16,8 @@ from normswap.graph import capture
 from normswap.graph.after_norm import after_norm
 from normswap.graph.channels import FIXED, find_channels
 from normswap.graph.dataflow import Dataflow
-from normswap.graph.ops import LAYER_CALLS, STATISTICS_CALLS, is_leaf, rank_of
+from normswap.graph.ops import LAYER_CALLS, STATISTICS_CALLS, is_leaf
+from normswap.graph.ranks import rank_of
 from normswap.operations import table
 from normswap.operations.activations import ACTIVATIONS
 from normswap.operations.operation import Operation

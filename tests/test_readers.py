@@ -20,7 +20,7 @@ from zoo import ZOO, Entry, randomize_
 
 import normswap as ns
 from normswap.graph import reading
-from normswap.nn import readers
+from normswap.nn import ChannelAffine, RankCheck, readers
 from normswap.norms import norm_of
 
 Recurrent = (nn.LSTM, nn.GRU, nn.RNN)
@@ -804,3 +804,84 @@ def test_a_wrong_answer_is_found_among_the_compositions(what: str, monkeypatch: 
         monkeypatch.setattr(reading, "order_of", unmoved)
     with pytest.raises(BrokenPromiseError, match="wrong output"):
         _try_all(compositions(TRIED))
+
+
+# --------------------------------------------------------------------------------------------- without example inputs
+
+SHOWN = {
+    "a Linear reads it": linear(moved),
+    "an activation between": linear(lambda x: torch.relu(x).transpose(1, 2)),
+    "an activation module before": lambda: nn.Sequential(Axes(1, 2), nn.Tanh(), nn.BatchNorm1d(6), nn.Linear(6, 5)),
+    "permute": linear(lambda x: x.permute(0, 2, 1)),
+    "movedim": linear(lambda x: x.movedim(2, 1)),
+}
+OPEN = {
+    "no movement": linear(lambda x: x),
+    "a movement that two axes allow": linear(lambda x: x.transpose(-1, -2).transpose(0, 1).contiguous()),
+    "an addition of what may have more axes": linear(lambda x: (x + torch.zeros(1, 1, 1)).transpose(1, 2)),
+}
+
+
+class Axes(nn.Module):
+    def __init__(self, a: int, b: int) -> None:
+        super().__init__()
+        self.a, self.b = a, b
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(self.a, self.b)
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_moved_axes_show_the_rank_without_example_inputs(name: str) -> None:
+    (step,) = ns.plan(built(SHOWN[name]), "none").steps
+    assert step.site.rank == 3
+    assert not step.site.rank_by_example
+
+
+@pytest.mark.parametrize("name", OPEN)
+def test_what_two_axes_allow_shows_no_rank(name: str) -> None:
+    (step,) = ns.plan(built(OPEN[name]), "none").steps
+    assert step.site.rank is None
+
+
+@pytest.mark.parametrize("recipe", ["none", "wn"])
+@pytest.mark.parametrize("name", ["a Linear reads it", "permute", "movedim"])
+def test_a_linear_layer_behind_moved_axes_takes_the_norm_up_without_example_inputs(name: str, recipe: str) -> None:
+    model = built(SHOWN[name]).eval()
+    result = ns.convert(model, recipe)
+    assert result.plan.steps[0].notes == ("goes into reader, which reads it",)
+    assert not any(isinstance(module, (ChannelAffine, RankCheck)) for module in result.model.modules())
+    with torch.no_grad():
+        assert torch.allclose(result.model(SEQUENCE), model(SEQUENCE), atol=1e-10)
+        result.model.reader.bias.data[0] += 1
+        assert not torch.allclose(result.model(SEQUENCE), model(SEQUENCE), atol=1e-2)  # negative control
+    with pytest.raises((IndexError, RuntimeError)):  # what shows the rank is what raises
+        result.model(image(4, 6))
+
+
+class Branches(nn.Module):
+    """Moves axes where there are three, and has a branch that no trace knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.bn = nn.Linear(6, 6), nn.BatchNorm1d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn(self.fc(x))
+        return y.transpose(1, 2) if y.dim() == 3 else y
+
+
+@pytest.mark.parametrize("recipe", ["wn+mobn", "none", "gn"])
+def test_a_movement_that_one_run_shows_is_no_proof_of_a_rank(recipe: str) -> None:
+    model, vectors = built(Branches).eval(), image(6, 6)
+    options = {"group_size": 2} if recipe == "gn" else {}
+    converted = ns.swap_norms(model, recipe, example_inputs=SEQUENCE, **options)
+    assert ns.plan(model, recipe, example_inputs=SEQUENCE, **options).steps[0].site.rank_by_example
+    folded = ns.fold(converted.eval())
+    with torch.no_grad():
+        for found, x in ((converted, vectors), (folded, vectors)):
+            try:
+                given = found(x)
+            except (ValueError, RuntimeError, IndexError):
+                continue
+            assert recipe == "gn" or torch.allclose(given, model(x), atol=1e-10)

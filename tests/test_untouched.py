@@ -24,8 +24,10 @@ import torch.nn.attention.flex_attention
 import torch.nn.functional as F
 from laws import changed, fingerprint, reads_only
 from torch import Tensor, nn
+from zoo import randomize_
 
 import normswap as ns
+from normswap.errors import NothingToConvertError
 from normswap.graph import capture_recorded, capture_symbolic
 from normswap.runs.guard import untouched
 from normswap.runs.snapshot import Snapshot
@@ -492,3 +494,72 @@ def test_what_compiles_itself_runs_within() -> None:
     with torch.no_grad(), untouched(layer):
         assert torch.nn.attention.flex_attention.flex_attention(q, q, q).shape == q.shape
         assert layer(q).shape == q.shape
+
+
+# -------------------------------------------------------------------------------------------- one encoder, and its copy
+
+
+def encoder() -> nn.Sequential:
+    return nn.Sequential(
+        *(
+            nn.Conv2d(3, 8, 3, bias=False),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Conv2d(8, 8, 3),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+        ),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)),
+    )
+
+
+class Contrast(nn.Module):
+    """MoCo: each forward moves the one encoder towards the other, parameter by parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = encoder(), encoder()
+        self.k.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            for a, b in zip(self.q.parameters(), self.k.parameters(), strict=True):
+                b.mul_(0.5).add_(a, alpha=0.5)
+            k = self.k(x)
+        return self.q(x) @ k.T
+
+
+@pytest.mark.parametrize("recipe", ns.all_recipes())
+def test_a_momentum_encoder_is_converted_as_the_copy_of_the_other_one(recipe: str) -> None:
+    torch.manual_seed(0)
+    model, x = randomize_(Contrast(), 0), torch.randn(6, 3, 9, 9)
+    options = {"group_size": 4} if recipe.startswith("gn") else {}
+    with pytest.raises(NothingToConvertError, match="reads its parameters"):
+        ns.convert(model, recipe, example_inputs=x, **options)
+    model.q = ns.swap_norms(model.q, recipe, example_inputs=x, **options)
+    model.k = copy.deepcopy(model.q).requires_grad_(False)
+    model.train()
+    optimizer = torch.optim.SGD(model.q.parameters(), lr=1e-2)
+    for _ in range(3):
+        expected = [0.5 * b + 0.5 * a for a, b in zip(model.q.parameters(), model.k.parameters(), strict=True)]
+        loss = model(x).square().mean()
+        assert all(torch.allclose(b, e) for b, e in zip(model.k.parameters(), expected, strict=True))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        assert bool(loss.isfinite())
+    moved = [not torch.equal(a, b) for a, b in zip(model.q.parameters(), model.k.parameters(), strict=True)]
+    assert any(moved)
+
+
+def test_encoders_swapped_apart_would_mix_what_does_not_belong_together() -> None:
+    """Why both are not simply converted alike: the mixture of two exact swaps is none of the mixture."""
+    torch.manual_seed(0)
+    model, x = randomize_(Contrast(), 0).double(), torch.randn(6, 3, 9, 9, dtype=torch.float64)
+    apart = copy.deepcopy(model)
+    apart.q, apart.k = (ns.swap_norms(one, "none", example_inputs=x) for one in (model.q, model.k))
+    with torch.no_grad():
+        assert torch.allclose(apart.q(x), model.q(x))
+        assert torch.allclose(apart.k(x), model.k(x))
+        found, expected = apart(x), model(x)
+    assert float((found - expected).abs().max() / expected.abs().max()) > 1e-2

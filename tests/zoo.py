@@ -709,7 +709,11 @@ class NormRelu(nn.BatchNorm2d):
 
 
 class ReluNorm(nn.BatchNorm2d):
+    """Activates before it normalizes, in a forward that branches: nothing shows what it does."""
+
     def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 4:
+            raise ValueError("expected an image")
         return super().forward(F.relu(x))
 
 

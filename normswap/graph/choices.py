@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from torch import nn
+from torch import fx, nn
 
 from normswap.graph.bytecode import has_code, names_in_code
 from normswap.graph.calls import Call, Calls
@@ -32,7 +32,8 @@ from normswap.norms import norm_of
 
 __all__ = ["Choices"]
 
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, fx.GraphModule)
+"""What holds modules whose names no code needs to contain."""
 _BY_ANY_NAME = frozenset(
     {"getattr", "modules", "children", "named_modules", "named_children", "get_submodule", "_modules", "__dict__"}
     | {"vars", "__getattr__"}

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
@@ -20,7 +19,8 @@ from normswap.errors import Text, argument
 from normswap.graph.calls import Call, Calls
 from normswap.graph.choices import Choices
 from normswap.graph.linearity import scales_with_its_parameters
-from normswap.graph.ops import is_functional_norm, is_leaf, norm_argument, order_of, rank_of
+from normswap.graph.ops import is_leaf, order_of
+from normswap.graph.ranks import input_of, only_rank, rank_of, takes_one_sample
 from normswap.graph.recorder import changed_in_place, untracked
 from normswap.graph.records import Trace
 from normswap.graph.tracer import hook_barrier
@@ -61,22 +61,28 @@ class Dataflow(Calls):
             return operation.axes
         if shape:
             return shape[0]
+        norm = None if module is None else norm_of(module)
+        able = () if module is None or norm is None else norm.axes(module)
         ranks: set[int | None] = set()
         for calls in self.calls.get(key, {}).values():
             for call in calls:
                 module_of = partial(self.capture.module_of, call.trace)
-                source = _input_of(call.node)
+                source = input_of(call.node)
                 known = rank_of(source, module_of) if isinstance(source, fx.Node) else None
-                ranks.add(self._only_rank(module, source) if known is None else known)
+                if known is None and call.trace.recorded:  # another run may move no axes
+                    continue
+                ranks.add(only_rank(call.node, able, module_of) if known is None else known)
         return ranks.pop() if len(ranks) == 1 else None
 
-    def _only_rank(self, module: nn.Module | None, source: Any) -> int | None:
-        """Return the one number of axes that the norm ``module`` takes and that ``source`` can have moved axes of."""
+    def rank_is_open(self, key: str, shape: tuple[int, int] | None = None) -> bool:
+        """Tell whether the norm ``key`` may get inputs of other ranks than :meth:`rank` tells."""
+        module = self.capture.modules.get(key)
         norm = None if module is None else norm_of(module)
-        if module is None or norm is None or not isinstance(source, fx.Node):
-            return None
-        able = [rank for rank in norm.axes(module) if order_of(source, None, rank) is not None]
-        return able[0] if len(able) == 1 else None
+        able = () if module is None or norm is None else norm.axes(module)
+        calls = [call for run in self.calls.get(key, {}).values() for call in run]
+        if any(takes_one_sample(one.node, able, partial(self.capture.module_of, one.trace)) for one in calls):
+            return True
+        return shape is not None and len(able) != 1 and self.rank(key) != shape[0]
 
     def layer_feeding(
         self, key: str, channels: int, rank: int | None, is_source: Callable[[nn.Module], bool] = is_layer
@@ -172,7 +178,7 @@ class Dataflow(Calls):
 
         The answer is a gap where the trace of a part of the model, or a record, does not show it.
         """
-        source, consumer = _input_of(call.node), call.node
+        source, consumer = input_of(call.node), call.node
         forks: list[str] = []
         order = plain = tuple(range(rank or 0))
         while isinstance(source, fx.Node):
@@ -187,7 +193,7 @@ class Dataflow(Calls):
             if before is None:
                 break
             order = tuple(before[axis] for axis in order)
-            consumer, source = source, _input_of(source)
+            consumer, source = source, input_of(source)
         if not isinstance(source, fx.Node):
             return Finding(reason="its input is not a value that the trace follows")
         if source.op == "placeholder":
@@ -274,12 +280,6 @@ def _last_to_channels(rank: int) -> tuple[int, ...]:
 
 def _several(layers: set[str]) -> str:
     return f"it normalizes the outputs of several layers ({', '.join(sorted(layers)[:3])})"
-
-
-def _input_of(node: fx.Node) -> Any:
-    if is_functional_norm(node):
-        return norm_argument(node, "input")
-    return node.args[0] if node.args else next(iter(node.kwargs.values()), None)
 
 
 def _describe(trace: Trace, node: fx.Node) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
@@ -22,7 +21,6 @@ __all__ = [
     "norm_argument",
     "order_of",
     "passes_through",
-    "rank_of",
 ]
 
 _LAYERS = tuple(row for row in TABLE.rows if set(row.modules) & set(LAYERS))
@@ -100,32 +98,3 @@ def order_of(node: fx.Node, module: nn.Module | None, rank: int | None) -> tuple
         return None
     arguments = operation.bind(node.args, node.kwargs)
     return None if arguments is None else operation.order(arguments, rank)
-
-
-# Note [Ranks]
-# A BatchNorm1d takes (N, C) and (N, C, L), a Linear (…, C): whether a Linear's channels are the norm's depends on
-# the rank of the value between them. The graph often tells it (a flatten, a convolution upstream); where it does not
-# and no example input was given, the rank is unknown and nothing is absorbed.
-
-
-def rank_of(node: fx.Node, module_of: Callable[[fx.Node], nn.Module | None]) -> int | None:
-    """Return the number of axes of ``node``'s value where the graph shows it, else None (Note [Ranks]).
-
-    ``module_of`` gives the module that a ``call_module`` node calls.
-    """
-    for _ in range(1000):  # walk towards the inputs; a bound only against a malformed graph
-        source = node.args[0] if node.args else next(iter(node.kwargs.values()), None)
-        module = module_of(node)
-        operation = of_call(node) if module is None else of_module(module, inherited=True)
-        if operation is None:
-            return None
-        if isinstance(operation.axes, int):
-            return operation.axes
-        if callable(operation.axes):
-            bound = operation.bind(node.args, node.kwargs)
-            arguments = bound if module is None else operation.bind_module(module, source)
-            return None if arguments is None else operation.axes(arguments)
-        if not operation.keeps_axes or not isinstance(source, fx.Node):
-            return None
-        node = source
-    return None

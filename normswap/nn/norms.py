@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+from types import FrameType
+
 import torch
 import torch.distributed as dist
 import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from normswap.errors import InputError
 
 __all__ = ["ChannelAffine", "ChannelLayerNorm", "MeanOnlyBatchNorm", "per_channel"]
 
@@ -76,8 +81,8 @@ class ChannelLayerNorm(nn.LayerNorm):
 # estimated anew, and in evaluation they are a BatchNorm with the variance 1 and the gain 1. So the class is a subclass
 # of torch's, and the constants can be read. They are properties: nothing is added to the state dict or to a
 # synchronization of buffers, and what is written into them is lost. The gain is sqrt(1 + eps), so that formulas hold
-# with any eps that code sets. SyncBatchNorm.convert_sync_batchnorm raises a TypeError, as the gain is no parameter;
-# `synchronized` is what it is for.
+# with any eps that code sets. SyncBatchNorm.convert_sync_batchnorm would make a SyncBatchNorm of it, whose gain is a
+# parameter and which divides by the batch's standard deviation: where it reads the gain, an error says what to do.
 
 
 class MeanOnlyBatchNorm(_BatchNorm):
@@ -142,6 +147,7 @@ class MeanOnlyBatchNorm(_BatchNorm):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The gain of the BatchNorm that this is in evaluation: ``sqrt(running_var + eps)``, which is 1."""
+        _refuse_synchronizing(sys._getframe(1))
         return torch.sqrt(self.running_var + self.eps)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -175,6 +181,28 @@ class MeanOnlyBatchNorm(_BatchNorm):
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, momentum={self.momentum}"
+
+
+_SYNCHRONIZES = nn.SyncBatchNorm.convert_sync_batchnorm.__func__.__code__  # type: ignore[attr-defined]
+
+
+def _refuse_synchronizing(reader: FrameType | None) -> None:
+    """Raise InputError where ``reader`` is torch's function that makes SyncBatchNorms (Note [A BatchNorm by class])."""
+    if reader is None or reader.f_code is not _SYNCHRONIZES:
+        return
+    names: list[str] = []
+    caller = reader.f_back
+    while caller is not None and caller.f_code is _SYNCHRONIZES:
+        names.insert(0, str(caller.f_locals["name"]))
+        caller = caller.f_back
+    where = f"'{'.'.join(names)}'" if names else "the module"
+    raise InputError(
+        f"{where} is a mean-only BatchNorm, of which convert_sync_batchnorm cannot make a SyncBatchNorm: that would "
+        "divide by a standard deviation, too",
+        code="sync-mean-only",
+        hint="call convert_sync_batchnorm on the model before it is converted, which makes its mean-only norms "
+        "synchronized; or set .synchronized = True on each MeanOnlyBatchNorm",
+    )
 
 
 class MeanOnlyBatchNorm1d(MeanOnlyBatchNorm, nn.BatchNorm1d):

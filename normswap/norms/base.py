@@ -78,6 +78,14 @@ class Norm:
         return True
 
     @classmethod
+    def bare(cls, module: nn.Module) -> nn.Module | None:
+        """Return the norm whose forward that of ``module``, a subclass, calls as its own: a module of torch's class.
+
+        It holds the very tensors. None where ``module`` is no subclass or differs in more than its forward.
+        """
+        return None
+
+    @classmethod
     def axes(cls, module: nn.Module) -> tuple[int, ...]:
         """Return how many axes the input of such a norm may have; nothing where that is not known."""
         return ()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
 
 from normswap.nn.kinds import class_of
 from normswap.norms.assignment import LinearOf, NewValue
@@ -16,6 +17,10 @@ from normswap.records import Site
 __all__ = ["BatchNormalization"]
 
 _TENSORS = ("weight", "bias", "running_mean", "running_var")
+_TORCHS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_OWN = frozenset({"forward", "extra_repr", "reset_parameters"})
+"""What a subclass may define anew, beside its forward: what only makes or prints it."""
+_HOOKS_OF_CLASSES = frozenset({"__call__", "__getattr__", "__getattribute__", "__setattr__", "__delattr__"})
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,24 @@ class BatchNormalization(Norm):
     def only_normalizes(cls, module: nn.Module) -> bool:
         torchs = class_of(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
         return torchs and "forward" not in module.__dict__
+
+    @classmethod
+    def bare(cls, module: nn.Module) -> nn.Module | None:
+        kind = class_of(module)
+        base = next((one for one in kind.__mro__ if one.__module__.startswith("torch.nn.")), None)
+        if base not in _TORCHS or kind is base or parametrize.is_parametrized(module):
+            return None
+        theirs = {name for one in kind.__mro__ if not issubclass(base, one) for name in vars(one)}
+        known = {name for one in base.__mro__ for name in vars(one) if not name.startswith("__")}
+        if (theirs & (known | _HOOKS_OF_CLASSES)) - _OWN or known & {*vars(module)}:
+            return None
+        if not ({*module._parameters} <= {*_TENSORS} and {*module._buffers} <= {*_TENSORS, "num_batches_tracked"}):
+            return None
+        norm = base(1)  # for the names of its settings, and what torch may add to them
+        settings = [name for name in vars(norm) if not name.startswith("_")]
+        # The tables themselves: what is written to the one is written to the other.
+        norm.__dict__.update({name: vars(module)[name] for name in ("_parameters", "_buffers", *settings)})
+        return norm
 
     @classmethod
     def axes(cls, module: nn.Module) -> tuple[int, ...]:

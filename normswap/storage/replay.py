@@ -13,6 +13,7 @@ from normswap.errors import InputError
 from normswap.recipes import Recipe
 from normswap.records import Plan
 from normswap.stages.bound import bind
+from normswap.stages.opened import opened
 from normswap.stages.rewriting import rewrite
 from normswap.storage.contents import differences
 from normswap.storage.origin import Origin, origin_of, remember, skeleton_of, slots
@@ -54,7 +55,8 @@ def replayed_on(skeleton: nn.Module, steps: Sequence[tuple[Plan, Recipe]]) -> nn
     """Carry the plans out on ``skeleton``, in place."""
     for plan, recipe in steps:
         origin = Origin(plan, recipe, skeleton_of(skeleton))
-        rewrite(skeleton, bind(plan, recipe, skeleton))
+        with opened(skeleton):
+            rewrite(skeleton, bind(plan, recipe, skeleton))
         remember(skeleton, origin)
     return skeleton
 
