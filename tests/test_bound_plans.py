@@ -285,7 +285,7 @@ MISFITS: dict[str, tuple[str, Change, str]] = {
     "no norm": ("gn", _without("bn"), "has no module 'bn'"),
     "another norm": ("gn", _with("alone", lambda: nn.GroupNorm(1, 4)), "'alone' is a GroupNorm and no BatchNorm"),
     "other channels": ("gn", _with("alone", lambda: nn.BatchNorm2d(5)), "'alone' has 5 channels, the plan says 4"),
-    "a norm that does more": ("gn", _with("alone", lambda: Doubling(4)), "the forward of Doubling"),
+    "a norm that does more": ("gn", _with("alone", lambda: Doubling(4)), "'alone' is a Doubling and no BatchNorm"),
     "no alias": ("gn", _without("alias"), "has no module 'alias'"),
     "no layer": ("gn", _without("conv"), "has no module 'conv'"),
     "no reader": ("none", _without("reader"), "has no module 'reader'"),
