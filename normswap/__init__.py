@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from normswap.report import write_report as write_report
     from normswap.storage.store import load as load
     from normswap.storage.store import save as save
+    from normswap.training.optimizers import migrate_optimizer as migrate_optimizer
+    from normswap.training.records import OptimizerMigration as OptimizerMigration
 
 # Each public name and the module that holds it: importing normswap imports none of them, and with them not torch.
 _HOMES = {
@@ -42,6 +44,7 @@ _HOMES = {
     "ExportArtifact": "deploy.onnx.artifact",
     "InitReport": "records",
     "NormswapError": "errors",
+    "OptimizerMigration": "training.records",
     "Plan": "records",
     "Recipe": "recipes",
     "SiteCost": "records",
@@ -54,6 +57,7 @@ _HOMES = {
     "export_onnx": "deploy.onnx.export",
     "initialize": "initialization.data_dependent",
     "make_recipe": "recipes",
+    "migrate_optimizer": "training.optimizers",
     "plan": "pipeline",
     "rank_sites": "pipeline",
     "load": "storage.store",

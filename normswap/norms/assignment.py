@@ -26,6 +26,11 @@ class Along(Enum):
     FILTERS = "f_c · old_c · new_c"
     """One value per channel scales a whole filter of the new value itself."""
 
+    @property
+    def reduces(self) -> bool:
+        """Whether a filter gives one value."""
+        return self in (Along.DIRECTION, Along.SPREAD, Along.MEAN)
+
 
 @dataclass(frozen=True)
 class LinearOf:

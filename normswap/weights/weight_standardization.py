@@ -79,7 +79,9 @@ class WeightStd(Weight):
     def _slope(self, filters: Tensor) -> Tensor:
         """Return by how much the gain grows with a filter's length about its mean, but for the factor. ``(C,)``"""
         mean, var = row_moments(filters)
-        return (filters - mean[:, None]).norm(dim=1) / ((var + self.eps).sqrt() * filters.shape[1] ** 0.5)
+        length: Tensor = (filters - mean[:, None]).norm(dim=1)
+        slope: Tensor = length / ((var + self.eps).sqrt() * float(filters.shape[1]) ** 0.5)
+        return slope
 
     def _std(self, filters: Tensor) -> tuple[Tensor, Tensor]:
         mean, var = row_moments(filters)
