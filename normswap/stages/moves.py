@@ -20,7 +20,7 @@ from normswap.records import InitRow
 from normswap.stages.bound import BoundPlan, BoundStep
 from normswap.stages.rewriting import Placed
 
-__all__ = ["Move", "Moves", "Recording", "Scale"]
+__all__ = ["Move", "Moves", "Recording", "Scale", "old_tensors"]
 
 _MAIN = ("norm.bias", "norm.weight", "layer.weight", "layer.bias")
 """Of several old parameters that meet a new one value by value, that whose gradient is nearest to the new one's."""
@@ -110,7 +110,7 @@ class Recording:
         self._names: dict[str, dict[str, str]] = {}
         self._before: dict[str, Tensor] = {}
         for step in bound.steps:
-            tensors = {part: old for part, old in _old_tensors(original, step).items() if id(old) in known}
+            tensors = {part: old for part, old in old_tensors(original, step).items() if id(old) in known}
             self._names[step.site.norm] = {part: known[id(old)] for part, old in tensors.items()}
             self._before |= {
                 known[id(old)]: old.detach().clone() for old in tensors.values() if old.ndim < 2 and not old.is_meta
@@ -200,7 +200,7 @@ class Recording:
         return found
 
 
-def _old_tensors(model: nn.Module, step: BoundStep) -> dict[str, Tensor]:
+def old_tensors(model: nn.Module, step: BoundStep) -> dict[str, Tensor]:
     """Return the old tensors of a step's parts, ``layer.weight`` and so on."""
     found: dict[str, Tensor] = {}
     for part, fqn in (("layer", step.site.layer), ("reader", step.step.reader)):
