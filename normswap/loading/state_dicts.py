@@ -12,7 +12,7 @@ from torch import nn
 
 from normswap.errors import InputError, parameter
 
-__all__ = ["choose_entry", "fit"]
+__all__ = ["choose_entry", "fit", "stripped"]
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ def _copy(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return copied
 
 
-def _strip(state: dict[str, torch.Tensor], expected: Iterable[str], path: Path) -> dict[str, torch.Tensor]:
+def stripped(state: dict[str, torch.Tensor], expected: Iterable[str], path: Path) -> dict[str, torch.Tensor]:
     """Take off wrappers' prefixes (data parallel, compile, a trainer's own) that the model does not have."""
     expected = list(expected)
     if "n_averaged" in state and "n_averaged" not in expected:  # an AveragedModel counts its updates
@@ -110,7 +110,7 @@ def fit(model: nn.Module, state: dict[str, torch.Tensor], path: Path, arch: str)
             each shown.
     """
     expected = model.state_dict(keep_vars=True)
-    state = _strip(state, expected, path)
+    state = stripped(state, expected, path)
     wanted = {name: _shape(tensor) for name, tensor in expected.items()}
     misshapen = [
         f"{name} is {_shape(state[name])}, {arch} has {shape}"

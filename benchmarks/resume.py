@@ -1,0 +1,89 @@
+"""How training goes on after a swap: with the optimizer's state migrated, and with a fresh optimizer.
+
+    python benchmarks/resume.py [--steps 100] [--before 300] [--batch 32] [--recipes wn,wn+mobn,gn]
+
+The pretrained CIFAR-10 ResNet-20 is first trained for `--before` steps, so that the optimizer has a state; then it is
+swapped, and training goes on with the same batches. Printed is the loss in the mean over ten steps, of the unswapped
+network and of the swapped one in both ways, and for each recipe how far the swapped curves are from the unswapped one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+from pretrained import cifar10_train, load
+
+import normswap as ns
+
+Make = Callable[[Iterable[Any]], torch.optim.Optimizer]
+MAKERS: dict[str, Make] = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=1e-3),
+}
+
+
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, steps: range, batch: int
+) -> list[float]:
+    """Take the steps of these numbers, each on its own batch, and return the losses."""
+    losses = []
+    model.train()
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        chosen = torch.randint(len(images), (batch,), generator=generator)
+        loss = F.cross_entropy(model(images[chosen]), labels[chosen])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def tens(losses: list[float]) -> list[float]:
+    """The mean of each ten losses."""
+    return [sum(losses[i : i + 10]) / len(losses[i : i + 10]) for i in range(0, len(losses), 10)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--before", type=int, default=300)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--images", type=int, default=5000)
+    parser.add_argument("--recipes", default="wn,wn+mobn,gn")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    images, labels = cifar10_train(given.images)
+    before, after = range(given.before), range(given.before, given.before + given.steps)
+    for name, make in MAKERS.items():
+        model, _ = load("cifar10_resnet20")
+        optimizer = make(model.parameters())
+        train(model, optimizer, images, labels, before, given.batch)
+        model.eval()
+        swaps = {recipe: ns.convert(model, recipe, example_inputs=(images[:2],)) for recipe in given.recipes.split(",")}
+        curves: dict[str, list[float]] = {}
+        for recipe, result in swaps.items():
+            migrated = ns.migrate_optimizer(optimizer, result).optimizer
+            twin = copy.deepcopy(result.model)
+            curves[f"{recipe}, migrated"] = train(result.model, migrated, images, labels, after, given.batch)
+            curves[f"{recipe}, fresh"] = train(twin, make(twin.parameters()), images, labels, after, given.batch)
+        unswapped = train(model, optimizer, images, labels, after, given.batch)
+        print(f"{name}: loss after the swap, each figure the mean of ten steps; distance: mean |loss − unswapped|")
+        for label, losses in {"BatchNorm": unswapped, **curves}.items():
+            far = sum(abs(a - b) for a, b in zip(losses, unswapped, strict=True)) / len(losses)
+            print(f"{label:20}" + "".join(f"{loss:7.3f}" for loss in tens(losses)) + f"   {far:.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
