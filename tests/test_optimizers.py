@@ -287,6 +287,32 @@ def test_a_conversion_in_place_is_followed_by_the_old_tensors_that_the_optimizer
     assert optimizer.param_groups[0]["lr"] == 5e-4
 
 
+def test_a_match_in_place_is_followed_as_one_beside_the_model() -> None:
+    model, optimizer = trained(MAKERS["SGD"])
+    twin, second = copy.deepcopy((model, optimizer))
+    outside = ns.migrate_optimizer(second, ns.convert(twin, "gn+ws", calibration=data()[0])).optimizer
+    result = ns.convert(model, "gn+ws", calibration=data()[0], inplace=True)
+    found = ns.migrate_optimizer(optimizer, result).optimizer
+    torch.testing.assert_close(found.state_dict()["state"], outside.state_dict()["state"])
+
+
+def test_names_in_the_optimizer_decide_and_stay() -> None:
+    model = Net().double()
+    optimizer = optim.SGD(model.named_parameters(), lr=0.1, momentum=0.9)
+    train(model, optimizer, 2)
+    result = ns.convert(model, "wn", example_inputs=data()[:1])
+    live = ns.migrate_optimizer(optimizer, result).optimizer
+    names = [name for name, _ in result.model.named_parameters()]
+    assert live.param_groups[0]["param_names"] == names
+    given = optimizer.state_dict()
+    found = ns.migrate_optimizer(given, result).optimizer
+    assert found["param_groups"][0]["param_names"] == names
+    torch.testing.assert_close(found["state"], live.state_dict()["state"])
+    given["param_groups"][0]["param_names"] = [f"module.{name}" for name in given["param_groups"][0]["param_names"]]
+    with pytest.raises(InputError, match="other-optimizer"):
+        ns.migrate_optimizer(given, result)
+
+
 def test_a_state_dict_goes_with_a_conversion_from_a_file(tmp_path: Path) -> None:
     for to in ("wn", "gn+ws"):
         model, optimizer = trained(MAKERS["AdamW"])

@@ -146,9 +146,7 @@ class Recording:
             if own[name] not in names:
                 continue
             terms = sorted((t for t in new.terms if t.old in old), key=_order)
-            near = ([terms[0].old] if terms and new.value.ndim > 1 and _is_direct(terms[0]) else []) + [*_MAIN]
-            if name.endswith("weight"):
-                near.sort(key=lambda part: part == "norm.bias")
+            near = [*([terms[0].old] if terms and _is_direct(terms[0]) else []), "norm.weight", *_MAIN]
             found[names[own[name]]] = Move(
                 tuple(replace(t, old=old[t.old], factor=_bare(t.factor)) for t in terms),
                 tuple(dict.fromkeys(old[part] for part in near if part in old)),

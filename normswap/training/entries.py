@@ -92,6 +92,12 @@ def names_of(layout: Layout, origin: Origin, names: Sequence[str] | None) -> Lay
     known: dict[Any, Any] = {
         n: name if name in shapes or not shapes else Foreign(n) for n, name in zip(order, listed, strict=True)
     }
+    if order and not any(isinstance(found, str) for found in known.values()):
+        raise InputError(
+            f"none of the names in the state dict, such as '{listed[0]}', is one of the old model's parameters",
+            code="other-optimizer",
+            hint=f"give {argument('names')}, the old model's parameter names in the order of the optimizer",
+        )
     for number, state in layout.states.items():
         own = known.get(number)
         for key, value in state.items():
