@@ -14,6 +14,7 @@ from zoo import randomize_
 
 import normswap as ns
 from normswap.errors import InputError, NothingToConvertError
+from normswap.loading import load_model
 
 EXACT = [name for name, recipe in ns.all_recipes().items() if recipe.exact]
 NETWORKS = (
@@ -174,6 +175,21 @@ def test_legacy_weight_norm_and_its_parametrization_exchange_state_dicts(dim: in
         target.load_state_dict(found.state)
         assert far(target(X), source(X)) < 1e-6
         assert ns.migrate_state_dict(target.state_dict(), target).state.keys() == target.state_dict().keys()
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_a_file_of_the_parametrization_loads_into_an_architecture_with_the_old_weight_norm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new = nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3)))
+    torch.save(new.state_dict(), tmp_path / "new.pt")
+    (tmp_path / "old_arch.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "def net():\n    return nn.Sequential(torch.nn.utils.weight_norm(nn.Conv2d(3, 4, 3)))\n",
+        encoding="utf-8",
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert far(load_model(tmp_path / "new.pt", arch="old_arch:net")(X), new(X)) < 1e-6
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from laws import BY_NAME
 from pretrained import available, cifar10_train, load
 from torch import Tensor, nn, optim
+from zoo import leaves
 
 import normswap as ns
 from normswap.errors import InputError
@@ -382,6 +384,20 @@ def test_a_match_on_data_is_followed_with_the_signs_that_it_chose() -> None:
 
 
 # -------------------------------------------------------------------------------------------------------- refusals
+
+
+def test_parameters_that_two_norms_share_lead_to_both() -> None:
+    entry = BY_NAME["tied_gammas"]
+    model = entry.model()
+    optimizer = optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    sum(value.float().square().mean() for value in leaves(model(*entry.inputs()))).backward()
+    optimizer.step()
+    result = ns.convert(model.eval(), "wn", example_inputs=entry.inputs())
+    found = ns.migrate_optimizer(optimizer, result)
+    into = [row for row in found.rows if row.what == "mapped" and row.parameter.endswith("original0")]
+    shared = {row.detail.removeprefix("from ").split(" ")[0] for row in into}
+    assert len(into) == 2
+    assert len(shared) == 1
 
 
 class Mine(optim.SGD):

@@ -21,6 +21,7 @@ from normswap.initialization.absorb import Absorb
 from normswap.initialization.base import Work
 from normswap.initialization.equalization import equalize
 from normswap.initialization.missing import missing_statistics
+from normswap.loading.state_dicts import renamed
 from normswap.options import Options
 from normswap.runs.guard import copy_of
 from normswap.stages.bound import bind
@@ -34,7 +35,6 @@ from normswap.training.restoring import restored
 __all__ = ["migrate_state_dict"]
 
 _FORMS = ("converted", "batchnorm")
-_LEGACY = (("original0", "_g"), ("original1", "_v"))
 
 
 def migrate_state_dict(old: Mapping[str, Tensor], model: Any, *, to: str | None = None) -> StateDictMigration:
@@ -105,25 +105,9 @@ def _refuse_unusable(old: Any, model: Any, to: str | None) -> None:
         )
 
 
-def _renamed(old: Mapping[str, Tensor], model: nn.Module) -> dict[str, Any]:
+def _renamed(old: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
     """Return ``old`` with weight normalization's names as ``model`` has them."""
-    state = dict(old)
-    for name in model.state_dict(keep_vars=True):
-        if name in state:
-            continue
-        head, _, leaf = name.rpartition(".")
-        owner, _, tensor = head.rpartition(".")
-        for original, suffix in _LEGACY:
-            if leaf == original and owner.endswith("parametrizations"):  # the new form is wanted
-                found = f"{owner.removesuffix('parametrizations')}{tensor}{suffix}"
-            elif leaf.endswith(suffix):
-                place = f"{head}." if head else ""
-                found = f"{place}parametrizations.{leaf.removesuffix(suffix)}.{original}"
-            else:
-                continue
-            if found in state:
-                state[name] = state.pop(found)
-    return state
+    return renamed(old, model.state_dict(keep_vars=True))
 
 
 def _misfit(state: Mapping[str, Any], model: nn.Module) -> str:
