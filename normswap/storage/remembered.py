@@ -98,7 +98,12 @@ def moves_from_text(text: str | None, count: int) -> list[Moves | None]:
 
 def _moves(found: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Moves:
     def tensor(number: int | None) -> Tensor | None:
-        return None if number is None else tensors[str(int(number))]
+        if number is None:
+            return None
+        value = tensors[str(int(number))]
+        if value.ndim != 1 or not value.is_floating_point():
+            raise ValueError("a factor that it remembers is not one number per channel")
+        return value
 
     moves = {}
     for name, move in found["moves"].items():
