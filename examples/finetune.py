@@ -17,37 +17,11 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 import normswap as ns
 from normswap.demo.data import load_calibration, load_digits, load_network
 
 BATCH_SIZE, STEPS, LEARNING_RATE = 2, 300, 1e-3
-LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Return an optimizer's groups: weight decay for the layers' weights, none for anything else.
-
-    A norm's γ and β, a bias, and the g of weight normalization or the gain and offset of weight standardization are
-    one value per channel. To pull them to zero would shrink the function itself, not the complexity of a filter.
-    Of a parametrized weight the direction decays: the one original that is shaped as the weight itself
-    (``original1`` under weight normalization, ``original0`` under weight standardization).
-    """
-    decayed = set()
-    for layer in model.modules():
-        if not isinstance(layer, LAYERS):
-            continue
-        if parametrize.is_parametrized(layer, "weight"):
-            originals = layer.parametrizations["weight"].parameters(recurse=False)
-            decayed.add([p for p in originals if p.shape == layer.weight.shape][-1])
-        else:
-            decayed.add(layer.weight)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in parameters if p in decayed], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p not in decayed], "weight_decay": 0.0},
-    ]
 
 
 def negative(images: Tensor) -> Tensor:
@@ -73,7 +47,7 @@ def batches(labels: Tensor, *, alike: bool) -> Iterator[Tensor]:
 def finetune(model: nn.Module, images: Tensor, labels: Tensor, *, alike: bool) -> nn.Module:
     """Train a copy of ``model`` by SGD and return it."""
     model = copy.deepcopy(model).train()
-    optimizer = torch.optim.SGD(parameter_groups(model, weight_decay=5e-4), lr=LEARNING_RATE, momentum=0.9)
+    optimizer = torch.optim.SGD(ns.parameter_groups(model, weight_decay=5e-4), lr=LEARNING_RATE, momentum=0.9)
     for batch in batches(labels, alike=alike):
         loss = F.cross_entropy(model(images[batch]), labels[batch])
         optimizer.zero_grad()

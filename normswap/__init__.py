@@ -33,6 +33,13 @@ if TYPE_CHECKING:
     from normswap.report import write_report as write_report
     from normswap.storage.store import load as load
     from normswap.storage.store import save as save
+    from normswap.training.checkpoints import migrate_state_dict as migrate_state_dict
+    from normswap.training.groups import parameter_groups as parameter_groups
+    from normswap.training.optimizers import migrate_optimizer as migrate_optimizer
+    from normswap.training.records import OptimizerMigration as OptimizerMigration
+    from normswap.training.records import StateDictMigration as StateDictMigration
+    from normswap.training.statistics import StatisticsUpdate as StatisticsUpdate
+    from normswap.training.statistics import update_statistics as update_statistics
 
 # Each public name and the module that holds it: importing normswap imports none of them, and with them not torch.
 _HOMES = {
@@ -42,9 +49,12 @@ _HOMES = {
     "ExportArtifact": "deploy.onnx.artifact",
     "InitReport": "records",
     "NormswapError": "errors",
+    "OptimizerMigration": "training.records",
     "Plan": "records",
     "Recipe": "recipes",
     "SiteCost": "records",
+    "StateDictMigration": "training.records",
+    "StatisticsUpdate": "training.statistics",
     "Verification": "checks.verification",
     "all_recipes": "recipes",
     "convert": "pipeline",
@@ -54,11 +64,15 @@ _HOMES = {
     "export_onnx": "deploy.onnx.export",
     "initialize": "initialization.data_dependent",
     "make_recipe": "recipes",
+    "migrate_optimizer": "training.optimizers",
+    "migrate_state_dict": "training.checkpoints",
+    "parameter_groups": "training.groups",
     "plan": "pipeline",
     "rank_sites": "pipeline",
     "load": "storage.store",
     "save": "storage.store",
     "swap_norms": "pipeline",
+    "update_statistics": "training.statistics",
     "verify": "checks.comparison",
     "write_report": "report",
 }

@@ -29,10 +29,12 @@ from normswap.runs.guard import copy_of
 from normswap.runs.wrappers import unwrapped
 from normswap.stages.bound import BoundPlan, bind
 from normswap.stages.find_sites import find_sites
+from normswap.stages.moves import Recording, Scale
 from normswap.stages.opened import opened
 from normswap.stages.planning import make_plan
 from normswap.stages.rewriting import rewrite
 from normswap.storage.origin import Origin, remember, skeleton_of
+from normswap.training.held import notes_on_optimizers
 
 __all__ = ["Conversion", "convert", "plan", "rank_sites", "swap_norms"]
 
@@ -156,7 +158,10 @@ def convert(
 
         target = _target(model, work.source, inplace=chosen.inplace, apart=initializer.fits)
         method = initializer(work)
-        outcome = method.refine(target, rewrite(target, work.bound, method.values))
+        recording = Recording(model, work.source, target, work.bound, method.values, work.factors)
+        placed = rewrite(target, work.bound, recording.values)
+        outcome = method.refine(target, placed)
+        moves = recording.moves(target, placed, outcome.rows)
         bound = work.bound.with_groups(outcome.groups)
         if chosen.inplace and target is not model:
             rewrite(model, bound)
@@ -165,10 +170,13 @@ def convert(
 
         norms.close(target)
 
-    remember(target, Origin(bound.plan, recipe, skeleton))
+    remember(target, Origin(bound.plan, recipe, skeleton, moves))
     scaled = (EQUALIZED,) if work.source is not model else ()
     report = InitReport(
-        method.name, outcome.rows, (*notes, *data.all_notes, *scaled, *outcome.notes), outcome.agreement
+        method.name,
+        outcome.rows,
+        (*notes, *data.all_notes, *scaled, *outcome.notes, *notes_on_optimizers(target)),
+        outcome.agreement,
     )
     return Conversion(cast(Model, target), bound.plan, report, promise.keep(target), bound.exact)
 
@@ -245,9 +253,11 @@ def _prepared(
     bound = bound.with_statistics(missing_statistics(model, bound, data.batches))
     source: nn.Module = model
     scales: dict[str, Tensor] = {}
+    factors: dict[str, Scale] = {}
     if scale:
-        source, scales = equalize(bound, flow, data.enough, data.example)
-    return Work(model, source, bound.with_scales(scales), options, data.example, data.batches, data.enough, scales)
+        source, scales, factors = equalize(bound, flow, data.enough, data.example)
+    bound = bound.with_scales(scales)
+    return Work(model, source, bound, options, data.example, data.batches, data.enough, scales, factors)
 
 
 def _target(model: nn.Module, source: nn.Module, *, inplace: bool, apart: bool) -> nn.Module:

@@ -20,7 +20,7 @@ from normswap.graph.dataflow import Dataflow
 from normswap.initialization.absorb import Absorb, absorb
 from normswap.initialization.base import Work
 from normswap.nn import FilterLayout
-from normswap.norms import Assignment, LinearOf, NewValue, apply, of_present, tensor_in
+from normswap.norms import Along, Assignment, LinearOf, NewValue, apply, of_present, tensor_in
 from normswap.options import Options
 from normswap.recipes import Recipe, make_recipe
 from normswap.runs.data import Data
@@ -224,12 +224,26 @@ def old_tensors(case: Case, step: BoundStep) -> dict[str, Tensor]:
     }
 
 
-def contribution(case: Case, step: BoundStep, term: LinearOf, change: Tensor) -> Tensor:
+def contribution(case: Case, step: BoundStep, name: str, term: LinearOf, change: Tensor) -> Tensor:
     """``factor_c · change_c``, written anew: along what the old parameter gives, or what it reads."""
-    if term.factor is None:
+    values = case.assignments[step.site.norm]
+    shape = values[name].value.shape
+    if term.factor is None and term.along is Along.VALUES:
         return change
-    if change.ndim == 1:
-        return change * term.factor
+    if term.factor is None:
+        term = dataclasses.replace(term, factor=torch.ones(step.site.num_features, dtype=torch.float64))
+    if term.along in (Along.DIRECTION, Along.SPREAD, Along.MEAN):
+        layer = case.model.get_submodule(step.site.layer)
+        old = FilterLayout.of(layer).flatten(stored_filters(case, step)[0])
+        rows = FilterLayout.of(layer).flatten(change)
+        if term.along is Along.MEAN:
+            return (term.factor * rows.mean(1)).view(shape)
+        old = old - old.mean(1, keepdim=True) if term.along is Along.SPREAD else old
+        return (term.factor * (rows * old).sum(1) / old.norm(dim=1)).view(shape)
+    if term.along is Along.FILTERS:
+        change, term = values[name].value, dataclasses.replace(term, factor=term.factor * change)
+    elif change.ndim == 1:
+        return (change * term.factor).view(shape)
     if not term.over_inputs:
         layer = case.model.get_submodule(step.site.layer)
         return change * per_filter(layer, term.factor, change)
@@ -237,6 +251,14 @@ def contribution(case: Case, step: BoundStep, term: LinearOf, change: Tensor) ->
     groups = getattr(reader, "groups", 1)
     rows = term.factor.view(groups, 1, -1).expand(-1, change.shape[0] // groups, -1).reshape(change.shape[:2])
     return change * rows.view(*change.shape[:2], *(1,) * (change.ndim - 2))
+
+
+def stored_filters(case: Case, step: BoundStep) -> tuple[Tensor, list[LinearOf]]:
+    """The filters that a reparameterized layer stores, and how they follow the old weight."""
+    for new in case.assignments[step.site.norm].values():
+        if terms := [t for t in new.terms if t.old == "layer.weight" and t.along is Along.VALUES]:
+            return new.value, terms
+    raise AssertionError("no filters are stored")
 
 
 def zero_sum(layer: nn.Module, change: Tensor) -> Tensor:
@@ -293,10 +315,15 @@ def error(model: Callable[[], nn.Module], case: Case, step: BoundStep, name: str
         with torch.no_grad():
             old_tensors(Case(other, case.bound, {}, {}, {}), step)[term.old].add_(sign * change)
         moved.append(case.of(other).assignments[step.site.norm][name].value)
-    found, expected = (moved[0] - moved[1]) / 2, contribution(case, step, term, change)
-    if stored and step.weight.free_length and term.factor is not None:
+    found, expected = (moved[0] - moved[1]) / 2, contribution(case, step, name, term, change)
+    if stored and step.weight.free_length and term.factor is not None and term.along is Along.VALUES:
         layer, new = case.model.get_submodule(step.site.layer or ""), case.assignments[step.site.norm][name].value
         found, expected = (across(layer, value, new) for value in (found, expected))
+    if term.along is Along.SPREAD:  # a filter that was stretched to the mean length would be stretched otherwise
+        _, (stretch,) = stored_filters(case, step)
+        assert stretch.factor is not None
+        whole = stretch.factor == 1
+        found, expected = found[whole], expected[whole]
     return float((found - expected).abs().max() / expected.abs().max())
 
 

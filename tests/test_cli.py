@@ -164,9 +164,10 @@ def test_the_examples_in_the_help_texts_work_one_after_another(folder: Path, mon
     commands = {command.name: command for command in app.registered_commands}
     shown = [
         app.info.epilog,
-        *(commands[n].epilog for n in ("inspect", "convert", "fold", "export", "verify", "recipes")),
+        *(commands[n].epilog for n in ("inspect", "convert", "fold", "export", "migrate", "verify", "recipes")),
     ]
-    assert set(commands) == {"inspect", "convert", "fold", "export", "verify", "recipes", "demo"}
+    assert set(commands) == {"inspect", "convert", "fold", "export", "migrate", "verify", "recipes", "demo"}
+    torch.save(make_model().state_dict(), "later.pt")
     np.save("images.npy", np.random.default_rng(0).standard_normal((40, 3, 12, 12)).astype("float32"))
     (folder / "train.py").write_text(SCRIPT, encoding="utf-8")
     torch.save(build("torchvision:resnet18", {}).state_dict(), "weights.pt")
@@ -845,6 +846,7 @@ def test_json_is_all_that_stands_on_stdout(folder: Path) -> None:
         "inspect net.pt --trust save.py --to ln": "steps",
         "convert net.pt --trust save.py -o n.safetensors": "plan",
         "convert net.pt --trust save.py --onnx n.onnx --input-shape 1x3x8x8": "verification",
+        "migrate net.pt --like n.safetensors --trust save.py -o l.safetensors": "exact",
         "fold n.safetensors --trust save.py -o n.pt": "rows",
         "export n.pt --trust save.py -o n.onnx --input-shape 1x3x8x8": "verification",
         "verify n.pt n.onnx --trust save.py --input-shape 1x3x8x8": "ok",

@@ -191,7 +191,7 @@ def test_a_table_of_figures_without_a_command_is_found() -> None:
 def missing_commands(text: str) -> list[str]:
     """Return the commands that a page names and that do not exist."""
     targets = set(re.findall(r"^([a-z]+):", (REPOSITORY / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
-    verbs = {"convert", "demo", "export", "fold", "inspect", "recipes", "verify", "--help"}
+    verbs = {"convert", "demo", "export", "fold", "inspect", "migrate", "recipes", "verify", "--help"}
     code = re.findall(r"`([^`\n]+)`|^\$ (.+)$|<!-- printed by: (.+) -->", text, re.MULTILINE)
     found = []
     for named in (match[1] for part in code for match in NAMED_COMMAND.finditer(next(filter(None, part)))):

@@ -11,10 +11,6 @@ from types import ModuleType
 
 import pytest
 import torch
-from torch import nn
-
-import normswap as ns
-from normswap.demo.data import load_network
 
 pytestmark = pytest.mark.slow
 
@@ -90,56 +86,6 @@ def test_an_example_whose_package_is_missing_says_so_and_stops(name: str, packag
 def test_fold_and_run_leaves_the_file_that_was_asked_for(tmp_path: Path) -> None:
     run("fold_and_run.py", tmp_path, "mine.onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["mine.onnx"]
-
-
-def decayed(model: nn.Module) -> tuple[set[str], set[str]]:
-    """Return the names with and without weight decay."""
-    with_decay, without = load("finetune").parameter_groups(model, 0.1)
-    assert (with_decay["weight_decay"], without["weight_decay"]) == (0.1, 0.0)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = [{names[id(p)] for p in group["params"]} for group in (with_decay, without)]
-    assert groups[0] | groups[1] == set(names.values())
-    assert sum(len(group["params"]) for group in (with_decay, without)) == len(names)
-    return groups[0], groups[1]
-
-
-@pytest.mark.parametrize(
-    ("recipe", "weight", "others"),
-    [
-        ("gn", "weight", []),
-        ("gn+ws", "parametrizations.weight.original0", ["original1"]),
-        ("gn+aws", "parametrizations.weight.original0", ["original1", "original2"]),
-        ("wn+mobn", "parametrizations.weight.original1", ["original0"]),
-    ],
-)
-def test_weight_decay_is_for_the_directions_of_the_layers_weights_alone(
-    recipe: str, weight: str, others: list[str]
-) -> None:
-    model = ns.swap_norms(load_network(), recipe, init="fresh")
-    with_decay, without = decayed(model)
-    convolutions = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
-    assert len(convolutions) == 9
-    assert with_decay == {f"{name}.{weight}" for name in convolutions} | {"head.weight"}
-    for name in convolutions:
-        assert {f"{name}.parametrizations.weight.{other}" for other in others} <= without
-    assert {"head.bias", "bn1.bias"} <= without
-
-
-def test_weight_decay_tells_g_from_v_where_both_have_the_same_shape() -> None:
-    layer = torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 1, groups=4))
-    originals = layer.parametrizations["weight"]
-    assert originals.original0.shape == originals.original1.shape
-    assert decayed(layer) == (
-        {"parametrizations.weight.original1"},
-        {"parametrizations.weight.original0", "bias"},
-    )
-
-
-def test_weight_decay_leaves_frozen_parameters_out() -> None:
-    model = load_network()
-    model.conv1.requires_grad_(False)
-    groups = load("finetune").parameter_groups(model, 0.1)
-    assert not any(p is model.conv1.weight for group in groups for p in group["params"])
 
 
 def test_both_kinds_of_batches_are_what_they_are_called() -> None:

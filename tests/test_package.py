@@ -32,6 +32,7 @@ LAYERS = [
     "__init__",
     "report",
     "pipeline",
+    "training",
     "deploy",
     "storage",
     "loading",

@@ -16,6 +16,7 @@ from normswap.cli.console import survive_any_encoding
 from normswap.cli.converting import convert_model
 from normswap.cli.deploying import export_model, fold_model
 from normswap.cli.inspecting import inspect_model
+from normswap.cli.migrating import migrate_checkpoint
 
 __all__ = ["app", "main"]
 
@@ -54,6 +55,7 @@ _add(
 )
 _add(fold_model, "fold", "model.gn+ws.safetensors -o deploy.pt")
 _add(export_model, "export", "deploy.pt -o deploy.onnx --input-shape 1x3x32x32")
+_add(migrate_checkpoint, "migrate", "later.pt --like model.gn+ws.safetensors -o later.gn+ws.safetensors")
 _add(verify_pair, "verify", "deploy.pt deploy.onnx --input-shape 4x3x32x32")
 _add(show_recipes, "recipes", "")
 _add(show_demo, "demo", "--output results")

@@ -55,6 +55,35 @@ class Source:
             note(f"as exported, {path} takes {shown} and no other sizes{any_size}")
         return model
 
+    def stored(self, path: Path) -> nn.Module:
+        """Return the converted model in ``path``, a file by `normswap convert` or ``normswap.save``.
+
+        Raises:
+            InputError: It is another file.
+        """
+        from normswap.storage import store as storage
+
+        if path.is_file() and not storage.is_stored(path):
+            raise InputError(
+                f"{str(path)!r} was not written by `normswap convert`: it does not say what its conversion did",
+                code="storage-foreign",
+                hint="give the .safetensors file that `normswap convert` wrote",
+            )
+        return self._open(path) if path.is_file() else self.open(path)
+
+    def tensors(self, path: Path, model: nn.Module) -> dict[str, Any]:
+        """Return the state dict in ``path``, without a wrapper's prefixes; ``model`` is what it is going to fit."""
+        with working(f"reading {path}"):
+            from normswap.loading.models import load_tensors
+            from normswap.storage import store as storage
+            from normswap.storage.replay import history
+
+            if path.is_file() and storage.is_stored(path):
+                return dict(self._open(path).state_dict())
+            skeletons = [origin.skeleton for origin in history(model)]
+            names = [name for one in (model, *skeletons) if one is not None for name in one.state_dict(keep_vars=True)]
+            return load_tensors(path, trust=self.trust, names=names)
+
     def _open(self, path: Path) -> nn.Module:
         with working(f"reading {path}"):
             from normswap.loading import load_model

@@ -15,7 +15,7 @@ single sample, or constant ones, cannot decide alone.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from normswap.initialization.centring import moments_for
 from normswap.initialization.moments import Moments, centre
 from normswap.nn import FilterLayout
 from normswap.nn.readers import fused_inputs
-from normswap.norms import Assignment, Bias, Incoming, LinearOf, NewValue, NormState, Takes, named, of_present
+from normswap.norms import Along, Assignment, Bias, Incoming, LinearOf, NewValue, NormState, Takes, named, of_present
 from normswap.records import InitRow
 from normswap.runs.watching import Statistics, measure_statistics
 from normswap.stages.bound import BoundStep
@@ -84,7 +84,7 @@ def absorb(
     handed = _by_affine(step, factor) if layer is None else _by_layer(step, layer, factor, moments)
     level, ratio = _expected(state, data)
     total = handed.excess * factor
-    encoded = norm.encode(Incoming(state, level, ratio, total * handed.mean, handed.excess, total))
+    encoded = norm.encode(Incoming(state, level, ratio, total * handed.mean, handed.excess, total, handed.mean))
     values = dict(handed.values) | named("norm", encoded.values)
     bias = encoded.bias
     old = None if layer is None else layer._parameters.get("bias")
@@ -119,7 +119,11 @@ def _by_reader(step: BoundStep, reader: nn.Module, factor: Tensor) -> Assignment
     values = {}
     for name, value in fused_inputs(reader, factor, shift):
         scaled = name.startswith("weight")
-        values[name] = NewValue(value, (LinearOf(f"reader.{name}", factor if scaled else None, over_inputs=scaled),))
+        terms = [LinearOf(f"reader.{name}", factor if scaled else None, over_inputs=scaled)]
+        if scaled:
+            share = torch.where(factor == 0, torch.zeros_like(factor), state.inverse_std / factor)
+            terms.append(LinearOf("norm.weight", share, over_inputs=True, along=Along.FILTERS))
+        values[name] = NewValue(value, tuple(terms))
     return named("reader", values)
 
 
@@ -144,7 +148,18 @@ def _by_layer(step: BoundStep, layer: nn.Module, factor: Tensor, moments: Mappin
         weight, shift = centre(layout, weight, known)
         mean = mean - shift
     encoded = step.weight.encode(layout, weight, factor, dtype)
-    return _Handed(named("layer", encoded.values), encoded.excess, mean, notes)
+    values = {name: _of_gamma(new, step) for name, new in encoded.values.items()}
+    return _Handed(named("layer", values), encoded.excess, mean, notes)
+
+
+def _of_gamma(new: NewValue, step: BoundStep) -> NewValue:
+    """Return a value with its terms of the factor as terms of γ, where γ/σ is the factor, and else without them."""
+    terms = [term for term in new.terms if term.old != "factor"]
+    if step.norm.takes is Takes.AFFINE:
+        for term in new.terms:
+            if term.old == "factor" and term.factor is not None:
+                terms.append(replace(term, old="norm.weight", factor=term.factor * step.state.inverse_std))
+    return NewValue(new.value, tuple(terms))
 
 
 def _with_known_terms(values: Assignment, state: NormState, layer: nn.Module | None, part: str) -> Assignment:

@@ -18,6 +18,7 @@ from normswap.records import Agreement, InitRow
 from normswap.runs.calling import Batch
 from normswap.runs.inputs import Inputs
 from normswap.stages.bound import BoundPlan, BoundStep
+from normswap.stages.moves import Scale
 from normswap.stages.rewriting import Placed
 
 __all__ = ["Initializer", "Outcome", "Progress", "Work", "initializer_for", "initializers"]
@@ -38,6 +39,7 @@ class Work:
         batches: Calibration data, all of it.
         enough: Its first batches, which hold enough samples for closed forms.
         scales: Of the channels that norms of ``source`` give, by fqn, where they were scaled.
+        factors: What each parameter of ``original`` was multiplied with for ``source``, by name, where it was.
         choose_groups: Whether the data chooses the group counts where a recipe leaves them to it.
         isolated: Whether the original's values go on after each site, so that its error is its own alone.
         progress: Called with what is done, how much of it is, and how much there is.
@@ -51,6 +53,7 @@ class Work:
     batches: Sequence[Batch] | None = None
     enough: Sequence[Batch] | None = None
     scales: Mapping[str, Tensor] = field(default_factory=dict)
+    factors: Mapping[str, Scale] = field(default_factory=dict)
     choose_groups: bool = False
     isolated: bool = False
     progress: Progress | None = None

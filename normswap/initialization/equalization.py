@@ -34,6 +34,7 @@ from normswap.runs.inputs import Inputs, make_up_inputs
 from normswap.runs.tensors import at_positions, tensors_of
 from normswap.runs.watching import watch_inputs
 from normswap.stages.bound import BoundPlan
+from normswap.stages.moves import Scale
 
 __all__ = ["EQUALIZED", "choose_scales", "equalize", "scale_channels"]
 
@@ -49,11 +50,11 @@ _MOST_ROWS = 2**14  # positions of one batch
 
 def equalize(
     bound: BoundPlan, flow: Dataflow, batches: Sequence[Batch] | None, example: Inputs | None
-) -> tuple[nn.Module, dict[str, Tensor]]:
+) -> tuple[nn.Module, dict[str, Tensor], dict[str, Scale]]:
     """Return a copy of the captured model, the same function, whose channels' scales suit standardized weights.
 
-    And the scales of the channels that each norm gives, by fqn. The model itself, and no scales, where nothing is
-    gained, where it cannot be copied, or where its output would not stay.
+    And the scales of the channels that each norm gives, by fqn, and of each parameter, by name. The model itself, and
+    no scales, where nothing is gained, where it cannot be copied, or where its output would not stay.
 
     Args:
         bound: What is going to be done.
@@ -64,10 +65,10 @@ def equalize(
     model = flow.capture.model
     gamma_sigma = dict(_gamma_sigma(bound))
     if not gamma_sigma or any(p.is_meta for p in model.parameters()):
-        return model, {}
+        return model, {}, {}
     inputs = example if example is not None else make_up_inputs(model)
     if inputs is None:
-        return model, {}
+        return model, {}, {}
     norms = {
         step.site.norm: tuple(one for _, one in step.source.after)
         for step in bound.modules
@@ -76,16 +77,17 @@ def equalize(
     channels = find_channels(flow, norms, [step.site.layer for step in bound.modules if step.site.layer])
     scales = _from_data_or_noise(model, gamma_sigma, channels, batches, inputs)
     if scales is None:
-        return model, {}
+        return model, {}, {}
     try:
         scaled = copy_of(model)
     except Exception:  # whatever a user's class does on being copied: it converts in place nevertheless
-        return model, {}
+        return model, {}, {}
     scale_channels(scaled, channels, scales)
     result = keeps_output(eval_output(model, inputs), scaled, inputs)
     if result is not None and not result.ok:
-        return model, {}
-    return scaled, {norm: scales[channels.outputs[norm]] for norm in norms if norm in channels.outputs}
+        return model, {}, {}
+    given = {norm: scales[channels.outputs[norm]] for norm in norms if norm in channels.outputs}
+    return scaled, given, _of_parameters(model, channels, scales)
 
 
 def _from_data_or_noise(
@@ -174,6 +176,25 @@ def scale_channels(model: nn.Module, channels: Channels, scales: Tensor) -> None
             if bool((factor != 1).any()):
                 weight = FilterLayout.weight(layer)
                 weight.copy_(FilterLayout.of(layer).multiply_inputs(weight.double(), 1 / factor.to(weight.device)))
+
+
+def _of_parameters(model: nn.Module, channels: Channels, scales: Tensor) -> dict[str, Scale]:
+    """Return what :func:`scale_channels` multiplies each parameter with, by name."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found: dict[str, Scale] = {}
+    for fqn in dict.fromkeys((*channels.outputs, *channels.inputs)):
+        module = model.get_submodule(fqn)
+        outputs = scales[channels.outputs[fqn]] if fqn in channels.outputs else None
+        inputs = 1 / scales[channels.inputs[fqn]] if fqn in channels.inputs else None
+        for key, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) in names:
+                of_weight = inputs if key == "weight" else None
+                found[names[id(parameter)]] = Scale(_bare(outputs), _bare(of_weight), FilterLayout.of(module))
+    return {name: one for name, one in found.items() if one.outputs is not None or one.inputs is not None}
+
+
+def _bare(factor: Tensor | None) -> Tensor | None:
+    return None if factor is None or bool((factor == 1).all()) else factor
 
 
 def _scale_outputs(module: nn.Module, factor: Tensor) -> None:

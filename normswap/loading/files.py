@@ -118,7 +118,7 @@ def kind_of(file: BinaryIO) -> str:
         return "hdf5"
     if len(head) > 8 and head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") < 1 << 27:
         return "safetensors"
-    if head[0] == 0x80 and head[1] <= 5:
+    if len(head) > 1 and head[0] == 0x80 and head[1] <= 5:
         return "pickle"
     if head[0] == 0x08 and head[1] < 32 and head[2:3] in (b"\x12", b"\x1a", b"\x22", b"\x3a", b"\x42"):
         return "onnx"  # ModelProto: field 1 is the IR version; then the producer's name or the graph

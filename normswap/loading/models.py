@@ -18,11 +18,11 @@ from normswap.loading.checkpoints import check_finite, read_checkpoint
 from normswap.loading.files import expect_kind, kind_of, open_file
 from normswap.loading.importing import first_line
 from normswap.loading.programs import read_program
-from normswap.loading.state_dicts import choose_entry, fit
+from normswap.loading.state_dicts import choose_entry, fit, stripped
 from normswap.loading.trust import Trust
 from normswap.runs.wrappers import unwrapped
 
-__all__ = ["load_model", "read_safetensors"]
+__all__ = ["load_model", "load_tensors", "read_safetensors"]
 
 
 def load_model(
@@ -79,6 +79,27 @@ def load_model(
     fit(model, found, path, arch)
     check_finite(model, path)
     return model
+
+
+def load_tensors(path: Path, *, trust: Sequence[str] = (), names: Sequence[str] = ()) -> dict[str, torch.Tensor]:
+    """Return the state dict in `path`, on the CPU: as such, in a training checkpoint, or of a whole model.
+
+    Args:
+        path: a file by ``torch.save``, or a safetensors file.
+        trust: as for :func:`load_model`.
+        names: the names that are expected, by which wrappers' prefixes are told and taken off.
+
+    Raises:
+        InputError: the file cannot be read, is of another kind, or needs names that are not trusted.
+    """
+    trusted = Trust.parse(trust)
+    with open_file(path) as file:
+        kind = kind_of(file)
+        expect_kind(kind, ("torch", "safetensors"), path)
+        content = read_checkpoint(file, path, trusted) if kind == "torch" else read_safetensors(path)
+    found = choose_entry(content, path)
+    state = dict(unwrapped(found)[0].state_dict()) if isinstance(found, nn.Module) else found
+    return stripped(state, names, path)
 
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:

@@ -6,13 +6,14 @@ import logging
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from normswap.errors import InputError, parameter
 
-__all__ = ["choose_entry", "fit"]
+__all__ = ["choose_entry", "fit", "renamed", "stripped"]
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ ENTRIES = (
 )
 PREFIXES = ("module.", "_orig_mod.", "model.")
 SHOWN = 5
+WEIGHT_NORM = (("original0", "_g"), ("original1", "_v"))
 
 
 def _is_state_dict(value: object) -> bool:
@@ -88,7 +90,7 @@ def _copy(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return copied
 
 
-def _strip(state: dict[str, torch.Tensor], expected: Iterable[str], path: Path) -> dict[str, torch.Tensor]:
+def stripped(state: dict[str, torch.Tensor], expected: Iterable[str], path: Path) -> dict[str, torch.Tensor]:
     """Take off wrappers' prefixes (data parallel, compile, a trainer's own) that the model does not have."""
     expected = list(expected)
     if "n_averaged" in state and "n_averaged" not in expected:  # an AveragedModel counts its updates
@@ -102,6 +104,32 @@ def _strip(state: dict[str, torch.Tensor], expected: Iterable[str], path: Path) 
     return state
 
 
+def renamed(state: Mapping[str, Any], expected: Iterable[str]) -> dict[str, Any]:
+    """Return `state` with weight normalization's names as `expected` has them; nothing else is changed.
+
+    Of torch's two forms one has ``weight_g`` and ``weight_v``, the other ``parametrizations.weight.original0`` and
+    ``original1``: g and v, of the same shapes for every ``dim``. torch itself only reads the first into the second.
+    """
+    names, left = dict.fromkeys(expected), dict(state)
+    changed: dict[str, str] = {}
+    for name in names:
+        if name in state:
+            continue
+        head, _, leaf = name.rpartition(".")
+        owner, _, tensor = head.rpartition(".")
+        for original, suffix in WEIGHT_NORM:
+            if leaf == original and owner.rpartition(".")[2] == "parametrizations":
+                found = f"{owner.removesuffix('parametrizations')}{tensor}{suffix}"
+            elif leaf.endswith(suffix):
+                place = f"{head}." if head else ""
+                found = f"{place}parametrizations.{leaf.removesuffix(suffix)}.{original}"
+            else:
+                continue
+            if found in left and found not in names:
+                changed[found] = name
+    return {changed.get(name, name): value for name, value in left.items()}
+
+
 def fit(model: nn.Module, state: dict[str, torch.Tensor], path: Path, arch: str) -> None:
     """Load `state` into `model`.
 
@@ -110,7 +138,10 @@ def fit(model: nn.Module, state: dict[str, torch.Tensor], path: Path, arch: str)
             each shown.
     """
     expected = model.state_dict(keep_vars=True)
-    state = _strip(state, expected, path)
+    state = stripped(state, expected, path)
+    if (changed := renamed(state, expected)).keys() != state.keys():
+        logger.info("%s: weight normalization's names are changed to those of %s", path, arch)
+        state = changed
     wanted = {name: _shape(tensor) for name, tensor in expected.items()}
     misshapen = [
         f"{name} is {_shape(state[name])}, {arch} has {shape}"

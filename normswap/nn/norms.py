@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -178,6 +179,25 @@ class MeanOnlyBatchNorm(_BatchNorm):
         total = all_reduce(total)
         mean: Tensor = total[:-1] / total[-1]
         return mean
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if strict and f"{prefix}running_var" in state_dict:
+            error_msgs.append(
+                f"'{prefix.removesuffix('.')}' is a mean-only norm, the state dict has a BatchNorm's values for it: "
+                "normswap.migrate_state_dict(state_dict, model) gives the converted model's"
+            )
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, momentum={self.momentum}"

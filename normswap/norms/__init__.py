@@ -9,12 +9,13 @@ from functools import cache
 
 from torch import nn
 
-from normswap.norms.assignment import Assignment, LinearOf, NewValue, apply, named, of_present, tensor_in
+from normswap.norms.assignment import Along, Assignment, LinearOf, NewValue, apply, named, of_present, tensor_in
 from normswap.norms.base import Norm, registered
 from normswap.norms.records import Affine, Bias, Encoding, Incoming, NormState, Stays, Takes
 
 __all__ = [
     "Affine",
+    "Along",
     "Assignment",
     "Bias",
     "Encoding",

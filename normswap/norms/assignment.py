@@ -4,11 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from enum import Enum
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Assignment", "LinearOf", "NewValue", "apply", "named", "of_present", "tensor_in"]
+__all__ = ["Along", "Assignment", "LinearOf", "NewValue", "apply", "named", "of_present", "tensor_in"]
+
+
+class Along(Enum):
+    """What of an old parameter meets what of the new one, for each channel c with its factor f_c."""
+
+    VALUES = "f_c · old_c"
+    """Value by value: both have one shape, or both one value per channel."""
+    DIRECTION = "f_c · ⟨v_c/‖v_c‖, old_c⟩"
+    """A filter's part along the stored filter v_c gives one value: the length of weight normalization."""
+    SPREAD = "f_c · ⟨u_c/‖u_c‖, old_c⟩, u_c = v_c − mean v_c"
+    """The same along the filter without its mean: the gain of weight standardization."""
+    MEAN = "f_c · mean(old_c)"
+    """A filter's mean gives one value: the offset of weight standardization."""
+    FILTERS = "f_c · old_c · new_c"
+    """One value per channel scales a whole filter of the new value itself."""
+
+    @property
+    def reduces(self) -> bool:
+        """Whether a filter gives one value."""
+        return self in (Along.DIRECTION, Along.SPREAD, Along.MEAN)
 
 
 @dataclass(frozen=True)
@@ -22,11 +43,14 @@ class LinearOf:
             the layer that reads the norm, ``reader.weight``.
         factor: One factor per channel; None is 1. ``(C,)``
         over_inputs: Whether the channels are those that a weight reads, and not those that it gives.
+        along: What of the old parameter meets what of the new one, where it is not value by value. Directions are
+            those at the conversion, which the new values hold.
     """
 
     old: str
     factor: Tensor | None = None
     over_inputs: bool = False
+    along: Along = Along.VALUES
 
 
 @dataclass(frozen=True)

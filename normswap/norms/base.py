@@ -46,6 +46,8 @@ class Norm:
     """The classes of the modules that are such norms; subclasses count, the closest class in the MRO decides."""
     converts: ClassVar[bool] = False
     """Whether such a norm can be replaced, as it has statistics to take over."""
+    follows_batches: ClassVar[bool] = False
+    """Whether such a norm has running statistics that follow the batches of training."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()

@@ -34,6 +34,7 @@ class BatchNormalization(Norm):
 
     modules = (_BatchNorm,)
     converts = True
+    follows_batches = True
     takes = Takes.NOTHING
     bias = Bias.KEPT
 

@@ -31,6 +31,7 @@ class MeanOnly(Norm):
     synchronized: bool = False
 
     modules = (MeanOnlyBatchNorm,)
+    follows_batches = True
     takes = Takes.AFFINE
     bias = Bias.REMOVED
 

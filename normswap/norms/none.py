@@ -40,7 +40,12 @@ class Nothing(Norm):
         return None
 
     def encode(self, incoming: Incoming) -> Encoding:
-        terms = (LinearOf("layer.bias", incoming.factor), LinearOf("norm.bias"))
+        per_gamma = -incoming.centre * incoming.state.inverse_std
+        terms = (
+            LinearOf("norm.bias"),
+            LinearOf("norm.weight", per_gamma),
+            LinearOf("layer.bias", incoming.factor),
+        )
         return Encoding(bias=NewValue(incoming.beta - incoming.mean, terms))
 
     def __str__(self) -> str:

@@ -126,6 +126,7 @@ class Incoming:
         mean: The mean of the layer's output before any bias.
         excess: The factor by which the layer's output exceeds the one asked for; 1 but where the weight keeps no scale.
         factor: The factor by which the layer's output, bias included, was multiplied in all.
+        centre: The mean of the old layer's output before any bias: ``mean`` before it was multiplied.
     """
 
     state: NormState
@@ -134,6 +135,7 @@ class Incoming:
     mean: Tensor
     excess: Tensor
     factor: Tensor
+    centre: Tensor
 
     @property
     def gamma(self) -> Tensor:

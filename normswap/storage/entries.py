@@ -26,8 +26,10 @@ from normswap.loading.refusals import INSTEAD
 from normswap.loading.trust import Trust
 from normswap.recipes import Recipe, make_recipe
 from normswap.records import Plan
+from normswap.stages.moves import Moves
 from normswap.storage.contents import Contents
 from normswap.storage.origin import Origin, forget
+from normswap.storage.remembered import moves_from_text, moves_to_text
 from normswap.storage.replay import copied
 from normswap.version import __version__
 
@@ -45,8 +47,8 @@ __all__ = [
 ]
 
 FORMAT = 2  # 1 had other gains of weight standardization
-FORMAT_KEY, _VERSION, _PLANS, _CONTENTS, SKELETON_KEY = (
-    f"normswap_{name}" for name in ("format", "version", "plans", "contents", "skeleton")
+FORMAT_KEY, _VERSION, _PLANS, _CONTENTS, SKELETON_KEY, _MOVES = (
+    f"normswap_{name}" for name in ("format", "version", "plans", "contents", "skeleton", "moves")
 )
 _LARGEST_SKELETON = 32 << 20
 """Bytes of a packed skeleton; a safetensors header may have 100 MB. Real ones have 20 to 200 kB."""
@@ -58,11 +60,15 @@ MISFITS = (ValueError, KeyError, TypeError, AttributeError, RuntimeError)
 
 @dataclass(frozen=True)
 class Stored:
-    """What a file holds: its plans, each with the class of a recipe that is a user's, and its contents and skeleton."""
+    """What a file holds: its plans, each with the class of a recipe that is a user's, its contents, and its skeleton.
+
+    And where the parameters come from, for each plan, where the file says it.
+    """
 
     plans: list[tuple[Plan, str]]
     contents: Contents
     skeleton: str | None
+    moves: list[Moves | None]
 
 
 def header_of(origins: Sequence[Origin], contents: Contents, skeleton: nn.Module | None) -> dict[str, str]:
@@ -73,6 +79,9 @@ def header_of(origins: Sequence[Origin], contents: Contents, skeleton: nn.Module
         _PLANS: json.dumps([_plan_entry(origin) for origin in origins], ensure_ascii=False),
         _CONTENTS: contents.to_json(),
     }
+    moves = moves_to_text([origin.moves for origin in origins])
+    if moves is not None:
+        metadata[_MOVES] = moves
     packed = None if skeleton is None else _pack(skeleton)
     if packed is not None:
         metadata[SKELETON_KEY] = packed
@@ -132,6 +141,7 @@ def read_stored(path: Path) -> Stored:
             tensors: dict[str, Tensor] = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
         plans = [(Plan.from_json(json.dumps(e["plan"])), str(e["custom"])) for e in json.loads(metadata[_PLANS])]
         contents = Contents.from_json(metadata[_CONTENTS], tensors)
+        moves = moves_from_text(metadata.get(_MOVES), len(plans))
     except (
         SafetensorError,
         PlanError,
@@ -141,9 +151,10 @@ def read_stored(path: Path) -> Stored:
         TypeError,
         AttributeError,
         RuntimeError,
+        zlib.error,
     ) as cause:
         raise damaged(path, cause) from cause
-    return Stored(plans, contents, metadata.get(SKELETON_KEY))
+    return Stored(plans, contents, metadata.get(SKELETON_KEY), moves)
 
 
 def damaged(path: Path, cause: Exception) -> InputError:

@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 
 from normswap.recipes import Recipe
 from normswap.records import Plan
+from normswap.stages.moves import Moves
 
 __all__ = ["Origin", "Slot", "origin_of", "remember", "skeleton_of", "slots", "substituted"]
 
@@ -35,11 +36,13 @@ class Origin:
         recipe: What it did it with.
         skeleton: The model before, on the meta device; None where it cannot be copied. Never to be changed. A model
             that was converted twice has a skeleton with an origin of its own.
+        moves: Where its parameters come from; None where that is not known.
     """
 
     plan: Plan
     recipe: Recipe
     skeleton: nn.Module | None
+    moves: Moves | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Origin:
         return self

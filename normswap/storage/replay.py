@@ -13,6 +13,7 @@ from normswap.errors import InputError
 from normswap.recipes import Recipe
 from normswap.records import Plan
 from normswap.stages.bound import bind
+from normswap.stages.moves import Moves
 from normswap.stages.opened import opened
 from normswap.stages.rewriting import rewrite
 from normswap.storage.contents import differences
@@ -51,10 +52,12 @@ def copied(skeleton: nn.Module) -> nn.Module:
     return copied
 
 
-def replayed_on(skeleton: nn.Module, steps: Sequence[tuple[Plan, Recipe]]) -> nn.Module:
-    """Carry the plans out on ``skeleton``, in place."""
-    for plan, recipe in steps:
-        origin = Origin(plan, recipe, skeleton_of(skeleton))
+def replayed_on(
+    skeleton: nn.Module, steps: Sequence[tuple[Plan, Recipe]], moves: Sequence[Moves | None] = ()
+) -> nn.Module:
+    """Carry the plans out on ``skeleton``, in place; ``moves`` says where each one's parameters come from."""
+    for index, (plan, recipe) in enumerate(steps):
+        origin = Origin(plan, recipe, skeleton_of(skeleton), moves[index] if moves else None)
         with opened(skeleton):
             rewrite(skeleton, bind(plan, recipe, skeleton))
         remember(skeleton, origin)

@@ -111,7 +111,7 @@ def load(
         )
     else:
         skeleton = copied(model)
-    replayed = replayed_on(skeleton, steps)
+    replayed = replayed_on(skeleton, steps, stored.moves)
     try:
         return give(replayed, stored.contents)
     except MISFITS as cause:

@@ -18,7 +18,7 @@ class WeightEncoding:
     """Values of a parametrization's tensors, by their names within the layer, and what they make of the filters.
 
     Args:
-        values: The values.
+        values: The values. A term of theirs may be of ``factor``, the argument of :meth:`Weight.encode`.
         excess: The factor by which each filter exceeds the one asked for; ones where the form keeps a scale. ``(C,)``
     """
 

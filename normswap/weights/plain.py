@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.nn import FilterLayout
-from normswap.norms.assignment import LinearOf, NewValue
+from normswap.norms.assignment import Along, LinearOf, NewValue
 from normswap.weights.base import Weight, WeightEncoding
 
 __all__ = ["PlainWeight"]
@@ -24,5 +24,7 @@ class PlainWeight(Weight):
         return None
 
     def encode(self, layout: FilterLayout, weight: Tensor, factor: Tensor, dtype: torch.dtype) -> WeightEncoding:
-        scaled = NewValue(layout.multiply_outputs(weight, factor), (LinearOf("layer.weight", factor),))
+        share = torch.where(factor == 0, torch.zeros_like(factor), 1 / factor)
+        terms = (LinearOf("layer.weight", factor), LinearOf("factor", share, along=Along.FILTERS))
+        scaled = NewValue(layout.multiply_outputs(weight, factor), terms)
         return WeightEncoding({"weight": scaled}, torch.ones_like(factor))

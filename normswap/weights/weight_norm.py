@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.nn import FilterLayout, parametrize_weight_norm
-from normswap.norms.assignment import LinearOf, NewValue
+from normswap.norms.assignment import Along, LinearOf, NewValue
 from normswap.weights.base import Weight, WeightEncoding
 
 __all__ = ["WeightNorm"]
@@ -34,7 +34,10 @@ class WeightNorm(Weight):
         v = layout.unflatten(torch.where((norm == 0)[:, None], torch.ones_like(filters), v), weight)
         stretch = torch.where(tiny, 1 / norm.clamp(min=1e-300), torch.ones_like(norm))
         values = {
-            "parametrizations.weight.original0": NewValue(_shaped(norm * factor, layout, weight)),
+            "parametrizations.weight.original0": NewValue(
+                _shaped(norm * factor, layout, weight),
+                (LinearOf("factor", norm), LinearOf("layer.weight", factor, along=Along.DIRECTION)),
+            ),
             "parametrizations.weight.original1": NewValue(v, (LinearOf("layer.weight", stretch),)),
         }
         return WeightEncoding(values, torch.ones_like(factor))

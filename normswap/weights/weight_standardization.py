@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from normswap.nn import FilterLayout, WeightStandardization, row_moments
-from normswap.norms.assignment import LinearOf, NewValue
+from normswap.norms.assignment import Along, LinearOf, NewValue
 from normswap.weights.base import Weight, WeightEncoding
 
 __all__ = ["WeightStd"]
@@ -62,11 +62,26 @@ class WeightStd(Weight):
         v = NewValue(layout.unflatten(filters, weight), (LinearOf("layer.weight", stretch),))
         values = {
             "parametrizations.weight.original0": v,
-            "parametrizations.weight.original1": NewValue(std * factor * unit),
+            "parametrizations.weight.original1": NewValue(
+                std * factor * unit,
+                (
+                    LinearOf("factor", std * unit / stretch),
+                    LinearOf("layer.weight", factor * stretch * self._slope(filters), along=Along.SPREAD),
+                ),
+            ),
         }
         if self.offset:
-            values["parametrizations.weight.original2"] = NewValue(mean * factor * unit)
+            offset = LinearOf("factor", mean * unit / stretch)
+            terms = (offset, LinearOf("layer.weight", factor * stretch * unit, along=Along.MEAN))
+            values["parametrizations.weight.original2"] = NewValue(mean * factor * unit, terms)
         return WeightEncoding(values, torch.ones_like(factor))
+
+    def _slope(self, filters: Tensor) -> Tensor:
+        """Return by how much the gain grows with a filter's length about its mean, but for the factor. ``(C,)``"""
+        mean, var = row_moments(filters)
+        length: Tensor = (filters - mean[:, None]).norm(dim=1)
+        slope: Tensor = length / ((var + self.eps).sqrt() * float(filters.shape[1]) ** 0.5)
+        return slope
 
     def _std(self, filters: Tensor) -> tuple[Tensor, Tensor]:
         mean, var = row_moments(filters)
