@@ -217,3 +217,52 @@ def test_a_mean_only_model_says_what_to_do_with_a_batchnorm_checkpoint() -> None
     with pytest.raises(RuntimeError, match=r"normswap\.migrate_state_dict"):
         result.model.load_state_dict(net().state_dict())
     result.model.load_state_dict(result.model.state_dict())
+
+
+class LastAxis(nn.BatchNorm1d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+
+def network_over_the_last_axis() -> nn.Module:
+    return randomize_(nn.Sequential(nn.Linear(6, 5), LastAxis(5), nn.ReLU(), nn.Linear(5, 3)), 0).eval()
+
+
+@pytest.mark.parametrize("recipe", EXACT)
+def test_a_norm_that_was_opened_goes_there_and_back(recipe: str) -> None:
+    """A subclass that moves the axes: its tensors have other names in the converted model, and the old ones again."""
+    model, x = network_over_the_last_axis(), torch.randn(4, 5, 6)
+    converted = ns.swap_norms(model, recipe, example_inputs=x)
+    other = later(model)
+    there = ns.migrate_state_dict(other.state_dict(), converted)
+    again = copy.deepcopy(converted)
+    again.load_state_dict(there.state)
+    assert there.exact
+    with torch.no_grad():
+        torch.testing.assert_close(again(x), other(x), rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(converted(x), other(x), atol=1e-2)
+    back = ns.migrate_state_dict(there.state, again)
+    assert back.state.keys() == model.state_dict().keys()
+    restored = network_over_the_last_axis()
+    restored.load_state_dict(back.state)
+    with torch.no_grad():
+        torch.testing.assert_close(restored(x), other(x), rtol=1e-5, atol=1e-5)
+
+
+def test_recipes_per_site_go_there_and_back() -> None:
+    entry = BY_NAME["residual_block"]
+    model = entry.model(0).eval()
+    names = [step.site.norm for step in ns.plan(model, "wn").steps]
+    converted = ns.swap_norms(model, {names[0]: "wn+mobn", names[1]: "none", "*": "wn"})
+    other = later(model)
+    there = ns.migrate_state_dict(other.state_dict(), converted)
+    again = copy.deepcopy(converted)
+    again.load_state_dict(there.state)
+    assert there.exact
+    with torch.no_grad():
+        assert far(entry.run(again.eval(), entry.inputs), entry.run(other, entry.inputs)) < 1e-5
+    back = ns.migrate_state_dict(there.state, again)
+    restored = copy.deepcopy(model)
+    restored.load_state_dict(back.state)
+    with torch.no_grad():
+        assert far(entry.run(restored.eval(), entry.inputs), entry.run(other, entry.inputs)) < 1e-5

@@ -25,6 +25,7 @@ from normswap.loading.state_dicts import renamed
 from normswap.options import Options
 from normswap.runs.guard import copy_of
 from normswap.stages.bound import bind
+from normswap.stages.opened import opened
 from normswap.stages.rewriting import rewrite
 from normswap.storage.contents import differences
 from normswap.storage.origin import Origin, origin_of, slots, substituted
@@ -161,21 +162,10 @@ def _forward(old: Mapping[str, Tensor], model: nn.Module, origins: Sequence[Orig
     current = _filled(first, _renamed(old, first), model)
     notes: list[str] = []
     for origin in origins:
-        bound = bind(origin.plan, origin.recipe, current)
-        bound = bound.with_statistics(missing_statistics(current, bound, None))
-        source: nn.Module = current
-        scales: dict[str, Tensor] = {}
-        if not origin.recipe.exact:
-            source, scales, _ = equalize(bound, Dataflow(capture(current, None)), None, None)
-            bound = bound.with_scales(scales)
-            notes.append(
-                f"{origin.recipe.name} is not exact: the checkpoint was converted as without data, and loses what that "
-                "loses"
-            )
-        method = Absorb(Work(current, source, bound, Options(), scales=scales))
-        target = copy_of(source)
-        outcome = method.refine(target, rewrite(target, bound, method.values))
-        notes += outcome.notes
+        with opened(current) as norms:
+            target, notes_of = _again(origin, current)
+            norms.close(target)
+        notes += notes_of
         current = target
     state = {name: _detached(value) for name, value in current.state_dict().items()}
     if different := _misfit(state, model):
@@ -185,6 +175,26 @@ def _forward(old: Mapping[str, Tensor], model: nn.Module, origins: Sequence[Orig
             hint="give the model as it was converted, and change its parts afterwards",
         )
     return StateDictMigration(state, "converted", not any(not one.recipe.exact for one in origins), tuple(notes))
+
+
+def _again(origin: Origin, model: nn.Module) -> tuple[nn.Module, list[str]]:
+    """Return what the conversion ``origin`` makes of ``model`` without data, and what to know of it."""
+    notes: list[str] = []
+    bound = bind(origin.plan, origin.recipe, model)
+    bound = bound.with_statistics(missing_statistics(model, bound, None))
+    source = model
+    scales: dict[str, Tensor] = {}
+    if not origin.recipe.exact:
+        source, scales, _ = equalize(bound, Dataflow(capture(model, None)), None, None)
+        bound = bound.with_scales(scales)
+        notes.append(
+            f"{origin.recipe.name} is not exact: the checkpoint was converted as without data, and loses what that "
+            "loses"
+        )
+    method = Absorb(Work(model, source, bound, Options(), scales=scales))
+    target = copy_of(source)
+    outcome = method.refine(target, rewrite(target, bound, method.values))
+    return target, [*notes, *outcome.notes]
 
 
 def _back(old: Mapping[str, Tensor], model: nn.Module, origins: Sequence[Origin]) -> StateDictMigration:

@@ -25,6 +25,7 @@ from normswap.nn.readers import fused_inputs
 from normswap.norms import Affine, deployed
 from normswap.stages.bound import BoundStep, bind
 from normswap.stages.moves import old_tensors
+from normswap.stages.opened import opened
 from normswap.storage.origin import Origin
 
 __all__ = ["restored"]
@@ -33,8 +34,9 @@ __all__ = ["restored"]
 class _Old:
     """The old tensors of one step: their names, what is remembered of them, and what they become."""
 
-    def __init__(self, skeleton: nn.Module, step: BoundStep, before: Mapping[str, Tensor]) -> None:
-        known = {id(t): name for name, t in (*skeleton.named_buffers(), *skeleton.named_parameters())}
+    def __init__(
+        self, skeleton: nn.Module, known: Mapping[int, str], step: BoundStep, before: Mapping[str, Tensor]
+    ) -> None:
         self.names = {part: known[id(t)] for part, t in old_tensors(skeleton, step).items() if id(t) in known}
         self.before, self.step = before, step
         self.new: dict[str, Tensor] = {}
@@ -65,8 +67,11 @@ def restored(model: nn.Module, origin: Origin) -> tuple[dict[str, Any], list[str
     before = {} if origin.moves is None else origin.moves.before
     notes = [] if before else ["the old statistics are not remembered: μ = 0 and σ = 1 stand for them"]
     given: dict[str, Tensor] = {}
-    for step in bind(origin.plan, origin.recipe, skeleton).steps:
-        old = _Old(skeleton, step, before)
+    known = {id(t): name for name, t in (*skeleton.named_buffers(), *skeleton.named_parameters())}
+    with opened(skeleton):
+        steps = bind(origin.plan, origin.recipe, skeleton).steps
+        found = [(step, _Old(skeleton, known, step, before)) for step in steps]
+    for step, old in found:
         _restore(model, step, old)
         for name, value in old.new.items():
             if name in given and not torch.allclose(given[name], value, rtol=1e-5):
