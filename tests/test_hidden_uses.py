@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -430,3 +431,70 @@ def test_a_norm_is_chosen_by_each_of_its_names(name: str) -> None:
     assert chosen(include=[name]) == ["bn"]
     assert chosen(exclude=[name]) == ["head.1"]
     assert chosen(include=["head.*"]) == ["head.1"]
+
+
+# ------------------------------------------------------------------------- registered, and called from somewhere else
+
+
+class Elsewhere(nn.Module):
+    """Each norm is an attribute, and is called from what registers none."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.a, self.n, self.b, self.m = nn.Conv2d(4, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 6, 1), nn.BatchNorm2d(6)
+        norms = [self.n, self.m]
+        self.kept: Any = {
+            "list": norms,
+            "tuple": tuple(norms),
+            "dict": dict(enumerate(norms)),
+            "nested": [{0: (self.n,)}, {0: (self.m,)}],
+            "methods": [norm.forward for norm in norms],
+            "attribute": norms,
+        }[how]
+        if how == "attribute":
+            self.__dict__["first"], self.__dict__["second"] = norms
+
+    def norm(self, place: int) -> Any:
+        if self.how == "attribute":
+            return self.__dict__["second" if place else "first"]
+        return self.kept[place][0][0] if self.how == "nested" else self.kept[place]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(1)(self.b(torch.relu(self.norm(0)(self.a(x)))))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("how", ["list", "tuple", "dict", "nested", "methods", "attribute"])
+def test_a_norm_that_is_called_from_elsewhere_is_replaced_there(how: str, given: bool, inplace: bool) -> None:
+    model = randomize_(Elsewhere(how).double(), 0).eval()
+    expected = copy.deepcopy(model)
+    for recipe in ("none", "mobn", "gn"):
+        options: dict[str, Any] = {"example_inputs": X} if given else {}
+        options |= {"group_size": 2} if recipe == "gn" else {}
+        if how == "methods" and given:  # a run shows what a method that is called by itself does
+            with pytest.raises(NothingToConvertError):
+                ns.convert(model, recipe, **options)
+            continue
+        result = ns.convert(copy.deepcopy(model), recipe, check=False, inplace=inplace, **options)
+        assert not any(isinstance(module, nn.BatchNorm2d) and module.affine is True and hasattr(module, "_buffers")
+                       and "running_var" in module._buffers for module in reached(result.model))  # fmt: skip
+        if recipe != "gn":
+            assert error(result.model.eval(), expected, lambda m: m(X)) < 1e-12
+        folded = ns.fold(result.model.eval())
+        assert error(folded, result.model, lambda m: m(X)) < 1e-12
+    folded = ns.fold(model)
+    assert error(folded, expected, lambda m: m(X)) < 1e-12
+    assert not [module for module in reached(folded) if isinstance(module, nn.BatchNorm2d)]
+
+
+def reached(model: nn.Module) -> list[nn.Module]:
+    """The modules that a run calls, wherever the model holds them."""
+    found: list[nn.Module] = []
+    handle = nn.modules.module.register_module_forward_pre_hook(lambda module, _: found.append(module))
+    try:
+        model(X)
+    finally:
+        handle.remove()
+    return found

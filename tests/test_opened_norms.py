@@ -326,6 +326,12 @@ class ReadsAttribute(Network):
         return super().forward(x).transpose(*self.norm.axes)
 
 
+class ReadsByName(Network):
+    def forward(self, x: Tensor) -> Tensor:
+        norm = self.norm
+        return super().forward(x).transpose(*getattr(norm, "axes"))  # noqa: B009
+
+
 class CallsMethod(Network):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + self.norm.turned(x)[..., :3]
@@ -354,7 +360,7 @@ class HoldsNorms(Network):
         return self
 
 
-@pytest.mark.parametrize("kind", [Reads, ReadsAttribute, CallsMethod, Asks, Holds])
+@pytest.mark.parametrize("kind", [Reads, ReadsAttribute, ReadsByName, CallsMethod, Asks, Holds])
 @pytest.mark.parametrize("given", [False, True])
 def test_one_of_which_the_model_has_more_than_the_call_is_refused(kind: type[nn.Module], given: bool) -> None:
     model = network(WithAttribute, kind)

@@ -12,7 +12,7 @@ from torch import fx, nn
 from normswap.checks.conversion import refuse_unfit
 from normswap.checks.self_check import broken, eval_output, keeps_output
 from normswap.checks.verification import Verification
-from normswap.deploy.affines import fuse_affines, is_hooked, put, rank_of, ranks_on, standing_alone
+from normswap.deploy.affines import Fused, fuse_affines, is_hooked, put, rank_of, ranks_on, standing_alone
 from normswap.deploy.rows import FoldRow
 from normswap.errors import FoldError, InputError, Text, VerificationError, argument, marked
 from normswap.nn import RankCheck
@@ -25,6 +25,7 @@ from normswap.runs.modes import training_modules
 from normswap.runs.settings import settings_kept
 from normswap.runs.wrappers import unwrapped
 from normswap.stages.forwards import is_rewritten, trace_own_forward
+from normswap.stages.references import followed
 from normswap.storage.origin import forget
 
 __all__ = ["Folding", "fold", "fold_with_report"]
@@ -92,19 +93,25 @@ def fold_with_report(model: nn.Module, *, example_inputs: Any = None) -> Folding
     left: list[FoldRow] = []
     for name, reason in make_plain(folded):
         (left if reason else rows).append(FoldRow(name, "as it was" if reason else "a plain weight", reason))
-    fused = fuse_affines(folded, inputs, ranks)
     try:
+        fused = _fused(folded, inputs, ranks)
         while fused.rows:
             rows += fused.rows
-            fused = fuse_affines(folded, inputs, ranks)
+            fused = _fused(folded, inputs, ranks)
     except InputError as error:
         raise broken(error) from error.__cause__
-    _simplify(folded)
-    for row in _replace_the_rest(folded, ranks, fused.left):
-        (left if row.reason else rows).append(row)
+    with followed(folded):
+        _simplify(folded)
+        for row in _replace_the_rest(folded, ranks, fused.left):
+            (left if row.reason else rows).append(row)
     folded = _plain_forwards(folded)
     forget(folded)
     return Folding(folded, tuple(rows), tuple(left), _check(model, folded, inputs))
+
+
+def _fused(model: nn.Module, inputs: Inputs | None, ranks: Mapping[int, int]) -> Fused:
+    with followed(model):
+        return fuse_affines(model, inputs, ranks)
 
 
 def _simplify(model: nn.Module) -> None:

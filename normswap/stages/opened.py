@@ -16,6 +16,7 @@ from normswap.graph.opening import opened_form
 from normswap.graph.symbolic import capture_symbolic
 from normswap.norms import norm_of
 from normswap.runs.modes import held_modules
+from normswap.stages.references import referenced
 
 __all__ = ["Opened", "opened"]
 
@@ -112,18 +113,21 @@ def _seen_from_outside(model: nn.Module, forms: _Forms) -> list[int]:
     calls, named = Calls(capture), reads_in_code(capture)
     modules = [module for module in capture.modules.values() if has_code(module)]
     codes = [found.code for module in modules for found in codes_of(module)]
-    just_named = frozenset[str]().union(*(code.names for code in codes))
-    values = frozenset[str]().union(*(code.values for code in codes))
+    strings = frozenset[str]().union(*(code.strings for code in codes))  # getattr(norm, "axes")
+    just_named = strings.union(*(code.names for code in codes))
+    values = strings.union(*(code.values for code in codes))
+    elsewhere = referenced(model)
+    plain = nn.SyncBatchNorm(1)  # has what any of torch's has
     functional = {key for key, (_, norm) in calls.functional.items() if norm.holder} | {*calls.refused}
     seen = []
     for fqn, module in capture.modules.items():
         if id(module) not in forms:
             continue
-        plain = nn.SyncBatchNorm(1)
         methods = {name for kind in type(module).__mro__ for name in vars(kind)} - {*dir(plain)}
         tensors = (*module._parameters.values(), *module._buffers.values())
         if (
             fqn in named
+            or id(module) in elsewhere
             or fqn in functional
             or any(calls.reads(tensor) for tensor in tensors if tensor is not None)
             or methods & just_named

@@ -19,6 +19,7 @@ from normswap.norms import Assignment, Bias, apply, tensor_in
 from normswap.records import NormKind, Plan
 from normswap.stages.bound import BoundPlan, BoundStep, submodule
 from normswap.stages.forwards import replace_functional_norms
+from normswap.stages.references import exchange
 
 __all__ = ["Placed", "rewrite"]
 
@@ -88,6 +89,7 @@ def rewrite(
     plan = bound.plan
     placed: list[Placed] = []
     functional: dict[str, list[tuple[BoundStep, nn.Module]]] = defaultdict(list)
+    replaced: dict[int, tuple[nn.Module, nn.Module]] = {}  # by the old norm's id, which it keeps while it is held here
     for step in bound.steps:
         assignment = {} if values is None else values(step)
         one = _place(model, plan, step)
@@ -96,11 +98,14 @@ def rewrite(
         site = step.site
         if step.norm.bias is Bias.KEPT:
             if step.held_rank is not None and one.norm is not None:
-                _put(model, plan, step, _chain(one, ()).train(one.norm.training))
+                chain = _chain(one, ()).train(one.norm.training)
+                replaced[id(one.norm)] = one.norm, chain
+                _put(model, plan, step, chain)
         elif site.kind == NormKind.MODULE:
             old = submodule(model, site.norm, plan)
             replacement = _chain(one, step.source.after_in(old))
             _carry_over(old, replacement)
+            replaced[id(old)] = old, replacement
             _put(model, plan, step, replacement)
         else:
             owner = _owner(step)
@@ -111,6 +116,7 @@ def rewrite(
         calls = {step.source.call.name: step.source.call for step, _ in replacements if step.source.call is not None}
         new = {step.source.call.name: module for step, module in replacements if step.source.call is not None}
         replace_functional_norms(submodule(model, owner, plan), new, calls)
+    exchange(model, {key: new for key, (_, new) in replaced.items()})
     return tuple(placed)
 
 
