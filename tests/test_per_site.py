@@ -189,3 +189,23 @@ def assert_same(first: nn.Module, second: nn.Module) -> None:
     assert expected.keys() == found.keys()
     for key, value in expected.items():
         assert torch.equal(value, found[key]), key
+
+
+class LastAxis(nn.BatchNorm1d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+
+def last_axis() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 5), LastAxis(5), nn.ReLU(), nn.Linear(5, 4), LastAxis(4)).eval()
+
+
+def test_a_subclass_that_was_opened_goes_by_the_name_that_it_has_in_the_model() -> None:
+    x = torch.randn(2, 3, 6)
+    norms = [step.site.norm for step in ns.plan(last_axis(), "wn", example_inputs=x).steps]
+    assert [step.site.inside for step in ns.plan(last_axis(), "wn", example_inputs=x).steps] == ["1", "4"]
+    plan = ns.plan(last_axis(), {"1": "wn", "4": "ln"}, example_inputs=x)
+    assert recipes_of(plan) == {norms[0]: "wn", norms[1]: "ln"}
+    for include, exclude in (["4"], []), ([], ["1"]):
+        plan = ns.plan(last_axis(), "wn", example_inputs=x, include=include, exclude=exclude)
+        assert list(recipes_of(plan)) == norms[1:]

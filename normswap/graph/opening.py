@@ -56,6 +56,7 @@ def opened_form(module: nn.Module) -> tuple[fx.GraphModule, str] | None:
         return None
     parts = {call: bare if call == name else module.get_submodule(call) for call in calls}
     found = fx.GraphModule(parts, graph, class_of(module).__name__)
+    found.meta["opened"] = True
     found.training = module.training
     return found, name
 

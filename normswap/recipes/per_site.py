@@ -63,9 +63,8 @@ class PerSite(Recipe):
         return next((least for part in self.recipes if (least := part.least_group) is not None), None)
 
     def at(self, site: Site) -> Recipe | None:
-        names = (site.norm, *site.aliases)
         for glob, part in self.parts:
-            if any(fnmatchcase(name, glob) for name in names):
+            if any(fnmatchcase(name, glob) for name in site.names):
                 return part
         return None
 

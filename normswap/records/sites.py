@@ -70,6 +70,7 @@ class Site:
         rank_by_example: Whether example inputs alone show the rank, and the norm takes inputs of others.
         held: Whether the norm is frozen by the model's own ``train()``, which leaves it in eval mode.
         reads_input: Whether what the layer reads is an input of the model.
+        inside: The BatchNorm subclass in whose forward the norm was found, where it was: its name in the user's model.
         looked_up_by: The methods of the modules around it, beside the forward, that look for BatchNorms.
     """
 
@@ -100,6 +101,12 @@ class Site:
     held: bool = False
     looked_up_by: tuple[str, ...] = ()
     reads_input: bool = False
+    inside: str | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names by which patterns choose it."""
+        return (self.norm, *self.aliases, *(() if self.inside is None else (self.inside,)))
 
     @property
     def writers(self) -> tuple[str, ...]:

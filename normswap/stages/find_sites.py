@@ -9,6 +9,7 @@ from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
 from normswap.errors import PlanError, Text, marked
+from normswap.graph import Capture
 from normswap.graph.after_norm import after_norm
 from normswap.graph.code_reads import reads_in_code
 from normswap.graph.dataflow import Dataflow
@@ -197,8 +198,16 @@ def _module_site(
         synchronized=state.synchronized,
         has_statistics=state.mean is not None,
         aliases=tuple(name for name in capture.names[fqn] if name != fqn),
+        inside=_opened_around(capture, fqn),
     )
     return site, source
+
+
+def _opened_around(capture: Capture, fqn: str) -> str | None:
+    """Return the BatchNorm subclass that was opened and holds the norm ``fqn``, where one does."""
+    parent = fqn.rpartition(".")[0]
+    holder = capture.modules.get(capture.aliases.get(parent, parent))
+    return parent if isinstance(holder, fx.GraphModule) and holder.meta.get("opened") else None
 
 
 def _functional_site(flow: Dataflow, key: str) -> tuple[Site, NormSource]:

@@ -68,7 +68,7 @@ def _each_layer_once(steps: list[BoundStep]) -> list[BoundStep]:
 
 def _chosen(site: Site, recipe: Recipe, options: Options, has_data: bool) -> Recipe | tuple[str, str]:
     """Return the recipe that is used at ``site``, or the code and the words of why none is."""
-    names = (site.norm, *site.aliases)
+    names = site.names
     if options.include and not any(fnmatchcase(name, glob) for name in names for glob in options.include):
         return "excluded", Text(f"no pattern of {parameter('include')} matches it")
     for glob in options.exclude:
@@ -87,7 +87,7 @@ def _chosen(site: Site, recipe: Recipe, options: Options, has_data: bool) -> Rec
 
 
 def _check_globs(found: FoundSites, globs: Sequence[str]) -> None:
-    names = [name for site in found.sites for name in (site.norm, *site.aliases)]
+    names = [name for site in found.sites for name in site.names]
     names += [skip.name for skip in found.skips if skip.what == "norm"]
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in names):
