@@ -93,8 +93,8 @@ def fold_with_report(model: nn.Module, *, example_inputs: Any = None) -> Folding
     left: list[FoldRow] = []
     for name, reason in make_plain(folded):
         (left if reason else rows).append(FoldRow(name, "as it was" if reason else "a plain weight", reason))
+    fused = _fused(folded, inputs, ranks)
     try:
-        fused = _fused(folded, inputs, ranks)
         while fused.rows:
             rows += fused.rows
             fused = _fused(folded, inputs, ranks)
