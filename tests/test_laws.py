@@ -179,8 +179,8 @@ NOT_ABSORBED: dict[str, tuple[str, str]] = {
 }
 
 # Without example inputs a convolution is taken to be called with a batch, as nearly all are: torch reads the axes of
-# an unbatched (C, L) input otherwise, and BatchNorm1d then normalizes positions. The last entry is called so: what was
-# absorbed there would be wrong, and refuses such inputs; with example inputs it is seen.
+# an unbatched (C, L) input otherwise, and BatchNorm1d then normalizes positions. The last entry is called so, and
+# what was absorbed there is wrong; with example inputs it is seen.
 TAKEN_TO_BE_BATCHED = {
     "conv1d",
     "transposed_conv1d_grouped",
@@ -189,7 +189,7 @@ TAKEN_TO_BE_BATCHED = {
     "functional_frozen",
     "norm_as_holder",
 }
-HELD_TO_A_BATCH = {"conv1d_unbatched": {"1"}}
+WRONGLY_TAKEN_TO_BE_BATCHED = {"conv1d_unbatched": {"1"}}
 
 
 def skipped_norms(plan: Plan) -> dict[str, str]:
@@ -304,7 +304,7 @@ def test_a_layer_is_absorbed_only_where_the_zoo_says_it_can_be(name: str, recipe
     if given or name in TAKEN_TO_BE_BATCHED:
         allowed |= known.entry.given_rank
     if not given:
-        allowed |= HELD_TO_A_BATCH.get(name, set())
+        allowed |= WRONGLY_TAKEN_TO_BE_BATCHED.get(name, set())
     assert absorbed(known.plan) <= allowed
 
 
@@ -364,13 +364,9 @@ def tolerance(known: Case) -> float:
     return TOLERANCES[known.inputs()[0].dtype]
 
 
-def is_refused(name: str, given: bool, known: Case, model: nn.Module) -> bool:
-    """Tell whether the entry's inputs are to be refused by what was converted without them; and that they are."""
-    if given or name not in HELD_TO_A_BATCH:
-        return False
-    with pytest.raises(ValueError, match="expected an input with 3 axes"):
-        known.run(model)
-    return True
+def is_wrongly_absorbed(name: str, recipe: str, given: bool) -> bool:
+    """Under `ws` the BatchNorm stays and no scale moves, so that nothing goes wrong."""
+    return not given and name in WRONGLY_TAKEN_TO_BE_BATCHED and recipe != "ws"
 
 
 @every(EXACT, given=(True, False))
@@ -378,9 +374,10 @@ def test_an_exact_recipe_keeps_the_eval_output(name: str, recipe: str, given: bo
     known = case(name, recipe, given)
     if known.model is None:
         return
-    if is_refused(name, given, known, known.model):
-        return
     error = distance(known.run(known.model), known.run(known.original))
+    if is_wrongly_absorbed(name, recipe, given):
+        assert error > 1e-2, "now it is right: shorten the table"
+        return
     assert error <= tolerance(known)
     if known.other_inputs is not None:
         other = known.run(known.original, known.other_inputs)
@@ -470,9 +467,10 @@ def test_at_the_expected_statistics_an_inexact_recipe_is_the_original(name: str,
     with pytest.MonkeyPatch.context() as monkeypatch:
         found = at_statistics_before_centring(known, monkeypatch)
     assert not any(isinstance(new_norm(found, s), (nn.GroupNorm, ChannelLayerNorm)) for s in known.plan.steps)
-    if is_refused(name, given, known, found):
-        return
     error = distance(known.run(found), known.run(known.original))
+    if is_wrongly_absorbed(name, recipe, given):
+        assert error > 1e-2, "now it is right: shorten the table"
+        return
     # Without inputs the model is in its own dtype, and the law multiplies once more.
     assert error <= tolerance(known) * (1 if given else 5)
 
@@ -641,8 +639,6 @@ def test_training_gives_finite_gradients_everywhere_and_none_is_lost(name: str, 
     """In the model's own dtype: no zero filter, zero γ or dead channel makes a NaN, nor does a step of SGD."""
     known = case(name, recipe, False)
     if known.model is None:
-        return
-    if is_refused(name, False, known, known.model):
         return
     original = copy.deepcopy(known.original).train()
     laws.loss(known.entry.run(original, known.inputs)).backward()

@@ -159,7 +159,7 @@ def _rank(flow: Dataflow, fqn: str, affine: Affine, ranks: Ranks) -> tuple[int |
     shown = rank_of(flow.capture.modules[fqn], affine, ranks) or (seen.pop() if len(seen) == 1 else None)
     proven = (None if affine.rank_by_example else affine.rank) or flow.rank(fqn)
     # The graph takes the input of a Conv1d to be batched; a run may show that it is not.
-    return shown or proven, proven is None or shown not in (None, proven) or flow.rank_is_open(fqn)
+    return shown or proven, proven is None or shown not in (None, proven)
 
 
 def rank_of(module: nn.Module, affine: Affine, ranks: Ranks) -> int | None:

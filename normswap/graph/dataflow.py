@@ -20,7 +20,7 @@ from normswap.graph.calls import Call, Calls
 from normswap.graph.choices import Choices
 from normswap.graph.linearity import scales_with_its_parameters
 from normswap.graph.ops import is_leaf, order_of
-from normswap.graph.ranks import input_of, only_rank, rank_of, takes_one_sample
+from normswap.graph.ranks import input_of, only_rank, rank_of
 from normswap.graph.recorder import changed_in_place, untracked
 from normswap.graph.records import Trace
 from normswap.graph.tracer import hook_barrier
@@ -73,16 +73,6 @@ class Dataflow(Calls):
                     continue
                 ranks.add(only_rank(call.node, able, module_of) if known is None else known)
         return ranks.pop() if len(ranks) == 1 else None
-
-    def rank_is_open(self, key: str, shape: tuple[int, int] | None = None) -> bool:
-        """Tell whether the norm ``key`` may get inputs of other ranks than :meth:`rank` tells."""
-        module = self.capture.modules.get(key)
-        norm = None if module is None else norm_of(module)
-        able = () if module is None or norm is None else norm.axes(module)
-        calls = [call for run in self.calls.get(key, {}).values() for call in run]
-        if any(takes_one_sample(one.node, able, partial(self.capture.module_of, one.trace)) for one in calls):
-            return True
-        return shape is not None and len(able) != 1 and self.rank(key) != shape[0]
 
     def layer_feeding(
         self, key: str, channels: int, rank: int | None, is_source: Callable[[nn.Module], bool] = is_layer

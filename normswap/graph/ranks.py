@@ -5,11 +5,6 @@ A BatchNorm1d takes (N, C) and (N, C, L), a Linear (…, C): whether the channel
 depends on the rank of the value between them. The graph often tells it: what gives the value (a flatten, a convolution
 upstream) leaves so many axes; or what gives or takes it moves axes, as ``transpose(1, 2)`` does, which no value of two
 axes has. Where the graph does not tell and no example input was given, the rank is unknown and nothing is absorbed.
-
-Note [One sample alone]
-A Conv1d takes (N, C, L), and (C, L) as one sample without a batch. A BatchNorm1d behind it takes that for N samples of
-L channels, which runs where L is the number of its channels, and normalizes positions. Nearly nobody calls it so: the
-rank is taken to be 3, and unless moved axes show that it is, inputs are held to it (:mod:`normswap.nn.rank_check`).
 """
 
 from __future__ import annotations
@@ -42,36 +37,17 @@ def rank_of(node: fx.Node, module_of: ModuleOf) -> int | None:
 
     ``module_of`` gives the module that a ``call_module`` node calls.
     """
-    giver = _giver(node, module_of)
-    operation = None if giver is None else _operation(giver, module_of)
-    if giver is None or operation is None:
-        return None
-    if not callable(operation.axes):
-        return operation.axes if isinstance(operation.axes, int) else None
-    module = module_of(giver)
-    bound = operation.bind(giver.args, giver.kwargs)
-    arguments = bound if module is None else operation.bind_module(module, input_of(giver))
-    return None if arguments is None else operation.axes(arguments)
-
-
-def takes_one_sample(norm: fx.Node, able: Sequence[int], module_of: ModuleOf) -> bool:
-    """Tell whether a call's input has the rank that it is taken to have with a batch alone (Note [One sample alone]).
-
-    The arguments are those of :func:`only_rank`.
-    """
-    source = input_of(norm)
-    giver = _giver(source, module_of) if isinstance(source, fx.Node) else None
-    operation = None if giver is None else _operation(giver, module_of)
-    is_open = operation is not None and isinstance(operation.axes, int) and operation.axes - 1 in able
-    return is_open and only_rank(norm, able, module_of) is None
-
-
-def _giver(node: fx.Node, module_of: ModuleOf) -> fx.Node | None:
-    """Return the call, towards the inputs, whose result has as many axes as ``node``'s value and a rank of its own."""
-    for _ in range(_MOST_STEPS):
-        source, operation = input_of(node), _operation(node, module_of)
-        if operation is None or isinstance(operation.axes, int) or callable(operation.axes):
-            return None if operation is None else node
+    for _ in range(_MOST_STEPS):  # walk towards the inputs
+        source = input_of(node)
+        module, operation = module_of(node), _operation(node, module_of)
+        if operation is None:
+            return None
+        if isinstance(operation.axes, int):
+            return operation.axes
+        if callable(operation.axes):
+            bound = operation.bind(node.args, node.kwargs)
+            arguments = bound if module is None else operation.bind_module(module, source)
+            return None if arguments is None else operation.axes(arguments)
         if not operation.keeps_axes or not isinstance(source, fx.Node):
             return None
         node = source
@@ -96,7 +72,7 @@ def _moves_before(node: fx.Node, module_of: ModuleOf) -> Iterator[fx.Node]:
     for _ in range(_MOST_STEPS):
         source = input_of(node)
         operation = _operation(source, module_of) if isinstance(source, fx.Node) else None
-        if operation is None or not _keeps(operation):
+        if operation is None or not (operation.keeps_axes or operation.order is not None):
             return
         node = source
         if operation.order is not None:
@@ -115,13 +91,8 @@ def _moves_behind(norm: fx.Node, module_of: ModuleOf) -> Iterator[fx.Node]:
             seen.add(user)
             if operation.order is not None:
                 yield user
-            if _keeps(operation):
+            if operation.keeps_axes or operation.order is not None:
                 pending.append(user)
-
-
-def _keeps(operation: Operation) -> bool:
-    """Tell whether the result has as many axes as the first argument; so it has of what takes one sample alone, too."""
-    return operation.keeps_axes or operation.order is not None or isinstance(operation.axes, int)
 
 
 def _operation(node: fx.Node, module_of: ModuleOf) -> Operation | None:

@@ -4,9 +4,7 @@ Note [Ranks that an example decided]
 A BatchNorm1d takes ``(N, C)`` and ``(N, C, L)``, and other norms take anything. Behind ``Linear(8, 8)`` the norm's
 channels are the layer's outputs on inputs ``(N, 8)``, and the positions on inputs ``(N, 8, 8)``. Where the graph does
 not tell which it is, the example inputs decide, and what is absorbed then is right for inputs like them alone: others
-would run and give wrong values. So they are refused, where the norm stood. Behind a Conv1d, which takes one sample
-``(C, L)`` without a batch as well, the graph tells that there is a batch no more than behind a Linear
-(Note [One sample alone] in :mod:`normswap.graph.ranks`): its inputs are held to three axes.
+would run and give wrong values. So they are refused, where the norm stood.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ def checked(x: Tensor, rank: int) -> Tensor:
     """
     if x.ndim != rank:
         raise ValueError(
-            f"expected an input with {rank} axes, as was known when the norm here was converted, "
+            f"expected an input with {rank} axes, as the example inputs had when the norm here was converted, "
             f"got {x.ndim}, {tuple(x.shape)}: convert the model with example inputs of that many axes"
         )
     return x

@@ -113,7 +113,7 @@ class BoundStep:
         found = cls(Step(site, weight.name, words, groups, notes, reader, recipe.name), weight, norm, source, recipe)
         if found.held_rank is None:
             return found
-        notes += (f"takes inputs of {found.held_rank} axes alone, which other inputs might not have",)
+        notes += (f"takes inputs of {found.held_rank} axes alone, as the example inputs have",)
         return dataclasses.replace(found, step=dataclasses.replace(found.step, notes=notes))
 
     def without_reader(self) -> BoundStep:

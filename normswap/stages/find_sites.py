@@ -192,7 +192,7 @@ def _module_site(
         state.eps,
         state.momentum,
         rank=flow.rank(fqn, shape),
-        rank_by_example=flow.rank_is_open(fqn, shape),
+        rank_by_example=shape is not None and len(norm.axes(module)) != 1 and flow.rank(fqn) != shape[0],
         spatial=shape[1] if shape else None,
         frozen=state.frozen,
         synchronized=state.synchronized,
