@@ -786,3 +786,25 @@ def test_a_conversion_prints_what_it_did_and_is_one_line_where_it_is_shown() -> 
     assert repr(result) == f"<Conversion of Sequential to wn+mobn: {summary}>"
     assert "becomes" in str(result)
     assert "initialization: absorb" in str(result)
+
+
+def test_a_poor_agreement_is_told_with_the_sites_of_the_largest_errors() -> None:
+    """Filters that see brightness alone: standardized as published, nothing is left of the first layer."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4)
+    ).eval()
+    with torch.no_grad():
+        model[0].weight.fill_(0.1)
+    x = torch.randn(40, 3, 1, 1) + 0.01 * torch.randn(40, 3, 9, 9)
+    model.train()(x)
+    model.eval()
+    poor = ns.convert(model, "gn+ws", calibration=x, input_offset=False).init
+    assert poor.agreement is not None
+    assert poor.agreement.relative_error > 0.3
+    (note,) = [note for note in poor.notes if "agree poorly" in note]
+    errors = {row.name: row.fit.noise_after for row in poor.rows if row.fit}
+    worst = max(errors, key=errors.__getitem__)
+    assert f"at {worst} ({errors[worst]:.2f})" in note
+    good = ns.convert(model, "wn+mobn", calibration=x).init
+    assert not [note for note in good.notes if "agree poorly" in note]

@@ -13,18 +13,21 @@ import torch
 from torch import Tensor, nn
 
 from normswap.checks.agreement import agreement
+from normswap.errors import Text, argument
 from normswap.initialization.absorb import Absorb
 from normswap.initialization.base import Outcome, Work
 from normswap.initialization.fitting import SiteRegression
 from normswap.initialization.heads import find_heads
 from normswap.initialization.targets import RegressionTarget
 from normswap.norms import Takes
-from normswap.records import InitRow, NormKind
+from normswap.records import Agreement, InitRow, NormKind
 from normswap.runs.paired_sites import PairedSite, SiteBatch
 from normswap.runs.side_by_side import run_side_by_side
 from normswap.stages.rewriting import Placed
 
 __all__ = ["Match", "match_sites"]
+
+_POOR = 0.3  # of the relative error of the output, where a classifier gives another class to about one in ten
 
 
 def match_sites(work: Work, converted: nn.Module, placed: Sequence[Placed]) -> dict[str, InitRow]:
@@ -82,6 +85,21 @@ def _paired(original: nn.Module, placed: Sequence[Placed]) -> list[PairedSite]:
     return sites
 
 
+def _where_poor(agreed: Agreement | None, rows: Sequence[InitRow]) -> tuple[str, ...]:
+    """Return a note on the sites of the largest errors, where the outputs agree poorly."""
+    if agreed is None or agreed.relative_error <= _POOR:
+        return ()
+    fits = sorted(((row.fit.noise_after, row.name) for row in rows if row.fit), reverse=True)
+    worst = ", ".join(f"{name} ({noise:.2f})" for noise, name in fits[:3])
+    return (
+        Text(
+            f"the outputs agree poorly; the errors are largest, as shares of the variance, at {worst}: give such sites "
+            f"another recipe, as ln, leave them ({argument('exclude')}), take larger groups "
+            f"({argument('num_groups', 1)}), or train on"
+        ),
+    )
+
+
 class Match(Absorb):
     """Fit each site to the original on calibration data, in closed form, from what :class:`Absorb` gives it."""
 
@@ -96,7 +114,8 @@ class Match(Absorb):
         rows += [row for name, row in fitted.items() if name not in self.rows]
         groups = {row.name: row.fit.num_groups for row in rows if row.fit and row.fit.num_groups is not None}
         assert self.work.enough is not None
-        return Outcome(tuple(rows), notes, agreement(self.work.original, target, self.work.enough), groups)
+        agreed = agreement(self.work.original, target, self.work.enough)
+        return Outcome(tuple(rows), (*notes, *_where_poor(agreed, rows)), agreed, groups)
 
     def further(self, target: nn.Module, placed: Sequence[Placed], fitted: Mapping[str, InitRow]) -> tuple[str, ...]:
         """Do what comes after the fit, and say what came of it: nothing here."""
