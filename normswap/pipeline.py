@@ -23,7 +23,8 @@ from normswap.initialization.match import Match, match_sites
 from normswap.initialization.missing import missing_statistics
 from normswap.options import Options
 from normswap.recipes import Recipe, To, all_recipes, make_recipe, option_names
-from normswap.records import InitReport, Plan, SiteCost
+from normswap.recipes.recurrent import make_recurrent
+from normswap.records import InitReport, InitRow, Plan, SiteCost
 from normswap.runs.data import Data
 from normswap.runs.guard import copy_of
 from normswap.runs.wrappers import unwrapped
@@ -107,7 +108,8 @@ def convert(
     Args:
         model: The model; left as it is unless ``inplace``. Of a ``torch.optim.swa_utils.AveragedModel`` its module is
             converted and returned.
-        to: A recipe's name, or a recipe; or a mapping that gives each norm the recipe of the first glob that matches
+        to: A recipe's name, or a recipe; None leaves the norms, where ``recurrent`` asks for the recurrent layers
+            alone; or a mapping that gives each norm the recipe of the first glob that matches
             its name, and leaves those that none matches or that have None: ``{"stem.*": "gn+aws", "*": "gn+ws"}``.
             The options of recipes go to those that have them; ``{"recipe": "gn+ws", "num_groups": 1}`` in place of a
             name gives a recipe some of its own.
@@ -161,8 +163,9 @@ def convert(
 
     remember(target, Origin(bound.plan, recipe, skeleton))
     scaled = (EQUALIZED,) if work.source is not model else ()
+    layers = tuple(InitRow(step.site.name, "exact") for step in bound.recurrent)
     report = InitReport(
-        method.name, outcome.rows, (*notes, *data.all_notes, *scaled, *outcome.notes), outcome.agreement
+        method.name, (*outcome.rows, *layers), (*notes, *data.all_notes, *scaled, *outcome.notes), outcome.agreement
     )
     return Conversion(cast(Model, target), bound.plan, report, promise.keep(target), bound.exact)
 
@@ -192,6 +195,7 @@ def rank_sites(
         InputError: The recipe is exact, or an argument does not fit.
     """
     recipe, chosen = _asked(to, None, options)
+    chosen = dataclasses.replace(chosen, recurrent=None)
     if recipe.exact:
         inexact = ", ".join(name for name, other in all_recipes().items() if not other.exact)
         raise InputError(
@@ -218,6 +222,13 @@ def _asked(to: To, plan: Plan | None, given: Mapping[str, Any]) -> tuple[Recipe,
     """Return the recipe and the options that the arguments ask for; a plan brings its own recipe."""
     if plan is not None and not isinstance(to, Recipe):
         to, given = plan.recipe, {**given, **plan.options}
+    if plan is not None and given.get("recurrent") is not None:
+        raise InputError(
+            f"{argument('recurrent', given['recurrent'])} is given beside a plan, which says what becomes of the "
+            "recurrent layers",
+            code="plan-options",
+            hint="leave it out, or make the plan anew",
+        )
     options, own = Options.split(given, option_names(to), ("example_inputs", "calibration", "forward_fn", "progress"))
     return make_recipe(to, own), options
 
@@ -225,7 +236,9 @@ def _asked(to: To, plan: Plan | None, given: Mapping[str, Any]) -> tuple[Recipe,
 def _bound(flow: Dataflow, recipe: Recipe, options: Options, data: Data) -> BoundPlan:
     has_data = data.batches is not None
     found = find_sites(flow, data.example, has_data=has_data)
-    return make_plan(type(flow.capture.model).__name__, found, recipe, options, has_data=has_data)
+    recurrent = make_recurrent(options.recurrent)
+    name = type(flow.capture.model).__name__
+    return make_plan(name, found, recipe, options, recurrent=recurrent, has_data=has_data)
 
 
 def _prepared(

@@ -1,4 +1,4 @@
-"""Sites: every norm, convolution and linear layer of a captured model, each once, in a site or as a skip."""
+"""Sites: every norm and every layer of a captured model, each once, in a site or as a skip."""
 
 from __future__ import annotations
 
@@ -16,31 +16,35 @@ from normswap.graph.dataflow import Dataflow
 from normswap.graph.perturbation import confirm_feeds
 from normswap.graph.reading import reader_of
 from normswap.nn import FilterLayout
-from normswap.nn.kinds import class_of, is_layer
+from normswap.nn.kinds import class_of
 from normswap.norms import is_convertible, norm_of
-from normswap.records import FoundBy, NormKind, Proof, Site, Skip
+from normswap.records import FoundBy, NormKind, Proof, RecurrentSite, Site, Skip
 from normswap.runs.inputs import Inputs
 from normswap.runs.modes import held_modules
 from normswap.stages.bound import NormSource
 from normswap.stages.forwards import trace_own_forward
+from normswap.stages.layer_skips import layer_skips
 from normswap.stages.other_methods import refuse_by_mode, with_methods
+from normswap.stages.recurrent import find_recurrent
 
 __all__ = ["FoundSites", "find_sites"]
 
 
 @dataclass(frozen=True)
 class FoundSites:
-    """Every norm, convolution and linear layer of a model, each once: in a site or as a skip.
+    """Every norm, convolution, linear and recurrent layer of a model, each once: in a site or as a skip.
 
     Args:
         sites: The sites, in execution order.
         skips: What is none, each with the reason.
         sources: The norm of each site, by its name in the plan.
+        recurrent: The recurrent layers, which are at no norm.
     """
 
     sites: tuple[Site, ...]
     skips: tuple[Skip, ...]
     sources: Mapping[str, NormSource]
+    recurrent: tuple[RecurrentSite, ...] = ()
 
 
 def find_sites(flow: Dataflow, example_inputs: Inputs | None = None, *, has_data: bool = False) -> FoundSites:
@@ -61,12 +65,15 @@ def find_sites(flow: Dataflow, example_inputs: Inputs | None = None, *, has_data
             refused.setdefault(one.refused, one.site.reason or "")
     placed = _close_gaps(capture, [one.site for one in found], gaps, example_inputs)
     placed.sort(key=lambda site: flow.order.get(site.norm, len(flow.order)))
-    skips += _layer_skips(flow, placed, refused)
+    skips += layer_skips(flow, placed, refused)
     skips += [
         Skip(fqn, "scope", class_of(capture.modules[capture.aliases[fqn]]).__name__, "opaque", why)
         for fqn, why in capture.opaque.items()
     ]
-    return FoundSites(tuple(placed), tuple(skips), sources)
+    recurrent = list(find_recurrent(flow))
+    skips += [one for one in recurrent if isinstance(one, Skip)]
+    layers = tuple(one for one in recurrent if isinstance(one, RecurrentSite))
+    return FoundSites(tuple(placed), tuple(skips), sources, layers)
 
 
 def _norms(flow: Dataflow) -> tuple[list[Site], list[Skip], dict[str, NormSource]]:
@@ -268,33 +275,3 @@ _CAVEATS = {
     frozenset({False}): "checked in eval mode only: in train mode the example inputs do not come there",
     frozenset({True}): "checked in train mode only: in eval mode the example inputs do not come there",
 }
-
-
-def _layer_skips(flow: Dataflow, sites: list[Site], refused: Mapping[str, str]) -> list[Skip]:
-    """Return a skip for each layer, and for each norm that does not convert, that no site holds."""
-    taken = {site.layer for site in sites}
-    skips = []
-    for fqn, module in flow.capture.modules.items():
-        kind, norm = class_of(module).__name__, norm_of(module)
-        if norm is not None and not norm.converts:
-            skips.append(Skip(fqn, "norm", kind, "not-batch-norm", norm.why_kept(module)))
-        elif is_layer(module) and fqn not in taken:
-            hidden = flow.opaque_ancestor(fqn)
-            if leaf := flow.enclosing_leaf(fqn):
-                code, reason = "inside-leaf", f"it belongs to a {leaf}, whose own code calls it"
-            elif fqn in refused:
-                code, reason = "not-absorbed", Text(f"its weight is left as it is: {marked(refused[fqn])}")
-            elif not flow.calls.get(fqn):
-                code, reason = (
-                    ("opaque", f"{hidden} could not be traced")
-                    if hidden
-                    else ("never-called", "no traced forward calls it")
-                )
-            else:
-                code, reason = "no-norm", "no BatchNorm follows it directly"
-            skips.append(Skip(fqn, "layer", kind, code, reason))
-    for key, name in flow.functional_layers.items():
-        skips.append(
-            Skip(key, "layer", name, "functional-layer", "it is called functionally: its weight is left as it is")
-        )
-    return skips
