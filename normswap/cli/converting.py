@@ -192,6 +192,7 @@ def _write(result: Conversion, files: Files, place: Place, example: Any, writing
             example_inputs=example,
             opset=writing.opset,
             dynamic_batch=not has_fixed_batch(result.model),
+            dynamic_time=False if writing.dynamic_time is None else writing.dynamic_time,
         )
     return dataclasses.replace(artifact, path=files.onnx)
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from normswap.cli.flags import OUTPUT, Chosen, Opset, RecipeFlags
+from normswap.cli.flags import OUTPUT, Chosen, DynamicTime, Opset, RecipeFlags
 from normswap.cli.outputs import read_text
 from normswap.cli.values import STAYS, Recipes, read_at
 from normswap.errors import InputError
@@ -49,6 +49,7 @@ class Writing:
         typer.Option(metavar="FILE", help="fold, export to this .onnx file, and verify it", rich_help_panel=OUTPUT),
     ] = None
     opset: Opset = 18
+    dynamic_time: DynamicTime = None
     report: Annotated[
         Path | None,
         typer.Option(
