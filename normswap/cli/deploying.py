@@ -13,10 +13,11 @@ import typer
 
 import normswap as ns
 from normswap.cli.console import facts, note, print_json, say, table, working
-from normswap.cli.flags import OUTPUT, DynamicTime, InputFlags, Json, Model, Opset, Reading, flattened
+from normswap.cli.flags import OUTPUT, InputFlags, Json, Model, Opset, Reading, flattened
 from normswap.cli.inputs import example_inputs, required_inputs
 from normswap.cli.outputs import needing_normswap, save_whole
 from normswap.cli.reporting import describe_check, needs, show_artifact, written
+from normswap.cli.requests import DynamicTime
 from normswap.cli.sources import Source
 from normswap.errors import InputError
 from normswap.storage.writing import staged

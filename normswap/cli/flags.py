@@ -27,7 +27,6 @@ __all__ = [
     "At",
     "Chosen",
     "DataFlags",
-    "DynamicTime",
     "InputFlags",
     "Json",
     "Model",
@@ -80,16 +79,6 @@ Json = Annotated[
 ]
 Opset = Annotated[
     int, typer.Option(metavar="N", help="ONNX operator set; 18 runs fastest in onnxruntime", rich_help_panel=OUTPUT)
-]
-
-DynamicTime = Annotated[
-    int | None,
-    typer.Option(
-        metavar="AXIS",
-        min=0,
-        help="let sequences in the ONNX file have any length: the axis that time is on, 1 for (batch, time, …)",
-        rich_help_panel=OUTPUT,
-    ),
 ]
 
 

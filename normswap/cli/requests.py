@@ -9,14 +9,14 @@ from typing import Annotated, Any
 
 import typer
 
-from normswap.cli.flags import OUTPUT, Chosen, DynamicTime, Opset, RecipeFlags
+from normswap.cli.flags import OUTPUT, Chosen, Opset, RecipeFlags
 from normswap.cli.outputs import read_text
 from normswap.cli.values import STAYS, Recipes, read_at
 from normswap.errors import InputError
 from normswap.records import Plan
 from normswap.report import require_packages
 
-__all__ = ["DEFAULT", "Files", "Request", "Writing", "default_of"]
+__all__ = ["DEFAULT", "DynamicTime", "Files", "Request", "Writing", "default_of"]
 
 DEFAULT = "gn+ws"
 """The recipe where none is named."""
@@ -25,6 +25,17 @@ DEFAULT = "gn+ws"
 def default_of(recurrent: str | None) -> str:
     """Return what becomes of the norms where no recipe is named: who asks for the recurrent layers leaves them."""
     return DEFAULT if recurrent is None else STAYS
+
+
+DynamicTime = Annotated[
+    int | None,
+    typer.Option(
+        metavar="AXIS",
+        min=0,
+        help="let sequences in the ONNX file have any length: the axis that time is on, 1 for (batch, time, …)",
+        rich_help_panel=OUTPUT,
+    ),
+]
 
 
 @dataclass(frozen=True)
