@@ -20,7 +20,18 @@ from torch.nn.utils.rnn import PackedSequence
 from normswap.nn.filters import FilterLayout
 from normswap.nn.kinds import class_of
 
-__all__ = ["CELLS", "ROWS", "LiveGRU", "LiveLSTM", "LiveRNN", "is_recurrent", "make_live", "make_torchs", "matrices_of"]
+__all__ = [
+    "CELLS",
+    "ROWS",
+    "LiveBase",
+    "LiveGRU",
+    "LiveLSTM",
+    "LiveRNN",
+    "is_recurrent",
+    "make_live",
+    "make_torchs",
+    "matrices_of",
+]
 
 ROWS = FilterLayout()
 """How a matrix of a recurrent layer splits into filters: each row is one."""
@@ -28,7 +39,7 @@ ROWS = FilterLayout()
 CELLS = (nn.LSTMCell, nn.GRUCell, nn.RNNCell)
 
 
-class _Live(nn.RNNBase):
+class LiveBase(nn.RNNBase):
     """A recurrent layer of torch's that reads its tensors from its attributes, see Note [Live weights]."""
 
     @property
@@ -55,19 +66,19 @@ class _Live(nn.RNNBase):
             return super().forward(input, hx)
 
 
-class LiveLSTM(_Live, nn.LSTM):
+class LiveLSTM(LiveBase, nn.LSTM):
     """``nn.LSTM`` whose tensors may be parametrized, see Note [Live weights]."""
 
 
-class LiveGRU(_Live, nn.GRU):
+class LiveGRU(LiveBase, nn.GRU):
     """``nn.GRU`` whose tensors may be parametrized, see Note [Live weights]."""
 
 
-class LiveRNN(_Live, nn.RNN):
+class LiveRNN(LiveBase, nn.RNN):
     """``nn.RNN`` whose tensors may be parametrized, see Note [Live weights]."""
 
 
-_LIVE: dict[type[nn.RNNBase], type[_Live]] = {nn.LSTM: LiveLSTM, nn.GRU: LiveGRU, nn.RNN: LiveRNN}
+_LIVE: dict[type[nn.RNNBase], type[LiveBase]] = {nn.LSTM: LiveLSTM, nn.GRU: LiveGRU, nn.RNN: LiveRNN}
 
 
 def is_recurrent(module: nn.Module) -> bool:
@@ -92,7 +103,7 @@ def make_live(module: nn.Module) -> None:
     if live is not None:
         vars(module).pop("_flat_weights", None)
         module.__class__ = live
-        assert isinstance(module, _Live)
+        assert isinstance(module, LiveBase)
         module._init_flat_weights()
 
 

@@ -76,6 +76,8 @@ def _site(fqn: str, module: nn.Module, aliases: tuple[str, ...] = ()) -> Recurre
     """Return the site that ``module`` is, or why it is none."""
     if parametrize.is_parametrized(module):
         return "its matrices are already parametrized"
+    if class_of(module).__module__.startswith("normswap.nn."):
+        return "it is normalized already"
     matrices = matrices_of(module)
     if matrices is None:
         return f"{type(module).__name__} is a class of its own, and may read its matrices in its own way"
