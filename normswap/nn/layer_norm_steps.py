@@ -50,10 +50,9 @@ class Direction:
     c: tuple[Tensor, Tensor] | None
     eps: float
 
-    def norm(self, x: Tensor, values: tuple[Tensor, Tensor], units: slice = slice(None)) -> Tensor:
-        """Return LN over the last axis of ``x``, with those of the values that are its units'."""
-        gain, shift = (value[units] for value in values)
-        return F.layer_norm(x, gain.shape, gain, shift, self.eps)
+    def norm(self, x: Tensor, values: tuple[Tensor, Tensor]) -> Tensor:
+        """Return LN over the last axis of ``x``, with γ and β."""
+        return F.layer_norm(x, values[0].shape, *values, self.eps)
 
     def of_input(self, x: Tensor) -> Tensor:
         """Return W_ih x + b_ih."""
@@ -79,7 +78,7 @@ def lstm(p: Direction, x: Tensor) -> tuple[Tensor, Step]:
 
     def step(u: Tensor, state: State) -> State:
         i, f, g, o = (u + p.norm(p.of_state(state[0]), of_state)).chunk(4, -1)
-        c = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * torch.tanh(g)
+        c = torch.addcmul(torch.sigmoid(i) * torch.tanh(g), torch.sigmoid(f), state[1])
         h = torch.sigmoid(o) * torch.tanh(c if p.c is None else p.norm(c, p.c))
         return h if p.w_hr is None else F.linear(h, p.w_hr), c
 
@@ -94,17 +93,21 @@ def gru(p: Direction, x: Tensor) -> tuple[Tensor, Step]:
     1 minus the paper's).
     """
     assert p.hh is not None
-    of_state, size = p.hh, p.w_hh.shape[0] // 3
-    gates, new = slice(0, 2 * size), slice(2 * size, None)
+    size = p.w_hh.shape[0] // 3
+    parts = (2 * size, size)
+    (gates_ih, new_ih), (gates_hh, new_hh) = (
+        tuple(zip(*(value.split(parts) for value in values), strict=True)) for values in (p.ih, p.hh)
+    )
 
     def step(u: Tensor, state: State) -> State:
-        a, h = p.of_state(state[0]), state[0]
-        r, z = torch.sigmoid(u[..., gates] + p.norm(a[..., gates], of_state, gates)).chunk(2, -1)
-        n = torch.tanh(u[..., new] + r * p.norm(a[..., new], of_state, new))
-        return n + z * (h - n), state[1]
+        h = state[0]
+        (u_gates, u_new), (a_gates, a_new) = u.split(parts, -1), p.of_state(h).split(parts, -1)
+        r, z = torch.sigmoid(u_gates + p.norm(a_gates, gates_hh)).chunk(2, -1)
+        n = torch.tanh(torch.addcmul(u_new, r, p.norm(a_new, new_hh)))
+        return torch.addcmul(n, z, h - n), state[1]
 
-    a = p.of_input(x)
-    return torch.cat([p.norm(a[..., part], p.ih, part) for part in (gates, new)], -1), step
+    of_gates, of_new = p.of_input(x).split(parts, -1)
+    return torch.cat([p.norm(of_gates, gates_ih), p.norm(of_new, new_ih)], -1), step
 
 
 def rnn(p: Direction, x: Tensor, activation: Callable[[Tensor], Tensor]) -> tuple[Tensor, Step]:
