@@ -17,10 +17,11 @@ from normswap.errors import InputError, argument
 from normswap.graph import capture
 from normswap.graph.dataflow import Dataflow
 from normswap.graph.records import refuse_wrappers
-from normswap.initialization.base import Progress, Work, initializer_for
+from normswap.initialization.base import Initializer, Progress, Work, initializer_for
 from normswap.initialization.equalization import EQUALIZED, equalize
 from normswap.initialization.match import Match, match_sites
 from normswap.initialization.missing import missing_statistics
+from normswap.initialization.recurrent import centred
 from normswap.options import Options
 from normswap.recipes import Recipe, To, all_recipes, make_recipe, option_names
 from normswap.recipes.recurrent import make_recurrent
@@ -147,7 +148,7 @@ def convert(
     refuse_unfit(model)
     data = Data.of(model, example_inputs, calibration, forward_fn)
     skeleton = skeleton_of(model)
-    work = _prepared(model, recipe, chosen, data, plan, scale=chosen.scale and initializer.keeps_function)
+    work = _prepared(model, recipe, chosen, data, plan, initializer=initializer)
     work = dataclasses.replace(work, choose_groups=choose_groups, progress=progress)
     exact = work.bound.exact and initializer.keeps_function
     promise = Promise.of(model, work.bound.plan, data.example, exact=exact) if chosen.check else Promise()
@@ -163,7 +164,7 @@ def convert(
 
     remember(target, Origin(bound.plan, recipe, skeleton))
     scaled = (EQUALIZED,) if work.source is not model else ()
-    layers = tuple(InitRow(step.site.name, "exact") for step in bound.recurrent)
+    layers = tuple(InitRow(one.site.name, "exact" if one.recipe.exact else "centred") for one in bound.recurrent)
     report = InitReport(
         method.name, (*outcome.rows, *layers), (*notes, *data.all_notes, *scaled, *outcome.notes), outcome.agreement
     )
@@ -205,7 +206,7 @@ def rank_sites(
     refuse_wrappers(model)
     refuse_unfit(model)
     data = Data.of(model, example_inputs, calibration, forward_fn)
-    work = _prepared(model, recipe, chosen, data, None, scale=chosen.scale)
+    work = _prepared(model, recipe, chosen, data, None, initializer=Match)
     work = dataclasses.replace(work, choose_groups=True, isolated=True, progress=progress)
     target, method = copy_of(work.source), Match(work)
     rows = match_sites(work, target, rewrite(target, work.bound, method.values))
@@ -242,16 +243,18 @@ def _bound(flow: Dataflow, recipe: Recipe, options: Options, data: Data) -> Boun
 
 
 def _prepared(
-    model: nn.Module, recipe: Recipe, options: Options, data: Data, plan: Plan | None, *, scale: bool
+    model: nn.Module, recipe: Recipe, options: Options, data: Data, plan: Plan | None, *, initializer: type[Initializer]
 ) -> Work:
     """Plan the conversion, or bind its plan, and scale the channels where that is wanted and gains something."""
     flow = Dataflow(capture(model, data.example))
     bound = _bound(flow, recipe, options, data) if plan is None else bind(plan, recipe, model)
     refuse_empty(bound.plan)
     bound = bound.with_statistics(missing_statistics(model, bound, data.batches))
+    if initializer.keeps_function:
+        bound = centred(bound, model, data.enough)
     source: nn.Module = model
     scales: dict[str, Tensor] = {}
-    if scale:
+    if options.scale and initializer.keeps_function:
         source, scales = equalize(bound, flow, data.enough, data.example)
     return Work(model, source, bound.with_scales(scales), options, data.example, data.batches, data.enough, scales)
 

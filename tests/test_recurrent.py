@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from recurrent_models import Crnn, Tagger
-from recurrent_oracles import layers, offset_standardized, weight_normalized
+from recurrent_oracles import direction, layers, offset_standardized, standardized, weight_normalized
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
@@ -283,6 +283,119 @@ def test_rows_that_are_zero_or_tiny_stay_so(recipe: str) -> None:
     assert all(bool(p.grad.isfinite().all()) for p in converted.parameters() if p.grad is not None)
 
 
+# --- weight standardization without an offset: not exact, and fitted to data ------------------------------------------
+
+
+class Positive(nn.Module):
+    """What a layer reads is positive, so that the mean of a row gives much."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        kind, options = FORMS[form]
+        self.rnn = getattr(nn, kind)(5, 6, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rnn(x.relu() + 1)[0]
+
+
+SAMPLES = torch.randn(7, 64, 5)
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form not in ("LSTM, batch first", "LSTM without bias")])
+def test_standardized_rows_keep_most_where_data_is_given(form: str) -> None:
+    model = Positive(form).eval()
+    data = [SAMPLES[:, i : i + 16] for i in range(0, 64, 16)]
+    result = ns.convert(model, None, recurrent="ws", calibration=data)
+    assert not result.exact
+    assert [row.method for row in result.init.rows] == ["centred"]
+    projection = {name for name, _ in model.rnn.named_parameters() if "weight_hr" in name}
+    assert (
+        set(result.model.rnn.parametrizations)
+        == {n for n, _ in model.rnn.named_parameters() if "weight" in n} - projection
+    )
+    for name in result.model.rnn.parametrizations:
+        rows = getattr(result.model.rnn, name).detach()
+        assert float(rows.sum(1).abs().max()) < 1e-5
+    naive = ns.swap_norms(model, None, recurrent="ws", calibration=data, init="fresh").eval()
+    fresh = torch.randn(7, 100, 5)
+    assert error(model, result.model.eval(), fresh) < 0.35 * error(model, naive, fresh)
+    folded = ns.fold(result.model, example_inputs=fresh)
+    assert type(folded.rnn) is type(model.rnn)
+    assert moved(result.model, folded, fresh) < ROUNDING
+
+
+def error(model: nn.Module, other: nn.Module, x: Tensor) -> float:
+    with torch.no_grad():
+        a, b = model(x), other(x)
+    return float((a - b).square().mean() / a.var())
+
+
+@pytest.mark.parametrize(("kind", "end"), list(itertools.product(["LSTM", "GRU", "RNN"], ["l0", "l0_reverse"])))
+def test_what_a_row_gives_in_the_mean_stays(kind: str, end: str) -> None:
+    """``mean(W₀ x + b₀) = mean(W x + b)`` for both matrices, over the inputs and the states before each step."""
+    model = getattr(nn, kind)(5, 6, bidirectional=True, dtype=torch.float64)
+    p = {name: value.detach().numpy() for name, value in model.named_parameters()}
+    x = (SAMPLES.double().relu() + 1).numpy()
+    zeros = np.zeros((64, 6))
+    y = direction({"RNN": "TANH"}.get(kind, kind), p, end, x, zeros, zeros)[0]
+    y = y[::-1] if end.endswith("_reverse") else y
+    seen = {"ih": x.reshape(-1, 5), "hh": np.concatenate([zeros[None], y[:-1]]).reshape(-1, 6)}
+    converted = ns.swap_norms(
+        model, None, recurrent="ws", calibration=torch.from_numpy(x), example_inputs=torch.from_numpy(x)
+    )
+    for part, inputs in seen.items():
+        old, new = p[f"weight_{part}_{end}"], getattr(converted, f"weight_{part}_{end}").detach().numpy()
+        bias = getattr(converted, f"bias_{part}_{end}").detach().numpy()
+        expected = (inputs @ old.T).mean(0) + p[f"bias_{part}_{end}"]
+        np.testing.assert_allclose((inputs @ new.T).mean(0) + bias, expected, rtol=0, atol=1e-10)
+        assert np.abs((inputs @ new.T).mean(0) - expected).max() > 1e-3
+        np.testing.assert_allclose(new.sum(1), 0, atol=1e-10)
+        both = converted.parametrizations[f"weight_{part}_{end}"]
+        v, gain = (value.detach().numpy() for value in both.parameters())
+        n = v.shape[1]
+        rows = standardized(v, np.ones(n), np.zeros(n)) * gain[:, None] / np.sqrt(n)
+        np.testing.assert_allclose(new, rows, rtol=0, atol=1e-12)
+
+
+def test_packed_sequences_and_cells_show_what_they_see() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = nn.GRU(5, 6, num_layers=2, bidirectional=True, batch_first=True)
+            self.cell = nn.LSTMCell(12, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            lengths = torch.tensor([7, 2, 5, 7] * 9)[: len(x)]
+            packed = pack_padded_sequence(x.relu() + 1, lengths, batch_first=True, enforce_sorted=False)
+            y, state = pad_packed_sequence(self.rnn(packed)[0])[0], None
+            for y_t in y:
+                state = self.cell(y_t + 1, state)
+            return state[0]  # type: ignore[index]
+
+    model, data = Both().eval(), SAMPLES.transpose(0, 1)
+    converted = ns.swap_norms(model, None, recurrent="ws", calibration=data).eval()
+    naive = ns.swap_norms(model, None, recurrent="ws", calibration=data, init="fresh").eval()
+    fresh = torch.randn(32, 7, 5)
+    assert error(model, converted, fresh) < 0.5 * error(model, naive, fresh)
+
+
+def test_standardized_rows_need_data_and_biases() -> None:
+    with pytest.raises(InputError, match=r"recurrent='ws' takes each row's mean away(.|\n)*give calibration="):
+        ns.convert(Alone(), None, recurrent="ws")
+    plan = ns.plan(Alone("LSTM without bias"), None, recurrent="ws")
+    assert [skip.reason for skip in plan.skips] == ["it has no biases, which make up for the means that the rows lose"]
+    plan = ns.plan(Crnn(), "none", recurrent="ws", example_inputs=IMAGES)
+    (skip,) = [skip for skip in plan.skips if skip.name == "rnn"]
+    assert skip.reason == "a BatchNorm goes into its matrix, whose rows would lose their means"
+    assert [step.weight for step in ns.plan(Crnn(), "gn", recurrent="ws", example_inputs=IMAGES).recurrent] == ["ws"]
+
+
+def test_a_stored_model_with_standardized_rows_is_made_again(tmp_path: Path) -> None:
+    model = trained(ns.swap_norms(Tagger(), None, recurrent="ws", calibration=torch.randint(11, (40, 7))))
+    ns.save(model, tmp_path / "model.safetensors")
+    assert moved(model, ns.load(tmp_path / "model.safetensors", model=Tagger()), WORDS) == 0
+
+
 # --- with the rest of a network ---------------------------------------------------------------------------------------
 
 
@@ -322,6 +435,17 @@ def test_it_is_converted_in_place() -> None:
     assert ns.swap_norms(model, None, recurrent="wn", inplace=True) is model
     assert model.rnn is held
     assert isinstance(held, LiveLSTM)
+
+
+def test_the_model_may_be_the_layer_itself() -> None:
+    model = nn.GRU(5, 6, num_layers=2).eval()
+    converted = ns.swap_norms(model, None, recurrent="wn", example_inputs=SEQUENCE)
+    assert moved(model, converted, SEQUENCE) < ROUNDING
+    folded = ns.fold(converted.eval(), example_inputs=SEQUENCE)
+    assert type(folded) is nn.GRU
+    assert moved(model, folded, SEQUENCE) < ROUNDING
+    skips = ns.plan(model, "ln").skips
+    assert [(s.name, s.code) for s in skips if s.what == "recurrent layer"] == [("", "recurrent")]
 
 
 # --- a live layer is a usual module -----------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ class RecurrentSite:
         bidirectional: Whether each layer runs in both directions.
         proj_size: The size of its output where a projection makes it smaller, else 0.
         aliases: Further fqns of the same layer.
+        bias: Whether it has biases.
     """
 
     name: str
@@ -32,6 +33,7 @@ class RecurrentSite:
     bidirectional: bool = False
     proj_size: int = 0
     aliases: tuple[str, ...] = ()
+    bias: bool = True
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -62,7 +62,8 @@ def make_plan(
             continue
         steps.append(step)
     steps = _each_layer_once(steps)
-    answers = [bound_at(site, recurrent, options) for site in found.recurrent]
+    readers = {step.step.reader for step in steps}
+    answers = [bound_at(site, recurrent, options, readers) for site in found.recurrent]
     skips += [one for one in answers if isinstance(one, Skip)]
     bound = tuple(one for one in answers if not isinstance(one, Skip))
     plan = Plan(

@@ -8,11 +8,11 @@ layer alone owns and reads its matrices.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from normswap.errors import Text, argument, parameter
@@ -22,7 +22,7 @@ from normswap.graph.ops import RECURRENT_CALLS
 from normswap.nn.kinds import class_of
 from normswap.nn.plain import legacy_hooks
 from normswap.nn.recurrent import ROWS, is_recurrent, make_live, matrices_of
-from normswap.norms import apply, tensor_in
+from normswap.norms import NewValue, apply, tensor_in
 from normswap.options import Options
 from normswap.recipes.recurrent import RecurrentRecipe, make_recurrent
 from normswap.records import Plan, RecurrentSite, RecurrentStep, Skip
@@ -34,16 +34,29 @@ __all__ = ["BoundRecurrent", "bind_recurrent", "bound_at", "find_recurrent", "re
 
 @dataclass(frozen=True)
 class BoundRecurrent:
-    """One step of a plan for a recurrent layer, with the form that its matrices get."""
+    """One step of a plan for a recurrent layer, with the form that its matrices get.
+
+    Args:
+        step: The step.
+        recipe: The recipe.
+        weight: The form of the matrices.
+        plain: Values that the layer's tensors get before, by their names.
+    """
 
     step: RecurrentStep
     recipe: RecurrentRecipe
     weight: Weight
+    plain: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def site(self) -> RecurrentSite:
         """The layer."""
         return self.step.site
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """The names of the matrices that get the form."""
+        return self.recipe.matrices(self.site)
 
 
 def find_recurrent(flow: Dataflow) -> Iterator[RecurrentSite | Skip]:
@@ -67,6 +80,8 @@ def _functional(flow: Dataflow) -> Iterator[Skip]:
         for node in trace.graph.nodes
         if node.op == "call_function" and node.target in RECURRENT_CALLS
     }
+    if is_recurrent(flow.capture.model):  # a trace of the model is one of torch's own forward
+        found = {(owner, name) for owner, name in found if owner}
     for owner, name in sorted(found):
         why = "it is called functionally: its matrices are left as they are"
         yield Skip(f"{owner}:{name}", "recurrent layer", name, "functional-recurrent", why)
@@ -90,13 +105,15 @@ def _site(fqn: str, module: nn.Module, aliases: tuple[str, ...] = ()) -> Recurre
     assert isinstance(module, (nn.RNNBase, nn.RNNCellBase))
     sizes = (module.input_size, module.hidden_size, matrices)
     if isinstance(module, nn.RNNCellBase):
-        return RecurrentSite(fqn, type(module).__name__, *sizes, aliases=aliases)
+        return RecurrentSite(fqn, type(module).__name__, *sizes, aliases=aliases, bias=module.bias)
     form = (module.num_layers, bool(module.bidirectional), module.proj_size)
-    return RecurrentSite(fqn, type(module).__name__, *sizes, *form, aliases)
+    return RecurrentSite(fqn, type(module).__name__, *sizes, *form, aliases, module.bias)
 
 
 def _why_not(flow: Dataflow, fqn: str, site: RecurrentSite) -> str:
     """Return what else owns or reads the matrices, or nothing."""
+    if not fqn:  # the model itself: nothing is around it
+        return ""
     if leaf := flow.enclosing_leaf(fqn):
         return f"it belongs to {leaf}, whose own code calls it"
     return flow.why_shared(fqn) or _named_in_hidden_code(flow, fqn, {*site.matrices, "_flat_weights", "all_weights"})
@@ -128,8 +145,10 @@ def unasked(site: RecurrentSite) -> Skip:
     return Skip(site.name, "recurrent layer", site.type, "recurrent", why)
 
 
-def bound_at(site: RecurrentSite, recipe: RecurrentRecipe | None, options: Options) -> BoundRecurrent | Skip:
-    """Return what ``recipe`` does at ``site``, or why it does nothing there."""
+def bound_at(
+    site: RecurrentSite, recipe: RecurrentRecipe | None, options: Options, readers: Collection[str | None]
+) -> BoundRecurrent | Skip:
+    """Return what ``recipe`` does at ``site``, or why it does nothing there; ``readers`` take norms up."""
     if recipe is None:
         return unasked(site)
 
@@ -141,7 +160,13 @@ def bound_at(site: RecurrentSite, recipe: RecurrentRecipe | None, options: Optio
     for glob in options.exclude:
         if any(fnmatchcase(name, glob) for name in site.names):
             return excluded(f"the pattern {glob!r} excludes it")
-    return _bound(RecurrentStep(site, str(recipe.weight().name)), recipe)
+    found = _bound(RecurrentStep(site, str(recipe.weight().name)), recipe)
+    reason = recipe.refuse(site)
+    if reason is None and found.weight.centres and site.name in readers:
+        reason = "a BatchNorm goes into its matrix, whose rows would lose their means"
+    if reason is not None:
+        return Skip(site.name, "recurrent layer", site.type, "recipe-refuses", reason)
+    return found
 
 
 def _bound(step: RecurrentStep, recipe: RecurrentRecipe) -> BoundRecurrent:
@@ -176,8 +201,9 @@ def reparameterize(module: nn.Module, bound: BoundRecurrent) -> None:
 
     The layer stays the same object, with its hooks and under all of its names.
     """
+    apply({name: NewValue(value) for name, value in bound.plain.items()}, lambda name: tensor_in(module, name))
     make_live(module)
-    for name in bound.site.matrices:
+    for name in bound.matrices:
         matrix = module._parameters[name]
         assert matrix is not None
         old = matrix.detach().double()

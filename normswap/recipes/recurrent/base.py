@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
 from normswap.errors import InputError, parameter
+from normswap.records import RecurrentSite
 from normswap.weights import Weight
 
 __all__ = ["RecurrentRecipe"]
@@ -38,6 +39,14 @@ class RecurrentRecipe:
         """Return the options that differ from their defaults."""
         defaults = {f.name: f.default for f in fields(self)}
         return {k: v for k, v in asdict(self).items() if v != defaults[k]}
+
+    def refuse(self, site: RecurrentSite) -> str | None:
+        """Return why this recipe cannot be used at ``site``, or None."""
+        return None
+
+    def matrices(self, site: RecurrentSite) -> tuple[str, ...]:
+        """Return the names of the matrices that get the form."""
+        return site.matrices
 
     def weight(self) -> Weight:
         """Return the form of each matrix."""
