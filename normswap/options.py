@@ -78,10 +78,9 @@ class Options:
             normalized (:mod:`normswap.initialization.steadying`).
         tune_steps: Gradient steps of init='tune', of one batch each.
         recurrent: What becomes of recurrent layers (LSTM, GRU, RNN and their cells): None leaves them, a recipe's name
-            (or a :class:`~normswap.recipes.recurrent.RecurrentRecipe`) parametrizes the rows of their matrices: wn as
-            weight normalization and aws as weight standardization with an offset, both exactly, ws without an offset,
-            on data. ``include`` and
-            ``exclude`` choose among them by their names.
+            converts them. wn parametrizes the rows of their matrices as weight normalization, aws as weight
+            standardization with an offset, both exactly; on data, ws does without the offset, and ln makes LSTMs
+            layer-normalized. ``{"recipe": "ln", "spread": 30}`` gives one options of its own.
         check: Verify that an exact recipe has kept the model's output; the inputs are the example's, or made up.
         inplace: Convert the model itself, for models that fill the memory; a failed check leaves it converted.
 
@@ -132,8 +131,8 @@ class Options:
         flag=Flag(
             commands=("inspect", "convert"),
             metavar="RECIPE",
-            note=": wn normalizes the rows of their matrices, aws standardizes them, both exactly, ws without an offset, on "
-            "data; without it they stay",
+            note=": wn normalizes the rows of their matrices, aws standardizes them, both exactly, ws without an "
+            "offset and ln as layer normalization, on data; without it they stay",
         ),
     )
     check: bool = option(

@@ -164,7 +164,10 @@ def convert(
 
     remember(target, Origin(bound.plan, recipe, skeleton))
     scaled = (EQUALIZED,) if work.source is not model else ()
-    layers = tuple(InitRow(one.site.name, "exact" if one.recipe.exact else "centred") for one in bound.recurrent)
+    layers = tuple(
+        InitRow(one.site.name, "exact" if one.recipe.exact else f"{one.step.weight}, on data")
+        for one in bound.recurrent
+    )
     report = InitReport(
         method.name, (*outcome.rows, *layers), (*notes, *data.all_notes, *scaled, *outcome.notes), outcome.agreement
     )

@@ -147,14 +147,14 @@ def test_names_choose_among_recurrent_layers() -> None:
         assert [skip.code for skip in plan.skips if skip.name == "second"] == ["excluded"]
     with pytest.raises(InputError, match="matches no norm and no recurrent layer"):
         ns.plan(Net(), None, recurrent="wn", include=["third"])
-    with pytest.raises(InputError, match=r"recurrent='xn'.*\n.*choose from aws, wn"):
+    with pytest.raises(InputError, match=r"recurrent='xn'.*\n.*choose from aws, ln, wn, ws"):
         ns.plan(Net(), None, recurrent="xn")
     with pytest.raises(NothingToConvertError, match="recurrent='wn'"):
         ns.convert(Net(), None)
 
 
 def test_every_recurrent_recipe_says_what_it_is() -> None:
-    assert {"wn", "aws"} <= set(all_recurrent())
+    assert set(all_recurrent()) == {"aws", "ln", "wn", "ws"}
     for name, recipe in all_recurrent().items():
         assert recipe.name == name
         assert recipe.equation
@@ -307,7 +307,7 @@ def test_standardized_rows_keep_most_where_data_is_given(form: str) -> None:
     data = [SAMPLES[:, i : i + 16] for i in range(0, 64, 16)]
     result = ns.convert(model, None, recurrent="ws", calibration=data)
     assert not result.exact
-    assert [row.method for row in result.init.rows] == ["centred"]
+    assert [row.method for row in result.init.rows] == ["ws, on data"]
     projection = {name for name, _ in model.rnn.named_parameters() if "weight_hr" in name}
     assert (
         set(result.model.rnn.parametrizations)
@@ -380,13 +380,13 @@ def test_packed_sequences_and_cells_show_what_they_see() -> None:
 
 
 def test_standardized_rows_need_data_and_biases() -> None:
-    with pytest.raises(InputError, match=r"recurrent='ws' takes each row's mean away(.|\n)*give calibration="):
+    with pytest.raises(InputError, match=r"recurrent='ws' needs data(.|\n)*give calibration="):
         ns.convert(Alone(), None, recurrent="ws")
     plan = ns.plan(Alone("LSTM without bias"), None, recurrent="ws")
     assert [skip.reason for skip in plan.skips] == ["it has no biases, which make up for the means that the rows lose"]
     plan = ns.plan(Crnn(), "none", recurrent="ws", example_inputs=IMAGES)
     (skip,) = [skip for skip in plan.skips if skip.name == "rnn"]
-    assert skip.reason == "a BatchNorm goes into its matrix, whose rows would lose their means"
+    assert skip.reason == "a BatchNorm goes into its matrix, for which it gets values as it is"
     assert [step.weight for step in ns.plan(Crnn(), "gn", recurrent="ws", example_inputs=IMAGES).recurrent] == ["ws"]
 
 

@@ -1,14 +1,18 @@
-"""Matrices of recurrent layers whose rows lose their means: the projection that costs least on data.
+"""The values of recurrent layers that follow from data: what each of their matrices sees.
 
-A row w of W_ih sees the inputs x of its layer, one of W_hh the states h before each step. As for a filter,
-``w = w₀ − C⁻¹1 (1ᵀw₀)/(1ᵀC⁻¹1)`` with C the covariance of what it sees, and the bias gets ``E[(w₀ − w)·x]``. What the
-layers and directions within a module see, no call shows: they are run one by one on what the module is given.
+**Rows that lose their means** do it where it costs least. A row w of W_ih sees the inputs x of its layer, one of W_hh
+the states h before each step. As for a filter, ``w = w₀ − C⁻¹1 (1ᵀw₀)/(1ᵀC⁻¹1)`` with C the covariance of what it sees,
+and the bias gets ``E[(w₀ − w)·x]``.
+
+**Layer normalization** starts as an affine map, see :mod:`normswap.initialization.null_space`.
+
+What the layers and directions within a module see, no call shows: they are run one by one on what the module is given.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,10 +22,12 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from normswap.errors import InitializationError, InputError, argument
 from normswap.initialization.moments import Moments, centre, moments_of_covariance
+from normswap.initialization.null_space import offsets
 from normswap.nn.recurrent import ROWS
 from normswap.runs.calling import Batch, run_on_data
 from normswap.runs.guard import set_mode, untouched
 from normswap.stages.bound import BoundPlan
+from normswap.stages.recurrent import BoundRecurrent
 
 __all__ = ["centred"]
 
@@ -54,20 +60,20 @@ def centred(bound: BoundPlan, model: nn.Module, batches: Sequence[Batch] | None)
         InputError: There are such matrices and no data.
         InitializationError: The data does not reach a layer.
     """
-    names = [step.site.name for step in bound.recurrent if step.weight.centres]
+    names = [step.site.name for step in bound.recurrent if step.recipe.needs_data]
     if not names:
         return bound
     if batches is None:
-        recipe = next(step.recipe.name for step in bound.recurrent if step.weight.centres)
+        recipe = next(step.recipe.name for step in bound.recurrent if step.recipe.needs_data)
         raise InputError(
-            f"{argument('recurrent', recipe)} takes each row's mean away, and data alone show where that costs least",
+            f"{argument('recurrent', recipe)} needs data, which show what the layers' matrices see, and none was given",
             code="no-calibration",
-            hint=f"give {argument('calibration')}, some hundred unlabelled samples, or {argument('recurrent', 'aws')}",
+            hint=f"give {argument('calibration')}, some hundred unlabelled samples, or {argument('recurrent', 'wn')}",
         )
     seen = _watch(model, names, batches)
     steps = []
     for step in bound.recurrent:
-        if step.weight.centres:
+        if step.recipe.needs_data:
             if not seen[step.site.name]:
                 raise InitializationError(
                     f"the calibration data never reaches '{step.site.name}'",
@@ -75,14 +81,50 @@ def centred(bound: BoundPlan, model: nn.Module, batches: Sequence[Batch] | None)
                     hint="exclude it, or give data that reaches it",
                 )
             module = model.get_submodule(step.site.name)
-            values: dict[str, Tensor] = {}
-            for name in step.matrices:
-                bias = name.replace("weight", "bias")
-                weight, shift = centre(ROWS, _plain(module, name), seen[step.site.name][name].moments())
-                values |= {name: weight, bias: _plain(module, bias) + shift}
-            step = dataclasses.replace(step, plain=values)
+            found = _centred if step.weight is not None else _normalized
+            step = dataclasses.replace(step, plain=found(step, module, seen[step.site.name]))
         steps.append(step)
     return dataclasses.replace(bound, recurrent=tuple(steps))
+
+
+def _centred(step: BoundRecurrent, module: nn.Module, seen: Mapping[str, _Sums]) -> dict[str, Tensor]:
+    """Return matrices whose rows have lost their means, and the biases that make up for these."""
+    values: dict[str, Tensor] = {}
+    for name in step.matrices:
+        bias = name.replace("weight", "bias")
+        weight, shift = centre(ROWS, _plain(module, name), seen[name].moments())
+        values |= {name: weight, bias: _plain(module, bias) + shift}
+    return values
+
+
+def _normalized(step: BoundRecurrent, module: nn.Module, seen: Mapping[str, _Sums]) -> dict[str, Tensor]:
+    """Return the tensors of a layer-normalized LSTM that begins as nearly ``module``.
+
+    Raises:
+        InitializationError: A matrix reads too much for that.
+    """
+    values: dict[str, Tensor] = {}
+    recipe = step.recipe
+    for name in step.matrices:
+        weight = _plain(module, name)
+        if name.startswith("weight_hr"):
+            values[name] = weight
+            continue
+        products = seen[name].products / seen[name].count
+        found = offsets(weight, products, getattr(recipe, "spread", 10.0), getattr(recipe, "eps", 1e-5))
+        if found is None:
+            raise InitializationError(
+                f"the {name} of '{step.site.name}' reads {weight.shape[1]} values and gives {weight.shape[0]}: no "
+                "scales of its rows let a norm behind it start as an affine map",
+                code="no-null-space",
+                hint=f"{argument('exclude', [step.site.name])}, or {argument('recurrent', 'wn')}",
+            )
+        bias = name.replace("weight", "bias")
+        old = 0.0 if module._parameters.get(bias) is None else _plain(module, bias)
+        norm = name.replace("weight", "ln").replace("ln_ih", "ln_ih_%s").replace("ln_hh", "ln_hh_%s")
+        values |= {name: found.weight, bias: found.inner}
+        values |= {norm % "weight": found.gain, norm % "bias": found.shift + old}
+    return values
 
 
 def _plain(module: nn.Module, name: str) -> Tensor:

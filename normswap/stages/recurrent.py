@@ -29,7 +29,7 @@ from normswap.records import Plan, RecurrentSite, RecurrentStep, Skip
 from normswap.stages.misfits import misfit, submodule
 from normswap.weights import Weight
 
-__all__ = ["BoundRecurrent", "bind_recurrent", "bound_at", "find_recurrent", "reparameterize", "unasked"]
+__all__ = ["BoundRecurrent", "bind_recurrent", "bound_at", "carry_out", "find_recurrent", "unasked"]
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,13 @@ class BoundRecurrent:
     Args:
         step: The step.
         recipe: The recipe.
-        weight: The form of the matrices.
+        weight: The form of the matrices; None where another layer comes in the layer's place.
         plain: Values that the layer's tensors get before, by their names.
     """
 
     step: RecurrentStep
     recipe: RecurrentRecipe
-    weight: Weight
+    weight: Weight | None
     plain: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -160,10 +160,11 @@ def bound_at(
     for glob in options.exclude:
         if any(fnmatchcase(name, glob) for name in site.names):
             return excluded(f"the pattern {glob!r} excludes it")
-    found = _bound(RecurrentStep(site, str(recipe.weight().name)), recipe)
+    weight = recipe.weight()
+    found = _bound(RecurrentStep(site, str(recipe.name if weight is None else weight.name)), recipe)
     reason = recipe.refuse(site)
-    if reason is None and found.weight.centres and site.name in readers:
-        reason = "a BatchNorm goes into its matrix, whose rows would lose their means"
+    if reason is None and recipe.needs_data and site.name in readers:
+        reason = "a BatchNorm goes into its matrix, for which it gets values as it is"
     if reason is not None:
         return Skip(site.name, "recurrent layer", site.type, "recipe-refuses", reason)
     return found
@@ -196,20 +197,42 @@ def bind_recurrent(plan: Plan, model: nn.Module) -> tuple[BoundRecurrent, ...]:
     return tuple(_bound(step, recipe) for step in plan.recurrent)
 
 
-def reparameterize(module: nn.Module, bound: BoundRecurrent) -> None:
-    """Parametrize the matrices of a recurrent layer, in place; their values stay what they are.
+def carry_out(model: nn.Module, plan: Plan, bound: BoundRecurrent) -> None:
+    """Carry out one step, in place: parametrize the matrices, or put another layer into the layer's place.
 
-    The layer stays the same object, with its hooks and under all of its names.
+    A layer that is parametrized stays the same object, with its hooks and under all of its names, and its matrices
+    stay what they are.
     """
+    module = submodule(model, bound.site.name, plan)
+    if bound.weight is None:
+        module = _replaced(model, plan, bound, module)
     apply({name: NewValue(value) for name, value in bound.plain.items()}, lambda name: tensor_in(module, name))
+    if bound.weight is not None:
+        _parametrize(module, bound, bound.weight)
+
+
+def _replaced(model: nn.Module, plan: Plan, bound: BoundRecurrent, old: nn.Module) -> nn.Module:
+    """Put another layer into the place of ``old``, with its mode and hooks, and return it."""
+    new = bound.recipe.replacement(old).train(old.training)
+    new.requires_grad_(any(p.requires_grad for p in old.parameters()))
+    for name, value in vars(old).items():
+        if name.endswith(("forward_hooks", "backward_hooks", "backward_pre_hooks")) or "_forward_hooks_" in name:
+            vars(new)[name].update(value)
+    for name in bound.site.names:
+        parent, _, child = name.rpartition(".")
+        submodule(model, parent, plan)._modules[child] = new
+    return new
+
+
+def _parametrize(module: nn.Module, bound: BoundRecurrent, weight: Weight) -> None:
     make_live(module)
     for name in bound.matrices:
         matrix = module._parameters[name]
         assert matrix is not None
         old = matrix.detach().double()
         ones = old.new_ones(old.shape[0])
-        values = {} if old.is_meta else bound.weight.encode(ROWS, old, ones, matrix.dtype).values
-        bound.weight.register(module, name)
+        values = {} if old.is_meta else weight.encode(ROWS, old, ones, matrix.dtype).values
+        weight.register(module, name)
         apply(
             {key.replace(".weight.", f".{name}.", 1): value for key, value in values.items()},
             lambda key: tensor_in(module, key),

@@ -20,7 +20,7 @@ from normswap.records import NormKind, Plan
 from normswap.stages.bound import BoundPlan, BoundStep
 from normswap.stages.forwards import replace_functional_norms
 from normswap.stages.misfits import submodule
-from normswap.stages.recurrent import reparameterize
+from normswap.stages.recurrent import carry_out
 
 __all__ = ["Placed", "rewrite"]
 
@@ -114,7 +114,7 @@ def rewrite(
         new = {step.source.call.name: module for step, module in replacements if step.source.call is not None}
         replace_functional_norms(submodule(model, owner, plan), new, calls)
     for recurrent in bound.recurrent:  # after the norms: one that a recurrent layer takes up goes into plain matrices
-        reparameterize(submodule(model, recurrent.site.name, plan), recurrent)
+        carry_out(model, plan, recurrent)
     return tuple(placed)
 
 

@@ -22,13 +22,18 @@ def all_recurrent() -> Mapping[str, type[RecurrentRecipe]]:
 
 
 def make_recurrent(
-    asked: str | RecurrentRecipe | None, options: Mapping[str, Any] | None = None
+    asked: str | RecurrentRecipe | Mapping[str, Any] | None, options: Mapping[str, Any] | None = None
 ) -> RecurrentRecipe | None:
     """Return the recipe that ``asked`` names, with ``options``; an instance is returned as it is, and so is None.
+
+    ``{"recipe": "ln", "spread": 30}`` names one with options of its own.
 
     Raises:
         InputError: There is no such recipe, or it has no such option.
     """
+    if isinstance(asked, Mapping):
+        given = {**(options or {}), **asked}
+        return make_recurrent(str(given.pop("recipe", "")), given)
     if asked is None or isinstance(asked, RecurrentRecipe):
         return asked
     known = all_recurrent()

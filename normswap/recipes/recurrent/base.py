@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
+from torch import nn
+
 from normswap.errors import InputError, parameter
 from normswap.records import RecurrentSite
 from normswap.weights import Weight
@@ -19,12 +21,16 @@ class RecurrentRecipe:
     Each row of a matrix (``weight_ih_l0``, ``weight_hh_l0``, the projection ``weight_hr_l0``, …) makes one value of one
     gate, as a filter makes one channel: it is what a filter is to :mod:`normswap.weights`.
 
-    To add one, subclass this in a file of this folder, set the class attributes, and implement :meth:`weight`.
+    To add one, subclass this in a file of this folder, set the class attributes, and implement :meth:`weight`,
+    or :meth:`replacement` where another layer is to come in the layer's place.
     """
 
     name: ClassVar[str]
     equation: ClassVar[str]
     paper: ClassVar[str]
+    needs_data: ClassVar[bool] = False
+    """Whether the layer gets its values from calibration data."""
+
     exact: ClassVar[bool]
     """Whether the swap is a reparameterization: the layer's output stays the same up to rounding."""
 
@@ -48,6 +54,10 @@ class RecurrentRecipe:
         """Return the names of the matrices that get the form."""
         return site.matrices
 
-    def weight(self) -> Weight:
-        """Return the form of each matrix."""
+    def weight(self) -> Weight | None:
+        """Return the form of each matrix; None where another layer comes in the layer's place."""
+        return None
+
+    def replacement(self, old: nn.Module) -> nn.Module:
+        """Return the layer that comes in the place of ``old``, with any values."""
         raise NotImplementedError

@@ -30,6 +30,7 @@ class RecurrentStandardization(RecurrentRecipe):
     equation = "W_j = g_j (v_j − mean v_j)/√(var v_j + eps)/√n per row of each matrix"
     paper = "Qiao et al. 2019"
     exact = False
+    needs_data = True
 
     def weight(self) -> Weight:
         return WeightStd(eps=self.eps)
