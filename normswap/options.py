@@ -63,8 +63,9 @@ class Options:
     """How a conversion is done, whatever the recipe.
 
     Args:
-        include: Convert only norms whose names match one of these globs; default all.
-        exclude: Leave norms whose names match one of these globs as they are.
+        include: Convert only norms whose names match one of these globs; default all. It holds for recurrent layers,
+            too.
+        exclude: Leave norms whose names match one of these globs as they are. It holds for recurrent layers, too.
         init: How the new norms get their values. absorb keeps the model's function by what its BatchNorms know, at the
             statistics of the calibration data where there is some; match then fits each site to that data in closed
             form (the default with calibration=); tune then takes gradient steps towards the original's own values,
@@ -76,6 +77,10 @@ class Options:
             group's statistics to the sample alone; with more they are steadier, the swap closer, and less is
             normalized (:mod:`normswap.initialization.steadying`).
         tune_steps: Gradient steps of init='tune', of one batch each.
+        recurrent: What becomes of recurrent layers (LSTM, GRU, RNN and their cells): None leaves them, a recipe's name
+            converts them. wn parametrizes the rows of their matrices as weight normalization, aws as weight
+            standardization with an offset, both exactly; on data, ws does without the offset, and ln makes LSTMs
+            layer-normalized. ``{"recipe": "ln", "spread": 30}`` gives one options of its own.
         check: Verify that an exact recipe has kept the model's output; the inputs are the example's, or made up.
         inplace: Convert the model itself, for models that fill the memory; a failed check leaves it converted.
 
@@ -120,6 +125,16 @@ class Options:
         ),
     )
     tune_steps: int = option(300, f"Gradient steps of {argument('init', 'tune')}", minimum=0, flag=Flag(metavar="N"))
+    recurrent: str | None = option(
+        None,
+        "What becomes of recurrent layers (LSTM, GRU, RNN and their cells)",
+        flag=Flag(
+            commands=("inspect", "convert"),
+            metavar="RECIPE",
+            note=": wn normalizes the rows of their matrices, aws standardizes them, both exactly, ws without an "
+            "offset and ln as layer normalization, on data; without it they stay",
+        ),
+    )
     check: bool = option(
         True,
         "Verify that an exact recipe has kept the model's output",

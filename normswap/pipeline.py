@@ -17,12 +17,14 @@ from normswap.errors import InputError, argument
 from normswap.graph import capture
 from normswap.graph.dataflow import Dataflow
 from normswap.graph.records import refuse_wrappers
-from normswap.initialization.base import Progress, Work, initializer_for
+from normswap.initialization.base import Initializer, Progress, Work, initializer_for
 from normswap.initialization.equalization import EQUALIZED, equalize
 from normswap.initialization.match import Match, match_sites
 from normswap.initialization.missing import missing_statistics
+from normswap.initialization.recurrent import centred
 from normswap.options import Options
 from normswap.recipes import Recipe, To, all_recipes, make_recipe, option_names
+from normswap.recipes.recurrent import make_recurrent
 from normswap.records import InitReport, Plan, SiteCost
 from normswap.runs.data import Data
 from normswap.runs.guard import copy_of
@@ -115,7 +117,7 @@ def convert(
         to: A recipe's name, or a recipe; or a mapping that gives each norm the recipe of the first glob that matches
             its name, and leaves those that none matches or that have None: ``{"stem.*": "gn+aws", "*": "gn+ws"}``.
             The options of recipes go to those that have them; ``{"recipe": "gn+ws", "num_groups": 1}`` in place of a
-            name gives a recipe some of its own.
+            name gives a recipe some of its own. None leaves all norms, for a conversion of recurrent layers alone.
         example_inputs: Inputs of the model: a tensor, a tuple, or a dict by keyword. They decide what the graph leaves
             open (ranks, hidden consumers) and serve the check of exact recipes. Default: the first calibration samples.
         calibration: Unlabelled data: a tensor, tuple or dict of inputs, or an iterable of those, such as a DataLoader.
@@ -151,7 +153,7 @@ def convert(
     data = Data.of(model, example_inputs, calibration, forward_fn)
     skeleton = skeleton_of(model)
     with opened(model) as norms:
-        work = _prepared(model, recipe, chosen, data, plan, scale=chosen.scale and initializer.keeps_function)
+        work = _prepared(model, recipe, chosen, data, plan, initializer=initializer)
         work = dataclasses.replace(work, choose_groups=choose_groups, progress=progress)
         exact = work.bound.exact and initializer.keeps_function
         promise = Promise.of(model, work.bound.plan, data.example, exact=exact) if chosen.check else Promise()
@@ -174,7 +176,7 @@ def convert(
     scaled = (EQUALIZED,) if work.source is not model else ()
     report = InitReport(
         method.name,
-        outcome.rows,
+        (*outcome.rows, *(one.row for one in bound.recurrent)),
         (*notes, *data.all_notes, *scaled, *outcome.notes, *notes_on_optimizers(target)),
         outcome.agreement,
     )
@@ -206,6 +208,7 @@ def rank_sites(
         InputError: The recipe is exact, or an argument does not fit.
     """
     recipe, chosen = _asked(to, None, options)
+    chosen = dataclasses.replace(chosen, recurrent=None)
     if recipe.exact:
         inexact = ", ".join(name for name, other in all_recipes().items() if not other.exact)
         raise InputError(
@@ -216,7 +219,7 @@ def rank_sites(
     refuse_unfit(model)
     data = Data.of(model, example_inputs, calibration, forward_fn)
     with opened(model):
-        work = _prepared(model, recipe, chosen, data, None, scale=chosen.scale)
+        work = _prepared(model, recipe, chosen, data, None, initializer=Match)
         work = dataclasses.replace(work, choose_groups=True, isolated=True, progress=progress)
         target, method = copy_of(work.source), Match(work)
         rows = match_sites(work, target, rewrite(target, work.bound, method.values))
@@ -233,6 +236,13 @@ def _asked(to: To, plan: Plan | None, given: Mapping[str, Any]) -> tuple[Recipe,
     """Return the recipe and the options that the arguments ask for; a plan brings its own recipe."""
     if plan is not None and not isinstance(to, Recipe):
         to, given = plan.recipe, {**given, **plan.options}
+    if plan is not None and given.get("recurrent") is not None:
+        raise InputError(
+            f"{argument('recurrent', given['recurrent'])} is given beside a plan, which says what becomes of the "
+            "recurrent layers",
+            code="plan-options",
+            hint="leave it out, or make the plan anew",
+        )
     options, own = Options.split(given, option_names(to), ("example_inputs", "calibration", "forward_fn", "progress"))
     return make_recipe(to, own), options
 
@@ -240,21 +250,25 @@ def _asked(to: To, plan: Plan | None, given: Mapping[str, Any]) -> tuple[Recipe,
 def _bound(flow: Dataflow, recipe: Recipe, options: Options, data: Data) -> BoundPlan:
     has_data = data.batches is not None
     found = find_sites(flow, data.example, has_data=has_data)
-    return make_plan(type(flow.capture.model).__name__, found, recipe, options, has_data=has_data)
+    recurrent = make_recurrent(options.recurrent)
+    name = type(flow.capture.model).__name__
+    return make_plan(name, found, recipe, options, recurrent=recurrent, has_data=has_data)
 
 
 def _prepared(
-    model: nn.Module, recipe: Recipe, options: Options, data: Data, plan: Plan | None, *, scale: bool
+    model: nn.Module, recipe: Recipe, options: Options, data: Data, plan: Plan | None, *, initializer: type[Initializer]
 ) -> Work:
     """Plan the conversion, or bind its plan, and scale the channels where that is wanted and gains something."""
     flow = Dataflow(capture(model, data.example))
     bound = _bound(flow, recipe, options, data) if plan is None else bind(plan, recipe, model)
     refuse_empty(bound.plan)
     bound = bound.with_statistics(missing_statistics(model, bound, data.batches))
+    if initializer.keeps_function:
+        bound = centred(bound, model, data.enough)
     source: nn.Module = model
     scales: dict[str, Tensor] = {}
     factors: dict[str, Scale] = {}
-    if scale:
+    if options.scale and initializer.keeps_function:
         source, scales, factors = equalize(bound, flow, data.enough, data.example)
     bound = bound.with_scales(scales)
     return Work(model, source, bound, options, data.example, data.batches, data.enough, scales, factors)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from normswap.errors import InputError
-from normswap.records import Fit, Plan
+from normswap.records import SKIPPED, Fit, Plan
 from normswap.storage.writing import reported, staged
 from normswap.version import __version__
 
@@ -94,7 +94,7 @@ def _render(conversion: Conversion) -> str:
         choices=_choices(plan, conversion),
         skips=sorted(
             (skip for skip in plan.skips if skip.name not in conversion.heads),
-            key=lambda skip: ("norm", "layer", "scope").index(skip.what),
+            key=lambda skip: SKIPPED.index(skip.what),
         ),
         plots=_plots([f for _, f in fits]) if fits else [],
     )
@@ -103,6 +103,7 @@ def _render(conversion: Conversion) -> str:
 def _choices(plan: Plan, conversion: Conversion) -> list[dict[str, Any]]:
     """Return what was chosen for each module, in the order of the initialization."""
     steps = {step.site.norm: step for step in plan.steps}
+    recurrent = {step.site.name: step.weight for step in plan.recurrent}
     found = []
     for row in conversion.init.rows:
         step = steps.get(row.name)
@@ -111,7 +112,7 @@ def _choices(plan: Plan, conversion: Conversion) -> list[dict[str, Any]]:
             {
                 "name": row.name,
                 "norm": "–" if step is None else step.norm,
-                "weight": "–" if step is None else step.weight or "–",
+                "weight": recurrent.get(row.name, "–") if step is None else step.weight or "–",
                 "method": row.method,
                 "ridge": None if row.fit is None else row.fit.ridge,
                 "groups": None if row.fit is None else row.fit.num_groups,

@@ -216,7 +216,7 @@ def test_a_plan_written_by_hand_in_the_first_format_replays() -> None:
     assert all(torch.equal(t, expected.state_dict()[name]) for name, t in found.state_dict().items())
 
 
-@pytest.mark.parametrize("number", [0, 2, 3, "1", None, 1.5])
+@pytest.mark.parametrize("number", [0, 3, "1", None, 1.5])
 def test_a_plan_of_another_format_is_refused_in_words(number: Any) -> None:
     record = record_of("gn") | {"normswap_plan": number}
     with pytest.raises(PlanError, match=f"the plan has format {number}, this version reads") as caught:

@@ -266,3 +266,64 @@ def test_recipes_per_site_go_there_and_back() -> None:
     restored.load_state_dict(back.state)
     with torch.no_grad():
         assert far(entry.run(restored.eval(), entry.inputs), entry.run(other, entry.inputs)) < 1e-5
+
+
+class Tagger(nn.Module):
+    """A convolution with a norm, and a recurrent layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv1d(4, 6, 3, padding=1), nn.BatchNorm1d(6)
+        self.lstm, self.fc = nn.LSTM(6, 8, batch_first=True, bidirectional=True), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.lstm(torch.relu(self.bn(self.conv(x))).transpose(1, 2))[0])
+
+
+@pytest.mark.parametrize("to", ["wn+mobn", None])
+def test_recurrent_layers_go_there_and_back(to: str | None) -> None:
+    model, x = randomize_(Tagger(), 0).eval(), torch.randn(4, 4, 9)
+    converted = ns.swap_norms(model, to, recurrent="wn", example_inputs=x)
+    other = later(model)
+    there = ns.migrate_state_dict(other.state_dict(), converted)
+    again = ns.swap_norms(model, to, recurrent="wn", example_inputs=x)
+    again.load_state_dict(there.state)
+    with torch.no_grad():
+        torch.testing.assert_close(again(x), other(x), rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(converted(x), other(x), atol=1e-2)
+    back = ns.migrate_state_dict(there.state, again)
+    restored = Tagger().eval()
+    restored.load_state_dict(back.state)
+    with torch.no_grad():
+        torch.testing.assert_close(restored(x), other(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("recurrent", ["wn", "aws"])
+def test_an_optimizer_goes_on_training_recurrent_layers(recurrent: str) -> None:
+    model, x = randomize_(Tagger(), 0), torch.randn(4, 4, 9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    result = ns.convert(model.eval(), None, recurrent=recurrent, example_inputs=x)
+    found = ns.migrate_optimizer(optimizer, result)
+    held = {id(p) for group in found.optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in result.model.parameters()}
+    rows = {row.parameter: row.what for row in found.rows}
+    assert (
+        rows["lstm.parametrizations.weight_hh_l0.original1" if recurrent == "wn" else "lstm.bias_hh_l0"] == "unchanged"
+    )
+    assert "fresh" not in rows.values()
+
+
+def test_the_parameters_of_a_layer_in_a_recurrent_layers_place_are_held_and_start_afresh() -> None:
+    model, x = randomize_(Tagger(), 0), torch.randn(40, 4, 9)
+    optimizer = torch.optim.Adam(model.parameters())
+    model(x).square().mean().backward()
+    optimizer.step()
+    result = ns.convert(model.eval(), None, recurrent="ln", calibration=x)
+    found = ns.migrate_optimizer(optimizer, result)
+    held = {id(p) for group in found.optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in result.model.parameters()}
+    assert {row.what for row in found.rows if row.parameter.startswith("lstm.weight")} == {"fresh"}

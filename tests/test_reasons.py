@@ -227,11 +227,17 @@ class Projected(nn.Module):
         return self.lstm(x)[0]
 
 
-def test_an_lstm_with_a_projection_has_no_onnx_form(tmp_path: Path) -> None:
+class OwnLSTM(nn.LSTM):
+    pass
+
+
+def test_an_lstm_with_a_projection_of_a_class_of_its_own_has_no_onnx_form(tmp_path: Path) -> None:
+    model = Projected(4).eval()
+    model.lstm = OwnLSTM(8, 16, proj_size=4, batch_first=True)
     with pytest.raises(ExportError) as error:
-        ns.export_onnx(Projected(4).eval(), tmp_path / "a.onnx", example_inputs=torch.randn(2, 5, 8))
+        ns.export_onnx(model.eval(), tmp_path / "a.onnx", example_inputs=torch.randn(2, 5, 8))
     assert str(error.value) == (
-        "error[export-projection]: 'lstm' is an LSTM with proj_size=4, and the LSTM of ONNX has no projection\n"
+        "error[export-projection]: 'lstm' is an OwnLSTM with proj_size=4, and the LSTM of ONNX has no projection\n"
         "  hint: deploy it as a program (torch.export, `normswap fold -o MODEL.pt2`), or train an LSTM without "
         "proj_size with a Linear behind it"
     )

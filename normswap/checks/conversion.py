@@ -46,13 +46,16 @@ def refuse_unfit(model: nn.Module) -> None:
 
 def refuse_empty(plan: Plan) -> None:
     """Raise NothingToConvertError for a plan without a step; the hint is the first reason."""
-    if plan.steps:
+    if plan.steps or plan.recurrent:
         return
     norms = [skip for skip in plan.skips if skip.what == "norm"]
+    layers = [skip for skip in plan.skips if skip.what == "recurrent layer"]
+    named = (layers or norms) if plan.recurrent_recipe else (norms or layers)
     raise NothingToConvertError(
-        f"no norm of the {plan.model} can be converted by '{plan.recipe}'",
+        f"no norm of the {plan.model} can be converted by '{plan.recipe}'"
+        + (f", and no recurrent layer by '{plan.recurrent_recipe}'" if plan.recurrent_recipe else ""),
         code="nothing-to-convert",
-        hint=f"'{norms[0].name}': {marked(norms[0].reason)}" if norms else "the model has no BatchNorm",
+        hint=f"'{named[0].name}': {marked(named[0].reason)}" if named else "the model has no BatchNorm",
     )
 
 

@@ -109,7 +109,7 @@ def convert_model(
     show_conversion(result, artifact, files.all())
     if writing.output is None and files.target is not None:
         note("no -o was given: the output stands beside the model")
-    if batches is None and result.init.method == "absorb" and not result.exact:
+    if batches is None and result.init.method == "absorb" and not result.exact and result.plan.steps:
         note(
             f"{called(request.to)} without --calibration: measure how much accuracy is left before you use the model; "
             "some hundred inputs without labels keep more of it"
@@ -142,7 +142,7 @@ def _show_planned(made: Plan, request: Request, *, as_json: bool) -> None:
             "--num-groups auto: the groups are chosen during the fit, by --calibration; these are where it begins, "
             "and what --plan keeps"
         )
-    if not made.steps:
+    if not (made.steps or made.recurrent):
         raise NothingToConvertError(
             f"no norm of the {made.model} can be converted by '{made.recipe}'",
             code="nothing-to-convert",
@@ -192,6 +192,7 @@ def _write(result: Conversion, files: Files, place: Place, example: Any, writing
             example_inputs=example,
             opset=writing.opset,
             dynamic_batch=not has_fixed_batch(result.model),
+            dynamic_time=False if writing.dynamic_time is None else writing.dynamic_time,
         )
     return dataclasses.replace(artifact, path=files.onnx)
 

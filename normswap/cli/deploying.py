@@ -17,6 +17,7 @@ from normswap.cli.flags import OUTPUT, InputFlags, Json, Model, Opset, Reading, 
 from normswap.cli.inputs import example_inputs, required_inputs
 from normswap.cli.outputs import needing_normswap, save_whole
 from normswap.cli.reporting import describe_check, needs, show_artifact, written
+from normswap.cli.requests import DynamicTime
 from normswap.cli.sources import Source
 from normswap.errors import InputError
 from normswap.storage.writing import staged
@@ -130,13 +131,14 @@ def export_model(
     dynamic_spatial: Annotated[
         bool, typer.Option(help="whether the file takes any height and width", rich_help_panel=OUTPUT)
     ] = False,
+    dynamic_time: DynamicTime = None,
     reading: Reading,
     as_json: Json = False,
 ) -> None:
     """Write a folded model to an ONNX file and verify that file.
 
     MODEL is what `normswap fold` or `normswap convert --fold` wrote. The file is kept only where onnxruntime computes
-    with it, on two batch sizes, what torch does.
+    with it, on two batch sizes, what torch does; with --dynamic-time on two lengths, too.
     """
     target = output or model.with_suffix(".onnx")
     if target.suffix != ".onnx":
@@ -157,6 +159,7 @@ def export_model(
                 opset=opset,
                 dynamic_batch=dynamic_batch and not has_fixed_batch(network),
                 dynamic_spatial=dynamic_spatial,
+                dynamic_time=False if dynamic_time is None else dynamic_time,
             )
     artifact = dataclasses.replace(artifact, path=target)
     if as_json:

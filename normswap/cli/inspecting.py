@@ -11,8 +11,9 @@ from normswap.cli.console import print_json, progressing, say, table, working
 from normswap.cli.flags import At, Chosen, DataFlags, InputFlags, Json, Model, Reading, To, flattened
 from normswap.cli.inputs import calibration_batches, example_inputs
 from normswap.cli.reporting import costs_as_record, show_costs, show_norms, show_plan
-from normswap.cli.requests import DEFAULT
+from normswap.cli.requests import default_of
 from normswap.cli.sources import Source
+from normswap.cli.spelling import spell
 from normswap.cli.values import called, read_at
 
 if TYPE_CHECKING:
@@ -35,22 +36,23 @@ def inspect_model(
 ) -> None:
     """Show a model's norms, their layers, and what cannot be converted.
 
-    With --to it shows what each norm would become; with --calibration what the swap of each by itself costs, largest
-    error first. Nothing is written.
+    With --to or --recurrent it shows what each norm or layer would become; with --calibration what the swap of each
+    norm by itself costs, largest error first. Nothing is written.
     """
     network = Source.of(reading).open(model)
     inputs = example_inputs(network, given)
     batches = calibration_batches(network, data)
-    recipe = read_at(to or DEFAULT, at)
+    recurrent = chosen.pop("recurrent", None)
+    recipe = read_at(to or default_of(recurrent), at)
     if batches is not None:
         with progressing("ranking the sites", quiet=as_json) as progress:
             costs = ns.rank_sites(
                 network, recipe, calibration=batches, example_inputs=inputs, progress=progress, **chosen
             )
         print_json(costs_as_record(costs)) if as_json else show_costs(costs, type(network).__name__, called(recipe))
-    elif to is not None or at:
+    elif to is not None or at or recurrent is not None:
         with working("planning"):
-            plan = ns.plan(network, recipe, example_inputs=inputs)
+            plan = ns.plan(network, recipe, example_inputs=inputs, recurrent=recurrent)
         print_json(plan.to_json()) if as_json else show_plan(plan)
     else:
         _show_sites(network, inputs, as_json=as_json)
@@ -63,10 +65,12 @@ def _show_sites(network: nn.Module, inputs: Any, *, as_json: bool) -> None:
         from normswap.graph.dataflow import Dataflow
         from normswap.runs.inputs import as_inputs
         from normswap.stages.find_sites import find_sites
+        from normswap.stages.recurrent import unasked
         from normswap.storage.origin import origin_of
 
         example = None if inputs is None else as_inputs(inputs)
         found = find_sites(Dataflow(capture(network, example)), example)
+        left = [*found.skips, *map(unasked, found.recurrent)]
         parameters = sum(p.numel() for p in network.parameters())
     name = type(network).__name__
     if as_json:
@@ -74,7 +78,7 @@ def _show_sites(network: nn.Module, inputs: Any, *, as_json: bool) -> None:
             "model": name,
             "parameters": parameters,
             "sites": [dataclasses.asdict(site) for site in found.sites],
-            "skips": [dataclasses.asdict(skip) for skip in found.skips],
+            "skips": [dataclasses.asdict(skip) for skip in left],
         }
         print_json(json.dumps(record, indent=2, ensure_ascii=False))
         return
@@ -89,6 +93,6 @@ def _show_sites(network: nn.Module, inputs: Any, *, as_json: bool) -> None:
         ],
         [s.remarks for s in found.sites],
     )
-    if found.sites and found.skips:
+    if found.sites and left:
         say()
-    table(("left alone", "what", "type", "reason"), [(s.name, s.what, s.type, s.reason) for s in found.skips])
+    table(("left alone", "what", "type", "reason"), [(s.name, s.what, s.type, spell(s.reason)) for s in left])

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from normswap.cli.console import facts, say, table
 from normswap.cli.spelling import spell
-from normswap.records import InitReport, Plan, SiteCost, Skip
+from normswap.records import SKIPPED, InitReport, Plan, SiteCost, Skip
 
 if TYPE_CHECKING:
     from normswap.checks.verification import OutputRow, Verification
@@ -51,6 +51,12 @@ def show_plan(plan: Plan) -> None:
                 for s in plan.steps
             ],
             [(*step.site.remarks, *step.notes) for step in plan.steps],
+        )
+        say()
+    if plan.recurrent:
+        table(
+            ("recurrent layer", "type", "sizes", "weights"),
+            [(s.site.name, s.site.type, s.site.sizes, s.weight) for s in plan.recurrent],
         )
         say()
     if plan.skips:
@@ -98,7 +104,7 @@ def costs_as_record(costs: Sequence[SiteCost]) -> str:
 def _grouped(skips: Sequence[Skip]) -> list[tuple[tuple[str, str], list[str]]]:
     """Return the names per kind and reason, norms first."""
     found = []
-    for what in sorted({skip.what for skip in skips}, key=("norm", "layer", "scope").index):
+    for what in sorted({skip.what for skip in skips}, key=SKIPPED.index):
         groups: dict[str, list[str]] = defaultdict(list)
         for skip in skips:
             if skip.what == what:
@@ -134,7 +140,7 @@ def show_conversion(result: Conversion, artifact: ExportArtifact | None, outputs
     """Print what a conversion did, assumed, checked and wrote."""
     plan = result.plan
     say(plan.headline)
-    lines = [("converted", plan.summary().replace(" convert,", ","))]
+    lines = [("converted", plan.summary().replace(" convert", ""))]
     heads = result.heads
     skips = [skip for skip in plan.skips if skip.name not in heads]
     lines += [("skipped", f"{_counted(names, what)}: {reason}") for (what, reason), names in _grouped(skips)]

@@ -11,15 +11,31 @@ import typer
 
 from normswap.cli.flags import OUTPUT, Chosen, Opset, RecipeFlags
 from normswap.cli.outputs import read_text
-from normswap.cli.values import Recipes, read_at
+from normswap.cli.values import STAYS, Recipes, read_at
 from normswap.errors import InputError
 from normswap.records import Plan
 from normswap.report import require_packages
 
-__all__ = ["DEFAULT", "Files", "Request", "Writing"]
+__all__ = ["DEFAULT", "DynamicTime", "Files", "Request", "Writing", "default_of"]
 
 DEFAULT = "gn+ws"
 """The recipe where none is named."""
+
+
+def default_of(recurrent: str | None) -> str:
+    """Return what becomes of the norms where no recipe is named: who asks for the recurrent layers leaves them."""
+    return DEFAULT if recurrent is None else STAYS
+
+
+DynamicTime = Annotated[
+    int | None,
+    typer.Option(
+        metavar="AXIS",
+        min=0,
+        help="let sequences in the ONNX file have any length: the axis that time is on, 1 for (batch, time, …)",
+        rich_help_panel=OUTPUT,
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -44,6 +60,7 @@ class Writing:
         typer.Option(metavar="FILE", help="fold, export to this .onnx file, and verify it", rich_help_panel=OUTPUT),
     ] = None
     opset: Opset = 18
+    dynamic_time: DynamicTime = None
     report: Annotated[
         Path | None,
         typer.Option(
@@ -73,12 +90,13 @@ class Request:
     ) -> Request:
         """Return what the flags ask for."""
         if plan is None:
-            asked = read_at(to or DEFAULT, at)
+            asked = read_at(to or default_of(chosen.get("recurrent")), at)
             return cls(asked, recipe.of(asked), chosen, None)
         made = Plan.from_json(read_text(plan))
-        if to or at or recipe or "include" in chosen or "exclude" in chosen:
+        if to or at or recipe or chosen.keys() & {"include", "exclude", "recurrent"}:
             raise InputError(
-                "--plan says which norms become what; --to, --at, --include, --exclude or an option is given beside it",
+                "--plan says which norms become what; --to, --at, --recurrent, --include, --exclude or an option is "
+                "given beside it",
                 code="plan-options",
                 hint="leave them out, or make the plan anew",
             )
@@ -86,10 +104,14 @@ class Request:
 
     @property
     def recipe(self) -> str:
-        """The recipe's name, that of several where it is made of them."""
+        """The recipe's name, that of several where it is made of them, and that for recurrent layers."""
         from normswap.recipes import PerSite
 
-        return self.to if isinstance(self.to, str) else PerSite.name
+        norms = self.to if isinstance(self.to, str) else PerSite.name
+        layers = self.chosen.get("recurrent") if self.plan is None else self.plan.recurrent_recipe
+        if not layers:
+            return norms
+        return f"recurrent-{layers}" if norms == STAYS else f"{norms}.recurrent-{layers}"
 
 
 @dataclass(frozen=True)

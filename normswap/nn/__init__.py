@@ -1,6 +1,8 @@
 """The modules and parametrizations that a converted model may contain, beside those of torch.nn."""
 
 from normswap.nn.filters import FilterLayout, row_moments
+from normswap.nn.layer_norm_cells import LayerNormGRUCell, LayerNormLSTMCell, LayerNormRNNCell
+from normswap.nn.layer_norm_rnn import LayerNormGRU, LayerNormLSTM, LayerNormRNN
 from normswap.nn.norms import ChannelAffine, ChannelLayerNorm, MeanOnlyBatchNorm
 from normswap.nn.parametrizations import FilterWeightNorm, WeightStandardization, parametrize_weight_norm
 from normswap.nn.rank_check import RankCheck
@@ -10,6 +12,12 @@ __all__ = [
     "ChannelLayerNorm",
     "FilterLayout",
     "FilterWeightNorm",
+    "LayerNormGRU",
+    "LayerNormGRUCell",
+    "LayerNormLSTM",
+    "LayerNormLSTMCell",
+    "LayerNormRNN",
+    "LayerNormRNNCell",
     "MeanOnlyBatchNorm",
     "RankCheck",
     "WeightStandardization",

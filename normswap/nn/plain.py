@@ -24,6 +24,8 @@ from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weig
 from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDictPreHook
 from torch.nn.utils.weight_norm import WeightNorm
 
+from normswap.nn.recurrent import make_torchs
+
 __all__ = ["legacy_hooks", "make_plain"]
 
 
@@ -103,3 +105,4 @@ def _unparametrize(module: nn.Module, names: list[str]) -> None:
     others = dict(module._parameters)
     module._parameters.clear()
     module._parameters.update(plain | others)  # weight before bias, as torch's layers have it
+    make_torchs(module)

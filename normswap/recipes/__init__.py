@@ -12,11 +12,12 @@ from normswap.discovery import classes_in
 from normswap.errors import InputError
 from normswap.recipes.base import Recipe
 from normswap.recipes.per_site import PerSite
+from normswap.recipes.stays import Stays
 
 __all__ = ["PerSite", "Recipe", "To", "all_recipes", "make_recipe", "option_names"]
 
-To: TypeAlias = "str | Recipe | Mapping[str, str | Recipe | Mapping[str, Any] | None]"
-"""What says what becomes of the norms: a recipe's name, a recipe, or such by globs of the norms' names."""
+To: TypeAlias = "str | Recipe | Mapping[str, str | Recipe | Mapping[str, Any] | None] | None"
+"""What says what becomes of the norms: a recipe's name, a recipe, or such by globs of their names; None leaves them."""
 
 
 @cache
@@ -31,7 +32,7 @@ def option_names(to: To) -> tuple[str, ...]:
     Raises:
         InputError: There is no such recipe.
     """
-    if isinstance(to, Recipe) or to is None:
+    if isinstance(to, Recipe) or to in (None, Stays.name):
         return ()
     if isinstance(to, Mapping):
         parts = [_split(part)[0] for part in to.values()]
@@ -44,7 +45,7 @@ def make_recipe(to: To, options: Mapping[str, Any] | None = None) -> Recipe:
 
     A mapping of globs to recipes gives each site the recipe of the first glob that matches its norm's name, and each
     recipe those of the options that it has: ``{"stem.*": "gn+aws", "head.*": {"recipe": "gn+ws", "num_groups": 1},
-    "layer1.*": None, "*": "gn+ws"}``. None leaves the norm.
+    "layer1.*": None, "*": "gn+ws"}``. None leaves the norm, and in place of a recipe all norms.
 
     Raises:
         InputError: There is no such recipe, or it has no such option.
@@ -54,6 +55,8 @@ def make_recipe(to: To, options: Mapping[str, Any] | None = None) -> Recipe:
         to = options.pop("at")
     if isinstance(to, Mapping):
         return PerSite.combined((glob, _part(part, options)) for glob, part in to.items())
+    if to in (None, Stays.name):
+        to = Stays()
     if isinstance(to, Recipe):
         if options:
             raise InputError(

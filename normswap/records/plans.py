@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from normswap.errors import PlanError
+from normswap.records.recurrent import RecurrentSite, RecurrentStep
 from normswap.records.sites import Site, Skip
 from normswap.records.tables import text_table
 
 __all__ = ["Plan", "Step"]
 
-_FORMAT = 1
+_FORMAT, _RECURRENT_FORMAT = 1, 2
+"""A plan with steps for recurrent layers has a format of its own: what does not know them must not leave them out."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,9 @@ class Plan:
         options: The recipe's options.
         steps: One step per site, in execution order.
         skips: Every norm, layer and opaque scope that is in no step.
+        recurrent: One step per recurrent layer that is reparameterized.
+        recurrent_recipe: The name of the recipe of these; '' where there are none.
+        recurrent_options: That recipe's options.
     """
 
     model: str
@@ -62,6 +67,9 @@ class Plan:
     options: Mapping[str, Any]
     steps: tuple[Step, ...]
     skips: tuple[Skip, ...]
+    recurrent: tuple[RecurrentStep, ...] = ()
+    recurrent_recipe: str = ""
+    recurrent_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         rows = [
@@ -79,6 +87,9 @@ class Plan:
         parts = [self.headline]
         if rows:
             parts.append(text_table(("norm", "type", "layer", "weight", "becomes", "proof", "notes"), rows))
+        if self.recurrent:
+            lines = [(s.site.name, s.site.type, s.site.sizes, s.weight, "; ".join(s.notes)) for s in self.recurrent]
+            parts.append(text_table(("recurrent layer", "type", "sizes", "weights", "notes"), lines))
         if self.skips:
             reasons = Counter((skip.what, skip.reason) for skip in self.skips)
             named = {(s.what, s.reason): s.name for s in reversed(self.skips)}
@@ -93,7 +104,11 @@ class Plan:
     @property
     def headline(self) -> str:
         """Return the model, the recipe and its options: ``ResNet → gn+ws (num_groups=4)``."""
-        return f"{self.model} → {self.recipe}" + (f" ({self.chosen})" if self.options else "")
+        line = f"{self.model} → {self.recipe}" + (f" ({self.chosen})" if self.options else "")
+        if not self.recurrent_recipe:
+            return line
+        own = f" ({_listed(self.recurrent_options)})" if self.recurrent_options else ""
+        return f"{line}, recurrent layers → {self.recurrent_recipe}{own}"
 
     @property
     def chosen(self) -> str:
@@ -108,18 +123,27 @@ class Plan:
         norms = len(self.steps)
         kept = sum(skip.what == "norm" and skip.code != "not-batch-norm" for skip in self.skips)
         absorbed = sum(step.taken_up_by is not None for step in self.steps)
-        return f"{norms} of {norms + kept} BatchNorms convert, {absorbed} together with their layer"
+        line = f"{norms} of {norms + kept} BatchNorms convert, {absorbed} together with their layer"
+        if not self.recurrent_recipe:
+            return line
+        layers = len(self.recurrent) + sum(skip.what == "recurrent layer" for skip in self.skips)
+        recurrent = f"{len(self.recurrent)} of {layers} recurrent layers"
+        return f"{line}; {recurrent}" if norms + kept else f"{recurrent} convert"
 
     def to_json(self, indent: int | None = 2) -> str:
         """Return the plan as JSON, which :meth:`from_json` reads back to an equal plan."""
         record = {
-            "normswap_plan": _FORMAT,
+            "normswap_plan": _RECURRENT_FORMAT if self.recurrent_recipe else _FORMAT,
             "model": self.model,
             "recipe": self.recipe,
             "options": dict(self.options),
             "steps": [asdict(step) for step in self.steps],
             "skips": [asdict(skip) for skip in self.skips],
         }
+        if self.recurrent_recipe:
+            steps = [asdict(step) for step in self.recurrent]
+            record |= {"recurrent": steps, "recurrent_recipe": self.recurrent_recipe}
+            record |= {"recurrent_options": dict(self.recurrent_options)}
         return json.dumps(record, indent=indent, ensure_ascii=False)
 
     @classmethod
@@ -131,15 +155,28 @@ class Plan:
         """
         try:
             record = json.loads(text)
-            if record["normswap_plan"] != _FORMAT:
+            if record["normswap_plan"] not in (_FORMAT, _RECURRENT_FORMAT):
                 raise PlanError(
-                    f"the plan has format {record['normswap_plan']}, this version reads {_FORMAT}",
+                    f"the plan has format {record['normswap_plan']}, this version reads up to {_RECURRENT_FORMAT}",
                     code="plan-format",
                     hint="make the plan anew with this version",
                 )
             steps = tuple(_read(Step, {**step, "site": _read(Site, step["site"])}) for step in record["steps"])
             skips = tuple(_read(Skip, skip) for skip in record["skips"])
-            return cls(record["model"], record["recipe"], record["options"], steps, skips)
+            recurrent = tuple(
+                _read(RecurrentStep, {**step, "site": _read(RecurrentSite, step["site"])})
+                for step in record.get("recurrent", ())
+            )
+            return cls(
+                record["model"],
+                record["recipe"],
+                record["options"],
+                steps,
+                skips,
+                recurrent,
+                record.get("recurrent_recipe", ""),
+                record.get("recurrent_options", {}),
+            )
         except (ValueError, KeyError, TypeError) as cause:
             raise PlanError(
                 f"not a plan: {type(cause).__name__}: {cause}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["FoundBy", "NormKind", "Proof", "Site", "Skip"]
+__all__ = ["SKIPPED", "FoundBy", "NormKind", "Proof", "Site", "Skip"]
 
 
 class NormKind:
@@ -125,13 +125,17 @@ class Site:
         return tuple(text for text in (self.reason, self.caveat, held) if text)
 
 
+SKIPPED = ("norm", "layer", "recurrent layer", "scope")
+"""What may be at no site, in the order in which it is shown."""
+
+
 @dataclass(frozen=True)
 class Skip:
-    """A norm, layer or scope that no site holds, and why.
+    """A norm, layer, recurrent layer or scope that no site holds, and why.
 
     Args:
         name: Its fqn.
-        what: ``norm``, ``layer`` or ``scope``.
+        what: One of :data:`SKIPPED`.
         type: Its class.
         code: A stable slug of the reason.
         reason: The reason, in words that a person can act on.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from normswap.errors import InitializationError, PlanError
+from normswap.errors import InitializationError
 from normswap.graph.after_norm import after_norm
 from normswap.nn import FilterLayout
 from normswap.nn.kinds import class_of, is_layer
@@ -22,9 +22,11 @@ from normswap.recipes import Recipe
 from normswap.records import NormKind, Plan, Site, Step
 from normswap.runs.watching import Statistics
 from normswap.stages.forwards import find_functional_norms
+from normswap.stages.misfits import misfit, submodule
+from normswap.stages.recurrent import BoundRecurrent, bind_recurrent
 from normswap.weights import PlainWeight, Weight
 
-__all__ = ["BoundPlan", "BoundStep", "NormSource", "bind", "misfit", "submodule"]
+__all__ = ["BoundPlan", "BoundStep", "NormSource", "bind"]
 
 
 @dataclass(frozen=True)
@@ -133,11 +135,13 @@ class BoundPlan:
         plan: The plan.
         recipe: Its recipe, which may be made of several.
         steps: Its steps, in the plan's order.
+        recurrent: Its steps for recurrent layers.
     """
 
     plan: Plan
     recipe: Recipe
     steps: tuple[BoundStep, ...]
+    recurrent: tuple[BoundRecurrent, ...] = ()
 
     @property
     def modules(self) -> tuple[BoundStep, ...]:
@@ -146,8 +150,8 @@ class BoundPlan:
 
     @property
     def exact(self) -> bool:
-        """Whether every site has a recipe that is exact."""
-        return all(step.recipe.exact for step in self.steps)
+        """Whether every site, and every recurrent layer, has a recipe that is exact."""
+        return all(one.recipe.exact for one in self.steps) and all(one.recipe.exact for one in self.recurrent)
 
     def with_statistics(self, measured: Mapping[str, Statistics]) -> BoundPlan:
         """Return the plan with statistics that were measured at norms which store none, by fqn.
@@ -188,7 +192,7 @@ class BoundPlan:
             for step in self.steps
         )
         plan = dataclasses.replace(self.plan, steps=tuple(step.step for step in steps))
-        return BoundPlan(plan, self.recipe, steps)
+        return dataclasses.replace(self, plan=plan, steps=steps)
 
 
 def _weight(recipe: Recipe, site: Site) -> Weight:
@@ -215,7 +219,7 @@ def bind(plan: Plan, recipe: Recipe, model: nn.Module) -> BoundPlan:
             submodule(model, alias.rpartition(".")[0], plan)
         _refuse_unfit_layers(plan, step, model)
         steps.append(_bound(plan, step, source, recipe))
-    return BoundPlan(plan, recipe, tuple(steps))
+    return BoundPlan(plan, recipe, tuple(steps), bind_recurrent(plan, model))
 
 
 def _bound(plan: Plan, step: Step, source: NormSource, recipe: Recipe) -> BoundStep:
@@ -276,24 +280,3 @@ def _source(plan: Plan, site: Site, model: nn.Module, calls: dict[str, dict[str,
         raise misfit(plan, f"the forward of '{owner}' calls no norm with '{name}'")
     call = calls[owner][name]
     return NormSource(call.read(holder, frozen=site.frozen), call=call)
-
-
-def submodule(model: nn.Module, fqn: str, plan: Plan) -> nn.Module:
-    """Return a submodule that ``plan`` names.
-
-    Raises:
-        PlanError: There is none.
-    """
-    try:
-        return model.get_submodule(fqn)
-    except AttributeError:
-        raise misfit(plan, f"the model has no module '{fqn}'") from None
-
-
-def misfit(plan: Plan, what: str) -> PlanError:
-    """Return the error that says why ``plan`` does not fit a model."""
-    return PlanError(
-        f"the plan, made for a {plan.model}, does not fit this model: {what}",
-        code="plan-does-not-fit",
-        hint="replay a plan on a model of the same architecture, or make a new plan",
-    )

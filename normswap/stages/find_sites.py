@@ -1,4 +1,4 @@
-"""Sites: every norm, convolution and linear layer of a captured model, each once, in a site or as a skip."""
+"""Sites: every norm and every layer of a captured model, each once, in a site or as a skip."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
-from normswap.errors import PlanError, Text, marked
+from normswap.errors import PlanError
 from normswap.graph import Capture
 from normswap.graph.after_norm import after_norm
 from normswap.graph.code_reads import reads_in_code
@@ -16,32 +16,36 @@ from normswap.graph.dataflow import Dataflow
 from normswap.graph.first_layers import reads_input
 from normswap.graph.reading import reader_of
 from normswap.nn import FilterLayout
-from normswap.nn.kinds import class_of, is_layer
+from normswap.nn.kinds import class_of
 from normswap.norms import is_convertible, norm_of
-from normswap.records import FoundBy, NormKind, Proof, Site, Skip
+from normswap.records import FoundBy, NormKind, Proof, RecurrentSite, Site, Skip
 from normswap.runs.inputs import Inputs
 from normswap.runs.modes import held_modules
 from normswap.stages.bound import NormSource
 from normswap.stages.forwards import trace_own_forward
 from normswap.stages.gaps import close_gaps
+from normswap.stages.layer_skips import layer_skips
 from normswap.stages.other_methods import refuse_by_mode, with_methods
+from normswap.stages.recurrent import find_recurrent
 
 __all__ = ["FoundSites", "find_sites"]
 
 
 @dataclass(frozen=True)
 class FoundSites:
-    """Every norm, convolution and linear layer of a model, each once: in a site or as a skip.
+    """Every norm, convolution, linear and recurrent layer of a model, each once: in a site or as a skip.
 
     Args:
         sites: The sites, in execution order.
         skips: What is none, each with the reason.
         sources: The norm of each site, by its name in the plan.
+        recurrent: The recurrent layers, which are at no norm.
     """
 
     sites: tuple[Site, ...]
     skips: tuple[Skip, ...]
     sources: Mapping[str, NormSource]
+    recurrent: tuple[RecurrentSite, ...] = ()
 
 
 def find_sites(flow: Dataflow, example_inputs: Inputs | None = None, *, has_data: bool = False) -> FoundSites:
@@ -62,12 +66,15 @@ def find_sites(flow: Dataflow, example_inputs: Inputs | None = None, *, has_data
             refused.setdefault(one.refused, one.site.reason or "")
     placed = close_gaps(capture, [one.site for one in found], gaps, example_inputs)
     placed.sort(key=lambda site: flow.order.get(site.norm, len(flow.order)))
-    skips += _layer_skips(flow, placed, refused)
+    skips += layer_skips(flow, placed, refused)
     skips += [
         Skip(fqn, "scope", class_of(capture.modules[capture.aliases[fqn]]).__name__, "opaque", why)
         for fqn, why in capture.opaque.items()
     ]
-    return FoundSites(tuple(placed), tuple(skips), sources)
+    recurrent = list(find_recurrent(flow))
+    skips += [one for one in recurrent if isinstance(one, Skip)]
+    layers = tuple(one for one in recurrent if isinstance(one, RecurrentSite))
+    return FoundSites(tuple(placed), tuple(skips), sources, layers)
 
 
 def _norms(flow: Dataflow) -> tuple[list[Site], list[Skip], dict[str, NormSource]]:
@@ -236,33 +243,3 @@ def _only(shapes: frozenset[tuple[int, int]] | None) -> tuple[int, int] | None:
     if not shapes or len({axes for axes, _ in shapes}) != 1:
         return None
     return min(shapes)
-
-
-def _layer_skips(flow: Dataflow, sites: list[Site], refused: Mapping[str, str]) -> list[Skip]:
-    """Return a skip for each layer, and for each norm that does not convert, that no site holds."""
-    taken = {site.layer for site in sites}
-    skips = []
-    for fqn, module in flow.capture.modules.items():
-        kind, norm = class_of(module).__name__, norm_of(module)
-        if norm is not None and not norm.converts:
-            skips.append(Skip(fqn, "norm", kind, "not-batch-norm", norm.why_kept(module)))
-        elif is_layer(module) and fqn not in taken:
-            hidden = flow.opaque_ancestor(fqn)
-            if leaf := flow.enclosing_leaf(fqn):
-                code, reason = "inside-leaf", f"it belongs to a {leaf}, whose own code calls it"
-            elif fqn in refused:
-                code, reason = "not-absorbed", Text(f"its weight is left as it is: {marked(refused[fqn])}")
-            elif not flow.calls.get(fqn):
-                code, reason = (
-                    ("opaque", f"{hidden} could not be traced")
-                    if hidden
-                    else ("never-called", "no traced forward calls it")
-                )
-            else:
-                code, reason = "no-norm", "no BatchNorm follows it directly"
-            skips.append(Skip(fqn, "layer", kind, code, reason))
-    for key, name in flow.functional_layers.items():
-        skips.append(
-            Skip(key, "layer", name, "functional-layer", "it is called functionally: its weight is left as it is")
-        )
-    return skips

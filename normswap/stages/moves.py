@@ -13,11 +13,14 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from normswap.nn import FilterLayout
+from normswap.nn.recurrent import ROWS
 from normswap.norms import Along, Assignment, LinearOf, NewValue
 from normswap.records import InitRow
 from normswap.stages.bound import BoundPlan, BoundStep
+from normswap.stages.recurrent import BoundRecurrent
 from normswap.stages.rewriting import Placed
 
 __all__ = ["Move", "Moves", "Recording", "Scale", "old_tensors"]
@@ -100,6 +103,8 @@ class Recording:
         scales: Mapping[str, Scale],
     ) -> None:
         self._source, self._values, self._scales = source, values, scales
+        self._recurrent = bound.recurrent
+        self._of_matrices = {one.site.name: _terms_of_matrices(source, one) for one in bound.recurrent}
         self._assignments: dict[str, Assignment] = {}
         copies = dict(target.named_parameters())
         self._old = {
@@ -131,6 +136,9 @@ class Recording:
             if one.name in fitted:
                 found = self._refitted(one, found, dict(target.named_parameters()))
             moves |= found
+        readers = {one.bound.step.reader for one in placed}
+        for recurrent in self._recurrent:
+            moves |= self._of_recurrent(recurrent, target, took_up_a_norm=recurrent.site.name in readers)
         return Moves(moves, self._scales, self._before, self._old)
 
     def _of_site(self, one: Placed, names: Mapping[int, str]) -> dict[str, Move]:
@@ -139,11 +147,11 @@ class Recording:
         values = self._assignments.get(one.name, {})
         layer = one.layer if one.layer is not None else one.reader
         layout = FilterLayout() if layer is None else FilterLayout.of(layer)
-        own = {name: id(one.tensor(name)) for name in values}
-        filters = next((names[own[n]] for n, new in values.items() if own[n] in names and _stores_filters(new)), None)
+        own = {name: id(one.tensor(name)) for name in values if not _parametrized_since(one, name)}
+        filters = next((names[own[n]] for n in own if own[n] in names and _stores_filters(values[n])), None)
         found: dict[str, Move] = {}
         for name, new in values.items():
-            if own[name] not in names:
+            if own.get(name) not in names:
                 continue
             terms = sorted((t for t in new.terms if t.old in old), key=_order)
             near = [*([terms[0].old] if terms and _is_direct(terms[0]) else []), "norm.weight", *_MAIN]
@@ -159,6 +167,21 @@ class Recording:
                 if full is not None and full not in found and full not in old.values():
                     near = [old[part] for part in _MAIN if part in old]
                     found[full] = Move((), tuple(near), None, layout, f"'{site.norm}' was started afresh")
+        return found
+
+    def _of_recurrent(self, one: BoundRecurrent, target: nn.Module, *, took_up_a_norm: bool) -> dict[str, Move]:
+        """Return where the parameters of a recurrent layer come from, by name."""
+        name, found = one.site.name, dict[str, Move]()
+        if one.weight is None:
+            for own, _ in target.get_submodule(name).named_parameters():
+                full = f"{name}.{own}"
+                near = tuple(old for old in (full, f"{name}.weight_hh_l0", f"{name}.weight_hh") if old in self._old)
+                found[full] = Move((), near, reason=f"another layer has taken the place of '{name}'")
+            return found
+        for key, (old, terms, filters) in self._of_matrices[name].items():
+            found[key] = Move(
+                () if took_up_a_norm else terms, (old,), filters, ROWS, "it took a norm up and changed its form"
+            )
         return found
 
     def _refitted(self, one: Placed, moves: Mapping[str, Move], new: Mapping[str, nn.Parameter]) -> dict[str, Move]:
@@ -214,6 +237,35 @@ def old_tensors(model: nn.Module, step: BoundStep) -> dict[str, Tensor]:
         holder = owner if name else owner.rpartition(".")[0]
         own = {**step.source.call.tensors_of(model.get_submodule(holder))}
     return found | {f"norm.{name}": tensor for name, tensor in own.items() if tensor is not None}
+
+
+_Terms = dict[str, tuple[str, tuple[LinearOf, ...], str | None]]
+"""Of each new parameter of a matrix: the matrix, the terms, and the parameter that holds the filters."""
+
+
+def _terms_of_matrices(source: nn.Module, one: BoundRecurrent) -> _Terms:
+    """Return where the parameters that a recurrent layer's matrices are made of come from, by name."""
+    found: _Terms = {}
+    for matrix in one.matrices if one.weight is not None else ():
+        assert one.weight is not None
+        old = f"{one.site.name}.{matrix}"
+        value = source.get_parameter(old).detach()
+        if value.is_meta:
+            continue
+        ones = value.new_ones(value.shape[0], dtype=torch.float64)
+        values = one.weight.encode(ROWS, value.double(), ones, value.dtype).values
+        names = {key: f"{one.site.name}.{key.replace('.weight.', f'.{matrix}.', 1)}" for key in values}
+        filters = next((names[key] for key, new in values.items() if _stores_filters(new)), None)
+        for key, new in values.items():
+            kept = [term for term in new.terms if term.old == "layer.weight"]
+            found[names[key]] = old, tuple(replace(t, old=old, factor=_bare(t.factor)) for t in kept), filters
+    return found
+
+
+def _parametrized_since(one: Placed, name: str) -> bool:
+    """Tell whether a value's tensor is stored in another form: a recurrent layer's, which took the norm up before."""
+    part, _, own = name.partition(".")
+    return part == "reader" and one.reader is not None and parametrize.is_parametrized(one.reader, own)
 
 
 def _is_direct(term: LinearOf) -> bool:

@@ -9,29 +9,40 @@ from normswap.errors import InputError, Text, argument, marked, parameter
 from normswap.norms import Bias
 from normswap.options import Options
 from normswap.recipes import Recipe
-from normswap.records import Plan, Site, Skip
+from normswap.recipes.recurrent import RecurrentRecipe
+from normswap.records import Plan, RecurrentSite, Site, Skip
 from normswap.stages.bound import BoundPlan, BoundStep
 from normswap.stages.find_sites import FoundSites
+from normswap.stages.recurrent import bound_at
 
 __all__ = ["make_plan"]
 
 
 def make_plan(
-    model_name: str, found: FoundSites, recipe: Recipe, options: Options, *, has_data: bool = False
+    model_name: str,
+    found: FoundSites,
+    recipe: Recipe,
+    options: Options,
+    *,
+    recurrent: RecurrentRecipe | None = None,
+    has_data: bool = False,
 ) -> BoundPlan:
-    """Decide what ``recipe`` does at each site.
+    """Decide what ``recipe`` does at each site, and ``recurrent`` at each recurrent layer.
 
     Args:
         model_name: The model's class.
         found: The sites and what is none.
         recipe: The recipe.
-        options: Whose globs choose the norms.
+        options: Whose globs choose the norms and the recurrent layers.
+        recurrent: The recipe for recurrent layers; None leaves them.
         has_data: Whether data will be there to measure the statistics of norms that store none.
 
     Raises:
-        InputError: An option does not fit a site, or a glob matches no norm.
+        InputError: An option does not fit a site, or a glob matches nothing that could be converted.
     """
-    _check_globs(found, (*options.include, *options.exclude, *recipe.patterns))
+    layers = () if recurrent is None else found.recurrent
+    _check_globs(found, (*options.include, *options.exclude), layers)
+    _check_globs(found, recipe.patterns)
     steps: list[BoundStep] = []
     skips = list(found.skips)
     for site in found.sites:
@@ -51,8 +62,21 @@ def make_plan(
             continue
         steps.append(step)
     steps = _each_layer_once(steps)
-    plan = Plan(model_name, recipe.name, recipe.options(), tuple(step.step for step in steps), tuple(skips))
-    return BoundPlan(plan, recipe, tuple(steps))
+    readers = {step.step.reader for step in steps}
+    answers = [bound_at(site, recurrent, options, readers) for site in found.recurrent]
+    skips += [one for one in answers if isinstance(one, Skip)]
+    bound = tuple(one for one in answers if not isinstance(one, Skip))
+    plan = Plan(
+        model_name,
+        recipe.name,
+        recipe.options(),
+        tuple(step.step for step in steps),
+        tuple(skips),
+        tuple(one.step for one in bound),
+        "" if recurrent is None else recurrent.name,
+        {} if recurrent is None else recurrent.options(),
+    )
+    return BoundPlan(plan, recipe, tuple(steps), bound)
 
 
 def _each_layer_once(steps: list[BoundStep]) -> list[BoundStep]:
@@ -76,7 +100,7 @@ def _chosen(site: Site, recipe: Recipe, options: Options, has_data: bool) -> Rec
             return "excluded", f"the pattern {glob!r} excludes it"
     chosen = recipe.at(site)
     if chosen is None:
-        return "excluded", "no pattern gives it a recipe"
+        return "excluded", "no pattern gives it a recipe" if recipe.patterns else "the norms stay as they are"
     if not site.has_statistics and not has_data:
         return (
             "no-statistics",
@@ -86,13 +110,14 @@ def _chosen(site: Site, recipe: Recipe, options: Options, has_data: bool) -> Rec
     return chosen if reason is None else ("recipe-refuses", reason)
 
 
-def _check_globs(found: FoundSites, globs: Sequence[str]) -> None:
+def _check_globs(found: FoundSites, globs: Sequence[str], layers: Sequence[RecurrentSite] = ()) -> None:
     names = [name for site in found.sites for name in site.names]
+    names += [name for site in layers for name in site.names]
     names += [skip.name for skip in found.skips if skip.what == "norm"]
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in names):
             raise InputError(
-                f"the pattern {glob!r} matches no norm",
+                f"the pattern {glob!r} matches no norm" + (" and no recurrent layer" if layers else ""),
                 code="pattern-matches-nothing",
                 hint=f"norms are named like {names[0]!r}" if names else "the model has no norms",
             )

@@ -17,8 +17,10 @@ from normswap.nn import ChannelAffine, FilterLayout, RankCheck
 from normswap.nn.kinds import is_layer
 from normswap.norms import Assignment, Bias, apply, tensor_in
 from normswap.records import NormKind, Plan
-from normswap.stages.bound import BoundPlan, BoundStep, submodule
+from normswap.stages.bound import BoundPlan, BoundStep
 from normswap.stages.forwards import replace_functional_norms
+from normswap.stages.misfits import submodule
+from normswap.stages.recurrent import carry_out
 from normswap.stages.references import exchange
 
 __all__ = ["Placed", "rewrite"]
@@ -117,6 +119,8 @@ def rewrite(
         new = {step.source.call.name: module for step, module in replacements if step.source.call is not None}
         replace_functional_norms(submodule(model, owner, plan), new, calls)
     exchange(model, {key: new for key, (_, new) in replaced.items()})
+    for recurrent in bound.recurrent:  # after the norms: one that a recurrent layer takes up goes into plain matrices
+        carry_out(model, plan, recurrent)
     return tuple(placed)
 
 

@@ -69,8 +69,12 @@ def restored(model: nn.Module, origin: Origin) -> tuple[dict[str, Any], list[str
     given: dict[str, Tensor] = {}
     known = {id(t): name for name, t in (*skeleton.named_buffers(), *skeleton.named_parameters())}
     with opened(skeleton):
-        steps = bind(origin.plan, origin.recipe, skeleton).steps
-        found = [(step, _Old(skeleton, known, step, before)) for step in steps]
+        bound = bind(origin.plan, origin.recipe, skeleton)
+        found = [(step, _Old(skeleton, known, step, before)) for step in bound.steps]
+    for recurrent in bound.recurrent if all(one.recipe.exact for one in bound.recurrent) else ():
+        for matrix in recurrent.matrices:
+            computed: Tensor = getattr(model.get_submodule(recurrent.site.name), matrix)
+            state[f"{recurrent.site.name}.{matrix}"] = computed.detach().clone()
     for step, old in found:
         _restore(model, step, old)
         for name, value in old.new.items():

@@ -37,8 +37,8 @@ class Weight:
     free_length: bool = False
     """Whether the length of a stored filter is of no account for the weight."""
 
-    def register(self, layer: nn.Module) -> None:
-        """Parametrize ``layer``'s weight, whose values are then the originals'."""
+    def register(self, layer: nn.Module, name: str = "weight") -> None:
+        """Parametrize ``layer``'s weight of this name, whose values are then the originals'."""
         raise NotImplementedError
 
     def encode(self, layout: FilterLayout, weight: Tensor, factor: Tensor, dtype: torch.dtype) -> WeightEncoding:

@@ -20,7 +20,7 @@ class PlainWeight(Weight):
 
     name = None
 
-    def register(self, layer: nn.Module) -> None:
+    def register(self, layer: nn.Module, name: str = "weight") -> None:
         return None
 
     def encode(self, layout: FilterLayout, weight: Tensor, factor: Tensor, dtype: torch.dtype) -> WeightEncoding:

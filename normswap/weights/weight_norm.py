@@ -21,8 +21,8 @@ class WeightNorm(Weight):
     name = "wn"
     free_length = True
 
-    def register(self, layer: nn.Module) -> None:
-        parametrize_weight_norm(layer)
+    def register(self, layer: nn.Module, name: str = "weight") -> None:
+        parametrize_weight_norm(layer, name)
 
     def encode(self, layout: FilterLayout, weight: Tensor, factor: Tensor, dtype: torch.dtype) -> WeightEncoding:
         filters = layout.flatten(weight)

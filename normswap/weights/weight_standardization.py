@@ -41,9 +41,9 @@ class WeightStd(Weight):
     def centres(self) -> bool:  # type: ignore[override]
         return not self.offset
 
-    def register(self, layer: nn.Module) -> None:
+    def register(self, layer: nn.Module, name: str = "weight") -> None:
         ws = WeightStandardization(FilterLayout.of(layer), gain=self.gain, offset=self.offset, eps=self.eps)
-        parametrize.register_parametrization(layer, "weight", ws)
+        parametrize.register_parametrization(layer, name, ws)
 
     def encode(self, layout: FilterLayout, weight: Tensor, factor: Tensor, dtype: torch.dtype) -> WeightEncoding:
         filters = layout.flatten(weight)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from normswap.deploy.onnx.artifact import ExportArtifact, describe
-from normswap.deploy.onnx.inputs import batch_size, bind_inputs, dynamic_axes, enlarged, resized
+from normswap.deploy.onnx.inputs import batch_size, bind_inputs, dynamic_axes, enlarged, lengthened, resized, time_axes
 from normswap.deploy.onnx.lowering import lower_group_norms
 from normswap.deploy.onnx.program import name_axes, to_onnx
 from normswap.deploy.onnx.trials import verified
@@ -36,6 +37,7 @@ def export_onnx(
     opset: int = 18,
     dynamic_batch: bool = True,
     dynamic_spatial: bool = False,
+    dynamic_time: bool | int | Mapping[str, int] = False,
     verify_outputs: bool = True,
     rtol: float | None = None,
 ) -> ExportArtifact:
@@ -49,9 +51,12 @@ def export_onnx(
         path: Where to write; the name ends with ``.onnx``.
         example_inputs: A tensor, a tuple of positional inputs, or a dict of keyword inputs.
         opset: The operator set, 18 or newer; see Note [GroupNorm below opset 21].
-        dynamic_batch: Whether axis 0 of every input may have any size.
+        dynamic_batch: Whether axis 0 of every input may have any size; axis 1 where axis 0 is time.
         dynamic_spatial: Whether the axes from 2 on may have any size.
-        verify_outputs: Whether to compare the file with the model, on the example batch and on another size.
+        dynamic_time: Whether sequences may have any length: True where time is on axis 1, else the axis, or the axis
+            of each input that has one by its name. A file that is right for the example's length alone is refused.
+        verify_outputs: Whether to compare the file with the model, on the example and on other sizes: another batch,
+            and where they may vary, larger maps and sequences twice as long.
         rtol: The difference to allow, relative to each output's largest value; default five times that of ``verify``,
             because another library sums in another order, layer after layer.
 
@@ -66,13 +71,17 @@ def export_onnx(
     path = Path(path)
     _refuse(model, path, opset)
     inputs = bind_inputs(model, example_inputs)
+    times = time_axes(inputs, dynamic_time)
     trials = {"": inputs}
+    if times:
+        inputs = lengthened(inputs, times, 2)  # torch.export may take an example size of 1 for a constant
+        trials["twice as long"] = inputs
     if dynamic_batch:
-        batch = max(2, batch_size(inputs))  # torch.export may take an example size of 1 for a constant
-        inputs, trials[f"batch {batch + 1}"] = resized(inputs, batch), resized(inputs, batch + 1)
+        batch = max(2, batch_size(inputs, times))  # the same
+        inputs, trials[f"batch {batch + 1}"] = resized(inputs, batch, times), resized(inputs, batch + 1, times)
     if dynamic_spatial:
         trials["larger"] = pytree.tree_map_only(Tensor, enlarged, inputs)
-    dims = dynamic_axes(inputs, dynamic_batch, dynamic_spatial)
+    dims = dynamic_axes(inputs, dynamic_batch, dynamic_spatial, times)
     program = to_onnx(model, inputs, dims, opset)
     name_axes(program, dims)
     lower_group_norms(program.model)
@@ -107,9 +116,10 @@ def _refuse(model: nn.Module, path: Path, opset: int) -> None:
                 hint=f"fold it first: {function('fold')}"
                 + (f", with {argument('example_inputs')}" if needs_inputs(module) else ""),
             )
-        if isinstance(module, nn.LSTM) and module.proj_size:
+        if isinstance(module, nn.LSTM) and type(module) is not nn.LSTM and module.proj_size:
             raise ExportError(
-                f"{fqn!r} is an LSTM with proj_size={module.proj_size}, and the LSTM of ONNX has no projection",
+                f"{fqn!r} is an {type(module).__name__} with proj_size={module.proj_size}, and the LSTM of ONNX has no "
+                "projection",
                 code="export-projection",
                 hint="deploy it as a program (torch.export, `normswap fold -o MODEL.pt2`), or train an LSTM without "
                 "proj_size with a Linear behind it",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from normswap.errors import ExportError, InputError, argument
 from normswap.runs.arguments import as_arguments, named_leaves
 
-__all__ = ["batch_size", "bind_inputs", "dynamic_axes", "enlarged", "resized"]
+__all__ = ["batch_size", "bind_inputs", "dynamic_axes", "enlarged", "lengthened", "resized", "time_axes"]
 
 SPATIAL = {1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "width")}
 
@@ -41,12 +42,76 @@ def bind_inputs(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
     return dict(bound.arguments)
 
 
-def batch_size(inputs: Any) -> int:
-    """Return the one size that axis 0 of all tensors has."""
-    sizes = {name: len(x) for name, x in named_leaves(inputs) if isinstance(x, Tensor) and x.ndim}
+def time_axes(inputs: Any, asked: bool | int | Mapping[str, int]) -> dict[str, int]:
+    """Return the time axis of each tensor that has one, by its name.
+
+    Args:
+        inputs: The inputs by name.
+        asked: False for none, True for axis 1, an axis, or the axes by name. Of an axis alone, a tensor has it where
+            its size there is that of the first tensor that has so many axes.
+    """
+    if asked is False:
+        return {}
+    sizes = {name: x.shape for name, x in _tensors(inputs)}
+    if isinstance(asked, Mapping):
+        found = {str(name): axis for name, axis in asked.items()}
+    else:
+        having = {name: shape[int(asked)] for name, shape in sizes.items() if len(shape) > int(asked) >= 0}
+        found = {name: int(asked) for name, size in having.items() if size == next(iter(having.values()))}
+    wrong = [name for name, axis in found.items() if name not in sizes or not 0 <= axis < len(sizes[name])]
+    lengths = {sizes[name][axis] for name, axis in found.items() if name not in wrong}
+    if wrong or len(lengths) != 1:
+        raise InputError(
+            f"{argument('dynamic_time', asked)} does not fit the inputs "
+            + ", ".join(f"{name} {tuple(shape)}" for name, shape in sizes.items()),
+            code="export-time",
+            hint="give the axis that time is on, 1 where the batch is on axis 0; or in Python the axis of each input "
+            "that has one, by its name, all of one length",
+        )
+    return found
+
+
+def lengthened(inputs: Any, times: Mapping[str, int], times_as_long: int = 2) -> Any:
+    """Return the inputs with each time axis so many times as long; every second part runs backwards."""
+
+    def lengthen(name: str, x: Any) -> Any:
+        if name not in times:
+            return x
+        return torch.cat([x.flip(times[name]) if i % 2 else x for i in range(times_as_long)], times[name])
+
+    return _by_name(lengthen, inputs)
+
+
+def _tensors(inputs: Any) -> list[tuple[str, Tensor]]:
+    """Return the tensors among the inputs' leaves with the names that they have in the file."""
+    leaves = pytree.tree_flatten_with_path(inputs)[0]
+    return [(named_leaves(_nested(path, x))[0][0], x) for path, x in leaves if isinstance(x, Tensor)]
+
+
+def _nested(path: Any, leaf: Any) -> Any:
+    for key in reversed(path):
+        leaf = {str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))): leaf}
+    return leaf
+
+
+def _by_name(change: Callable[[str, Any], Any], inputs: Any) -> Any:
+    """Return the inputs with each tensor changed by a function of its name and value."""
+    names = iter([name for name, _ in _tensors(inputs)])
+    return pytree.tree_map_only(Tensor, lambda x: change(next(names), x), inputs)
+
+
+def batch_axis(name: str, times: Mapping[str, int]) -> int:
+    """Return the axis of a tensor's samples: 0, or 1 where axis 0 is time."""
+    return 1 if times.get(name) == 0 else 0
+
+
+def batch_size(inputs: Any, times: Mapping[str, int]) -> int:
+    """Return the one size that all tensors have on the axis of their samples."""
+    tensors = [(name, x, batch_axis(name, times)) for name, x in _tensors(inputs)]
+    sizes = {name: x.shape[axis] for name, x, axis in tensors if x.ndim > axis}
     if len(set(sizes.values())) != 1:
         raise InputError(
-            "the inputs have no common batch size on axis 0: "
+            f"the inputs have no common batch size on axis {1 if 0 in times.values() else 0}: "
             + (", ".join(f"{name} {size}" for name, size in sizes.items()) or "no axis at all"),
             code="export-batch",
             hint=f"pass {argument('dynamic_batch', False)}",
@@ -54,16 +119,18 @@ def batch_size(inputs: Any) -> int:
     return next(iter(sizes.values()))
 
 
-def resized(inputs: Any, batch: int) -> Any:
+def resized(inputs: Any, batch: int, times: Mapping[str, int] | None = None) -> Any:
     """Return the inputs with ``batch`` samples; a repeated one is rolled along its last axis: they differ."""
 
-    def resize(x: Tensor) -> Tensor:
-        if not x.ndim or len(x) == batch:
+    def resize(name: str, x: Tensor) -> Tensor:
+        axis = batch_axis(name, times or {})
+        if x.ndim <= axis or x.shape[axis] == batch:
             return x
-        samples = [x[i % len(x)] for i in range(batch)]
-        return torch.stack([s.roll(i // len(x), -1) if s.ndim else s for i, s in enumerate(samples)])
+        given = x.unbind(axis)
+        samples = [given[i % len(given)] for i in range(batch)]
+        return torch.stack([s.roll(i // len(given), -1) if s.ndim else s for i, s in enumerate(samples)], axis)
 
-    return pytree.tree_map_only(Tensor, resize, inputs)
+    return _by_name(resize, inputs)
 
 
 def enlarged(x: Tensor) -> Tensor:
@@ -71,20 +138,20 @@ def enlarged(x: Tensor) -> Tensor:
     return x.repeat(1, 1, *(2,) * (x.ndim - 2)) if x.ndim > 2 else x
 
 
-def dynamic_axes(inputs: dict[str, Any], batch: bool, spatial: bool) -> Any:
+def dynamic_axes(inputs: dict[str, Any], batch: bool, spatial: bool, times: Mapping[str, int]) -> Any:
     """Return, in the structure of the inputs, {axis: name} for each tensor and None for what is none."""
     known: dict[tuple[str, int], str] = {}
 
-    def dims(x: Any) -> dict[int, str] | None:
-        if not isinstance(x, Tensor):
-            return None
-        named = {0: "batch"} if batch and x.ndim else {}
+    def dims(name: str, x: Tensor) -> dict[int, str]:
+        named = {batch_axis(name, times): "batch"} if batch and x.ndim > batch_axis(name, times) else {}
+        if name in times:
+            named[times[name]] = "time"
         if spatial and x.ndim > 2:
             names = SPATIAL.get(x.ndim - 2) or [f"size{axis}" for axis in range(2, x.ndim)]
             for axis, base in enumerate(names, 2):
                 size = (base, x.shape[axis])
                 taken = sum(name == base for name, _ in known)
-                named[axis] = known.setdefault(size, f"{base}{taken + 1}" if taken else base)
+                named.setdefault(axis, known.setdefault(size, f"{base}{taken + 1}" if taken else base))
         return named
 
-    return pytree.tree_map(dims, inputs)
+    return _by_name(dims, pytree.tree_map(lambda x: x if isinstance(x, Tensor) else None, inputs))

@@ -9,6 +9,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from normswap.deploy.onnx.quiet import quiet
+from normswap.deploy.onnx.recurrent import TRANSLATIONS, lowered
 from normswap.errors import ExportError, InputError, argument, first_line, full_cause
 from normswap.runs.arguments import named_leaves
 from normswap.runs.guard import untouched
@@ -34,16 +35,18 @@ def to_onnx(model: nn.Module, inputs: dict[str, Any], dims: Any, opset: int) -> 
             code="export-forward",
             hint="give inputs that model(...) accepts in eval mode, and with 2 samples for dynamic_batch",
         ) from cause
+    form = lowered(model)
     try:
-        with quiet(), untouched(model), torch.no_grad():
+        with quiet(), untouched(form), torch.no_grad():
             program = torch.onnx.export(
-                model,
+                form,
                 kwargs=inputs,
                 dynamo=True,
                 opset_version=opset,
                 dynamic_shapes=dims,
                 input_names=in_names,
                 output_names=out_names,
+                custom_translation_table=TRANSLATIONS,
                 verbose=False,
             )
     except Exception as failure:
@@ -77,13 +80,19 @@ def name_axes(program: torch.onnx.ONNXProgram, dims: Any) -> None:
             if not isinstance(size, ir.SymbolicDim):
                 raise ExportError(
                     f"the model fixes axis {axis} of {value.name!r} to {size}",
-                    code="export-batch" if axis == 0 else "export-spatial",
-                    hint=f"pass {argument('dynamic_batch' if axis == 0 else 'dynamic_spatial', False)}",
+                    code=_FIXED.get(name, "export-spatial"),
+                    hint=f"leave {argument('dynamic_time')} out"
+                    if name == "time"
+                    else f"pass {argument('dynamic_batch' if name == 'batch' else 'dynamic_spatial', False)}",
                 )
             if size.value is not None and size.value != name and size.value.isidentifier():
                 renamed[size.value] = name
     if renamed:
         program.rename_axes(renamed)
+
+
+_FIXED = {"batch": "export-batch", "time": "export-time"}
+"""The error's code, by the name of the axis."""
 
 
 def _is_axes(leaf: Any) -> bool:

@@ -1,0 +1,213 @@
+"""The values of recurrent layers that follow from data: what each of their matrices sees.
+
+**Rows that lose their means** do it where it costs least. A row w of W_ih sees the inputs x of its layer, one of W_hh
+the states h before each step. As for a filter, ``w = w₀ − C⁻¹1 (1ᵀw₀)/(1ᵀC⁻¹1)`` with C the covariance of what it sees,
+and the bias gets ``E[(w₀ − w)·x]``.
+
+**Layer normalization** starts as an affine map, see :mod:`normswap.initialization.null_space`.
+
+What the layers and directions within a module see, no call shows: they are run one by one on what the module is given.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+
+from normswap.errors import InitializationError, InputError, argument
+from normswap.initialization.moments import Moments, centre, moments_of_covariance
+from normswap.initialization.null_space import offsets
+from normswap.nn.recurrent import ROWS
+from normswap.runs.calling import Batch, run_on_data
+from normswap.runs.guard import set_mode, untouched
+from normswap.stages.bound import BoundPlan
+from normswap.stages.recurrent import BoundRecurrent
+
+__all__ = ["centred"]
+
+
+@dataclass
+class _Sums:
+    """What was seen of the vectors that a matrix multiplies."""
+
+    count: int = 0
+    total: Tensor = field(default_factory=lambda: torch.zeros(()))
+    products: Tensor = field(default_factory=lambda: torch.zeros(()))
+
+    def add(self, x: Tensor) -> None:
+        rows = x.detach().double().flatten(0, -2)
+        self.count += len(rows)
+        self.total = self.total + rows.sum(0)
+        self.products = self.products + rows.mT @ rows
+
+    def moments(self) -> Moments:
+        mean = self.total / self.count
+        return moments_of_covariance(
+            mean[None], (self.products / self.count - torch.outer(mean, mean))[None], self.count
+        )
+
+
+def centred(bound: BoundPlan, model: nn.Module, batches: Sequence[Batch] | None) -> BoundPlan:
+    """Return the plan with the values that matrices whose rows lose their means get before; ``model`` is only read.
+
+    Raises:
+        InputError: There are such matrices and no data.
+        InitializationError: The data does not reach a layer.
+    """
+    names = [step.site.name for step in bound.recurrent if step.recipe.needs_data]
+    if not names:
+        return bound
+    if batches is None:
+        recipe = next(step.recipe.name for step in bound.recurrent if step.recipe.needs_data)
+        raise InputError(
+            f"{argument('recurrent', recipe)} needs data, which show what the layers' matrices see, and none was given",
+            code="no-calibration",
+            hint=f"give {argument('calibration')}, some hundred unlabelled samples, or {argument('recurrent', 'wn')}",
+        )
+    seen = _watch(model, names, batches)
+    steps = []
+    for step in bound.recurrent:
+        if step.recipe.needs_data:
+            if not seen[step.site.name]:
+                raise InitializationError(
+                    f"the calibration data never reaches '{step.site.name}'",
+                    code="no-statistics",
+                    hint="exclude it, or give data that reaches it",
+                )
+            module = model.get_submodule(step.site.name)
+            found = _centred if step.weight is not None else _normalized
+            step = dataclasses.replace(step, plain=found(step, module, seen[step.site.name]))
+        steps.append(step)
+    return dataclasses.replace(bound, recurrent=tuple(steps))
+
+
+def _centred(step: BoundRecurrent, module: nn.Module, seen: Mapping[str, _Sums]) -> dict[str, Tensor]:
+    """Return matrices whose rows have lost their means, and the biases that make up for these."""
+    values: dict[str, Tensor] = {}
+    for name in step.matrices:
+        bias = name.replace("weight", "bias")
+        weight, shift = centre(ROWS, _plain(module, name), seen[name].moments())
+        values |= {name: weight, bias: _plain(module, bias) + shift}
+    return values
+
+
+def _normalized(step: BoundRecurrent, module: nn.Module, seen: Mapping[str, _Sums]) -> dict[str, Tensor]:
+    """Return the tensors of a layer-normalized LSTM that begins as nearly ``module``.
+
+    Raises:
+        InitializationError: A matrix reads too much for that.
+    """
+    values: dict[str, Tensor] = {}
+    recipe = step.recipe
+    for name in step.matrices:
+        weight = _plain(module, name)
+        if name.startswith("weight_hr"):
+            values[name] = weight
+            continue
+        products = seen[name].products / seen[name].count
+        found = offsets(weight, products, getattr(recipe, "spread", 10.0), getattr(recipe, "eps", 1e-5))
+        if found is None:
+            raise InitializationError(
+                f"the {name} of '{step.site.name}' reads {weight.shape[1]} values and gives {weight.shape[0]}: no "
+                "scales of its rows let a norm behind it start as an affine map",
+                code="no-null-space",
+                hint=f"{argument('exclude', [step.site.name])}, or {argument('recurrent', 'wn')}",
+            )
+        bias = name.replace("weight", "bias")
+        old = 0.0 if module._parameters.get(bias) is None else _plain(module, bias)
+        norm = name.replace("weight", "ln").replace("ln_ih", "ln_ih_%s").replace("ln_hh", "ln_hh_%s")
+        values |= {name: found.weight, bias: found.inner}
+        values |= {norm % "weight": found.gain, norm % "bias": found.shift + old}
+    return values
+
+
+def _plain(module: nn.Module, name: str) -> Tensor:
+    parameter = module._parameters[name]
+    assert parameter is not None
+    return parameter.detach().double()
+
+
+def _watch(model: nn.Module, names: Sequence[str], batches: Sequence[Batch]) -> dict[str, dict[str, _Sums]]:
+    """Return what each matrix of the named layers multiplies, over all batches."""
+    seen: dict[str, dict[str, _Sums]] = {name: {} for name in names}
+    with untouched(model), torch.no_grad():
+        set_mode(model, False)
+        handles = []
+        for name in names:
+
+            def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
+                given = [*args, *kwargs.values()]
+                for matrix, x in _multiplied(module, given[0], given[1] if len(given) > 1 else None):
+                    seen[name].setdefault(matrix, _Sums()).add(x)
+
+            handles.append(model.get_submodule(name).register_forward_pre_hook(see, with_kwargs=True))
+        try:
+            for inputs in batches:
+                run_on_data(model, inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+    return seen
+
+
+def _multiplied(module: nn.Module, x: Any, hx: Any) -> Iterator[tuple[str, Tensor]]:
+    """Yield the name of each matrix and the vectors that it multiplies in one call of ``module``."""
+    if isinstance(module, nn.RNNCellBase):
+        h = hx[0] if isinstance(hx, tuple) else hx
+        yield "weight_ih", torch.atleast_2d(x)
+        yield "weight_hh", torch.atleast_2d(x.new_zeros(*x.shape[:-1], module.hidden_size) if h is None else h)
+        return
+    assert isinstance(module, nn.RNNBase)
+    if isinstance(x, PackedSequence):
+        padded, lengths = pad_packed_sequence(x)
+        for n, length in enumerate(lengths.tolist()):
+            own = hx if hx is None else _each(hx, lambda s, n=n: s[:, n : n + 1])
+            yield from _in_layers(module, padded[:length, n : n + 1], own)
+        return
+    if x.ndim == 2:
+        x, hx = x[:, None], hx if hx is None else _each(hx, lambda s: s[:, None])
+    elif module.batch_first:
+        x = x.transpose(0, 1)
+    yield from _in_layers(module, x, hx)
+
+
+def _each(hx: Any, change: Any) -> Any:
+    return tuple(map(change, hx)) if isinstance(hx, tuple) else change(hx)
+
+
+def _in_layers(module: nn.RNNBase, x: Tensor, hx: Any) -> Iterator[tuple[str, Tensor]]:
+    """Yield the same for inputs ``(T, N, in)``, layer by layer and direction by direction."""
+    directions = 2 if module.bidirectional else 1
+    for k in range(module.num_layers):
+        outputs = []
+        for d in range(directions):
+            end = f"l{k}" + "_reverse" * d
+            one = _one_layer(module, end, x.shape[-1])
+            row = k * directions + d
+            state = None if hx is None else _each(hx, lambda s, row=row: s[row : row + 1].contiguous())
+            seen = x.flip(0) if d else x
+            y = one(seen, state)[0]
+            first = y.new_zeros(1, *y.shape[1:]) if state is None else state[0] if isinstance(state, tuple) else state
+            yield f"weight_ih_{end}", seen
+            yield f"weight_hh_{end}", torch.cat([first, y[:-1]])
+            outputs.append(y.flip(0) if d else y)
+        x = torch.cat(outputs, -1)
+
+
+def _one_layer(module: nn.RNNBase, end: str, inputs: int) -> nn.RNNBase:
+    """Return a layer of one direction with the tensors of ``module`` whose names end with ``end``."""
+    own = {name: value for name, value in module._parameters.items() if name.endswith(f"_{end}") and value is not None}
+    options: dict[str, Any] = {"proj_size": module.proj_size} if module.proj_size else {}
+    options |= {"nonlinearity": module.nonlinearity} if isinstance(module, nn.RNN) else {}
+    like = next(module.parameters())
+    options |= {"device": like.device, "dtype": like.dtype}
+    make: Any = type(module)
+    one: nn.RNNBase = make(inputs, module.hidden_size, bias=module.bias, **options)
+    one.load_state_dict({name.replace(f"_{end}", "_l0"): value for name, value in own.items()})
+    return one

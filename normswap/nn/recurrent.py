@@ -1,0 +1,123 @@
+"""Recurrent layers whose matrices may be computed: torch's, but for what they remember of their weights.
+
+Note [Live weights]
+torch's recurrent layers hold their tensors twice: as attributes, and in a list, ``_flat_weights``, which the kernel
+gets. Where a tensor is parametrized, the list keeps what was computed once: with gradients it is no leaf of the graph,
+and a deep copy of the layer raises; after ``.double()`` or an optimizer's step it may be out of date. In a live layer
+the list is read from the attributes each time. Within a call each matrix is computed once.
+
+On CUDA the weights of such a layer lie in no common piece of memory, so cuDNN packs them anew in each call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.rnn import PackedSequence
+
+from normswap.nn.filters import FilterLayout
+from normswap.nn.kinds import class_of
+
+__all__ = [
+    "CELLS",
+    "ROWS",
+    "LiveBase",
+    "LiveGRU",
+    "LiveLSTM",
+    "LiveRNN",
+    "is_recurrent",
+    "make_live",
+    "make_torchs",
+    "matrices_of",
+]
+
+ROWS = FilterLayout()
+"""How a matrix of a recurrent layer splits into filters: each row is one."""
+
+CELLS = (nn.LSTMCell, nn.GRUCell, nn.RNNCell)
+
+
+class LiveBase(nn.RNNBase):
+    """A recurrent layer of torch's that reads its tensors from its attributes, see Note [Live weights]."""
+
+    @property
+    def _flat_weights(self) -> list[Tensor | None]:
+        return [getattr(self, name, None) for name in self._flat_weights_names]
+
+    @_flat_weights.setter
+    def _flat_weights(self, value: Any) -> None:
+        """Keep nothing."""
+
+    def _init_flat_weights(self) -> None:
+        """Keep nothing."""
+        self._flat_weight_refs = []
+
+    def _update_flat_weights(self) -> None:
+        """Keep nothing."""
+
+    def flatten_parameters(self) -> None:
+        """Do nothing: a computed tensor lies where it was computed."""
+
+    def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> Any:
+        """Return what torch's layer returns, with each matrix computed once."""
+        with parametrize.cached():
+            return super().forward(input, hx)
+
+
+class LiveLSTM(LiveBase, nn.LSTM):
+    """``nn.LSTM`` whose tensors may be parametrized, see Note [Live weights]."""
+
+
+class LiveGRU(LiveBase, nn.GRU):
+    """``nn.GRU`` whose tensors may be parametrized, see Note [Live weights]."""
+
+
+class LiveRNN(LiveBase, nn.RNN):
+    """``nn.RNN`` whose tensors may be parametrized, see Note [Live weights]."""
+
+
+_LIVE: dict[type[nn.RNNBase], type[LiveBase]] = {nn.LSTM: LiveLSTM, nn.GRU: LiveGRU, nn.RNN: LiveRNN}
+
+
+def is_recurrent(module: nn.Module) -> bool:
+    """Tell whether ``module`` is an LSTM, GRU or RNN, a cell of one, or of a class that derives from these."""
+    return isinstance(module, (nn.RNNBase, nn.RNNCellBase))
+
+
+def matrices_of(module: nn.Module) -> tuple[str, ...] | None:
+    """Return the names of the matrices of a recurrent layer; None where its class is not torch's own."""
+    kind = type(module)
+    if kind in CELLS:
+        return ("weight_ih", "weight_hh")
+    if kind not in _LIVE:
+        return None
+    assert isinstance(module, nn.RNNBase)
+    return tuple(name for name in module._flat_weights_names if name.startswith("weight"))
+
+
+def make_live(module: nn.Module) -> None:
+    """Make one of torch's layers live, in place; a cell keeps no list and stays what it is."""
+    live = _LIVE.get(type(module))  # type: ignore[arg-type]
+    if live is not None:
+        vars(module).pop("_flat_weights", None)
+        module.__class__ = live
+        assert isinstance(module, LiveBase)
+        module._init_flat_weights()
+
+
+def make_torchs(module: nn.Module) -> None:
+    """Make a live layer whose tensors are plain again one of torch's own, in place; other modules stay.
+
+    A layer of torch's keeps a new list of its tensors. They are in the order in which it registers them.
+    """
+    if not isinstance(module, nn.RNNBase):
+        return
+    kind = class_of(module)
+    module.__class__ = next((plain for plain, live in _LIVE.items() if live is kind), kind)  # type: ignore[assignment]
+    own = dict(module._parameters)
+    ordered = {name: own.pop(name) for name in module._flat_weights_names if name in own}
+    module._parameters.clear()
+    module._parameters.update(ordered | own)
+    module._init_flat_weights()

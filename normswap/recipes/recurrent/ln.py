@@ -1,0 +1,66 @@
+"""Layer normalization of LSTMs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from normswap.errors import InputError, parameter
+from normswap.nn import LayerNormLSTM, LayerNormLSTMCell
+from normswap.recipes.recurrent.base import RecurrentRecipe
+from normswap.records import RecurrentSite
+
+__all__ = ["RecurrentLayerNormalization"]
+
+
+@dataclass(frozen=True)
+class RecurrentLayerNormalization(RecurrentRecipe):
+    """Layer normalization of what W_ih and W_hh give, over the 4H units of all gates; c is not normalized.
+
+    The rows and the biases within the norms are chosen such that each norm starts as nearly affine, see
+    :mod:`normswap.initialization.null_space`; calibration data tell how large the offsets must be.
+
+    Args:
+        spread: The offsets' size, as a multiple of what a matrix gives: the more, the closer to the LSTM the layer
+            starts, and the less it normalizes.
+        eps: Added to the variance.
+
+    Source: J. L. Ba, J. R. Kiros, G. E. Hinton, *Layer Normalization*, 2016, eq. 20-21.
+    """
+
+    spread: float = 10.0
+    eps: float = 1e-5
+
+    name = "ln"
+    equation = "i, f, g, o = LN(W_ih x + b_ih) + LN(W_hh h + b_hh)"
+    paper = "Ba et al. 2016"
+    exact = False
+    needs_data = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.spread > 0:
+            raise InputError(
+                f"{parameter('spread')} of a recurrent layer must be > 0, got {self.spread}",
+                code="spread",
+                hint="the default is 10",
+            )
+
+    def refuse(self, site: RecurrentSite) -> str | None:
+        if not site.name:
+            return "the model is the layer itself, in whose place another comes: put it into a module"
+        if not site.type.startswith("LSTM"):
+            return f"in the {site.type} a norm is over as many units as it reads, so none can start as an affine map"
+        return None
+
+    def replacement(self, old: nn.Module) -> nn.Module:
+        like = next(old.parameters())
+        options: dict[str, Any] = {"cell_norm": False, "eps": self.eps, "device": like.device, "dtype": like.dtype}
+        if isinstance(old, nn.LSTMCell):
+            return LayerNormLSTMCell(old.input_size, old.hidden_size, **options)
+        assert isinstance(old, nn.LSTM)
+        names = ("num_layers", "batch_first", "dropout", "bidirectional", "proj_size")
+        own = {name: getattr(old, name) for name in names}
+        return LayerNormLSTM(old.input_size, old.hidden_size, **own, **options)

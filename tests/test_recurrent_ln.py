@@ -1,0 +1,167 @@
+"""A trained LSTM under layer normalization: what it has learnt is kept, the closer the larger the offsets are."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from recurrent_models import Crnn, Tagger
+from torch import Tensor, nn
+
+import normswap as ns
+from normswap.errors import InitializationError, InputError
+from normswap.initialization.null_space import offsets
+from normswap.nn import LayerNormLSTM, LayerNormLSTMCell
+
+pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+
+WORDS = torch.randint(11, (64, 7))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(16, 4), (16, 10), (256, 64), (32, 1)])
+def test_scales_and_offsets_are_in_the_null_space(rows: int, columns: int) -> None:
+    """``sᵀW = 0``, ``1ᵀo = 0``, ``oᵀDW = 0``: the mean is 0 and the variance has no mixed term, whatever x is."""
+    weight = torch.randn(rows, columns, dtype=torch.float64)
+    x = torch.randn(1000, columns, dtype=torch.float64)
+    found = offsets(weight, x.mT @ x / len(x), 3.0, 1e-5)
+    assert found is not None
+    scale = (found.weight / weight)[:, 0]
+    torch.testing.assert_close(found.weight, scale[:, None] * weight, rtol=1e-10, atol=1e-12)
+    size = found.inner.norm()
+    assert float((scale @ weight).abs().max()) < 1e-10
+    assert abs(float(found.inner.sum())) < 1e-10 * float(size)
+    assert float((found.inner @ found.weight).abs().max()) < 1e-9 * float(size)
+    a = x @ found.weight.mT + found.inner
+    assert float(a.mean(1).abs().max()) < 1e-9 * float(size)
+    expected = (found.inner.square().sum() + (x @ found.weight.mT).square().sum(1)) / rows
+    torch.testing.assert_close(a.var(1, correction=0), expected, rtol=1e-9, atol=0)
+    ratio = size.square() / (x @ found.weight.mT).square().sum(1).mean()
+    assert float(ratio) == pytest.approx(9.0, rel=1e-6)  # spread²
+    moved = found.inner + 0.1 * size * torch.randn(rows, dtype=torch.float64) / rows**0.5
+    assert float((moved @ found.weight).abs().max()) > 1e-6  # the negative control
+
+
+def test_the_norm_comes_to_the_affine_map_as_the_offsets_grow() -> None:
+    weight = torch.randn(64, 12, dtype=torch.float64)
+    x = torch.randn(400, 12, dtype=torch.float64)
+    expected = x @ weight.mT
+    errors = []
+    for spread in (1.0, 10.0, 100.0, 1000.0):
+        found = offsets(weight, x.mT @ x / len(x), spread, 1e-5)
+        assert found is not None
+        a = nn.functional.layer_norm(x @ found.weight.mT + found.inner, (64,), found.gain, found.shift, 1e-5)
+        errors.append(float((a - expected).square().mean().sqrt() / expected.std()))
+    for before, after in itertools.pairwise(errors):
+        assert 5 < before / after < 20, errors  # the offset itself is scaled by σ₀/σ: the error falls as 1/spread
+    assert errors[-1] < 2e-3
+
+
+def test_a_matrix_that_reads_too_much_has_no_null_space() -> None:
+    for columns in (16, 15, 40):
+        assert offsets(torch.randn(16, columns, dtype=torch.float64), torch.eye(columns).double(), 3.0, 1e-5) is None
+
+
+class Sequences(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.rnn = nn.LSTM(5, 6, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rnn(x)[0]
+
+
+FORMS: dict[str, dict[str, Any]] = {
+    "LSTM": {},
+    "without bias, batch first": {"bias": False, "batch_first": True},
+    "layers, both directions, projection": {"num_layers": 2, "bidirectional": True, "proj_size": 3, "dropout": 0.1},
+}
+
+
+def error(model: nn.Module, other: nn.Module, x: Tensor) -> float:
+    with torch.no_grad():
+        a, b = model.eval()(x), other.eval()(x)
+    return float((a - b).square().mean().sqrt() / a.std())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_layer_starts_as_nearly_the_lstm(form: str) -> None:
+    model = Sequences(**FORMS[form]).eval()
+    data = torch.randn(7, 64, 5)
+    for parameter in model.parameters():
+        parameter.data.mul_(2)
+    errors = []
+    for spread in (1.0, 10.0, 100.0):
+        result = ns.convert(model, None, recurrent={"recipe": "ln", "spread": spread}, calibration=data)
+        layer = result.model.rnn
+        assert type(layer) is LayerNormLSTM
+        assert not layer.cell_norm
+        assert [row.method for row in result.init.rows] == ["ln, on data"]
+        errors.append(error(model, result.model, torch.randn(9, 32, 5)))
+    assert errors[0] > 4 * errors[1] > 16 * errors[2], errors
+    assert errors[2] < 0.01
+    fresh = ns.swap_norms(model, None, recurrent="ln", calibration=data, init="fresh")
+    assert error(model, fresh, data) > 0.3
+
+
+def test_a_cell() -> None:
+    class Stepped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = nn.LSTMCell(5, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            state = None
+            for k in range(7):
+                state = self.cell(x[:, k], state)
+            return state[0]  # type: ignore[index]
+
+    model, data = Stepped(), torch.randn(64, 7, 5)
+    converted = ns.swap_norms(model, None, recurrent={"recipe": "ln", "spread": 100}, calibration=data)
+    assert type(converted.cell) is LayerNormLSTMCell
+    assert error(model, converted, torch.randn(30, 7, 5)) < 0.01
+
+
+def test_it_is_stored_copied_and_folded_as_it_is(tmp_path: Path) -> None:
+    model = ns.swap_norms(Tagger(bidirectional=True), None, recurrent="ln", calibration=WORDS)
+    model.train()(WORDS).sum().backward()
+    ns.save(model, tmp_path / "model.safetensors")
+    again = ns.load(tmp_path / "model.safetensors", model=Tagger(bidirectional=True))
+    assert error(model, again, WORDS) == 0
+    folding = ns.fold_with_report(model.eval(), example_inputs=WORDS)
+    assert type(folding.model.rnn) is LayerNormLSTM
+    assert error(model, folding.model, WORDS) == 0
+
+
+def test_beside_other_norms_hooks_modes_and_frozen_values_stay() -> None:
+    model, data = Crnn().eval(), torch.randn(40, 1, 8, 9)
+    seen: list[str] = []
+    model.rnn.register_forward_hook(lambda *_: seen.append("rnn"))
+    model.rnn.requires_grad_(False)
+    model.again = model.rnn
+    converted = ns.swap_norms(model, "gn", recurrent="ln", calibration=data)
+    assert converted.again is converted.rnn
+    assert not converted.rnn.training
+    assert not any(p.requires_grad for p in converted.rnn.parameters())
+    seen.clear()
+    converted(data)
+    assert seen == ["rnn"]
+    assert error(model, converted, torch.randn(20, 1, 8, 9)) < 0.5
+
+
+def test_what_cannot_start_as_an_affine_map_is_refused() -> None:
+    for kind in ("GRU", "RNN"):
+        model = nn.Sequential(getattr(nn, kind)(5, 6))
+        (skip,) = [skip for skip in ns.plan(model, None, recurrent="ln").skips if skip.what == "recurrent layer"]
+        assert "none can start as an affine map" in skip.reason
+    wide = nn.Sequential(nn.LSTM(30, 6))
+    with pytest.raises(InitializationError, match="the weight_ih_l0 of '0' reads 30 values and gives 24"):
+        ns.convert(wide, None, recurrent="ln", calibration=torch.randn(8, 64, 30))
+    with pytest.raises(InputError, match=r"recurrent='ln' needs data"):
+        ns.convert(Tagger(), None, recurrent="ln")
+    with pytest.raises(InputError, match="spread of a recurrent layer must be > 0"):
+        ns.plan(Tagger(), None, recurrent={"recipe": "ln", "spread": 0})
+    plan = ns.plan(nn.LSTM(5, 6), None, recurrent="ln")
+    assert any("the model is the layer itself" in skip.reason for skip in plan.skips)
