@@ -280,3 +280,11 @@ def test_one_command_takes_a_trained_network_to_a_file(
     )
     assert exported.exit_code == 0, exported.output
     assert ns.verify(model, tmp_path / "b.onnx", longer).ok
+
+
+def test_what_onnxruntime_has_no_operator_for_stays_as_torch_exports_it(tmp_path: Path) -> None:
+    model, x = Sequences("RNN").double().eval(), torch.randn(2, 4, 5, dtype=torch.float64)
+    artifact = ns.export_onnx(model, tmp_path / "a.onnx", example_inputs=x)
+    assert "RNN" not in artifact.ops
+    assert artifact.verification is not None
+    assert artifact.verification.ok

@@ -65,6 +65,9 @@ def _translated(kind: str, x: Any, w: Any, r: Any, b: Any = None, h: Any = None,
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {torch.ops.normswap.onnx_recurrent.default: _translated}
 """What torch's exporter is to write for this package's operator."""
 
+_DTYPES = (torch.float32, torch.float16)
+"""Those that onnxruntime has the operators for; a layer of another one stays as torch exports it."""
+
 _GATES = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2)}
 """The places in torch's order of the gates that ONNX expects, in its order."""
 
@@ -128,7 +131,8 @@ _CLASSES: dict[type[nn.Module], type[nn.RNNBase]] = {nn.LSTM: _LoweredLSTM, nn.G
 def lower_recurrent(model: nn.Module) -> None:
     """Let the recurrent layers of ``model`` call ONNX's operators, in place."""
     for module in model.modules():
-        if (kind := _CLASSES.get(type(module))) is not None:
+        kind = _CLASSES.get(type(module))
+        if kind is not None and next(module.parameters()).dtype in _DTYPES:
             assert isinstance(module, nn.RNNBase)
             _lower(module, kind)
 
