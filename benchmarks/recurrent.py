@@ -119,19 +119,22 @@ def measure_onnx(count: int) -> None:
     rows = []
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
-    for kind in ("LSTM", "GRU", "RNN"):
+    kinds: tuple[Any, ...] = (nn.LSTM, nn.GRU, nn.RNN, LayerNormLSTM, LayerNormGRU)
+    for kind in kinds:
         for steps, batch, inputs, units in SIZES[1:]:
-            model, x = Sequences(getattr(nn, kind)(inputs, units)).eval(), torch.randn(steps, batch, inputs)
+            model, x = Sequences(kind(inputs, units)).eval(), torch.randn(steps, batch, inputs)
             sessions = {}
             with tempfile.TemporaryDirectory() as folder:
                 ns.export_onnx(model, Path(folder) / "a.onnx", example_inputs=x, dynamic_time=0)
                 sessions["normswap"] = onnxruntime.InferenceSession(Path(folder) / "a.onnx", options)
-                torch.onnx.export(model, (x,), Path(folder) / "b.onnx", dynamo=True, opset_version=18, verbose=False)
+                torch.onnx.export(
+                    model, (x,), Path(folder) / "b.onnx", dynamo=True, opset_version=18, external_data=False
+                )
                 sessions["torch"] = onnxruntime.InferenceSession(Path(folder) / "b.onnx", options)
             feed = x.numpy()
             found = medians({name: partial(run_session, one, feed) for name, one in sessions.items()}, count)
             size = f"{steps}, {batch}, {inputs}, {units}"
-            rows.append((kind, size, *(f"{1000 * found[name]:.2f}" for name in sessions)))
+            rows.append((kind.__name__, size, *(f"{1000 * found[name]:.2f}" for name in sessions)))
     print(text_table(("layer", "steps, batch, inputs, units", "any length, ms", "torch's, of one length, ms"), rows))
 
 

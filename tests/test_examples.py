@@ -19,6 +19,7 @@ EXAMPLES = REPOSITORY / "examples"
 
 RUNS: dict[str, tuple[list[str], list[str]]] = {
     "convert_timm.py": ([], ["14 of 14 BatchNorms convert", "saved (", "parameters: "]),
+    "crnn.py": ([], ["1 of 1 recurrent layers", "one at a time: converted", "[batch, 1, 8, time]", "twelve digits"]),
     "finetune.py": ([], ["BatchNorm ", "gn, fresh ", "gn+ws, calibrated ", "wn+mobn "]),
     "finetune_small_batches.py": (
         ["--steps", "2", "--search-steps", "1", "--images", "40"],

@@ -189,6 +189,71 @@ def test_weights_may_be_scaled_and_shifted(form: str) -> None:
     assert not torch.allclose(layer(x, state)[0], before, atol=1e-3)
 
 
+def rescaled_matrix(layer: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        for name in ("weight_ih_l0", "weight_hh_l0"):
+            _stored(layer, name).mul_(3)
+    return x
+
+
+def recentred_matrix(layer: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        for name in ("weight_ih_l0", "weight_hh_l0"):
+            stored = _stored(layer, name)
+            stored.add_(torch.randn(stored.shape[1], dtype=stored.dtype))
+    return x
+
+
+def rescaled_row(layer: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        _stored(layer, "weight_ih_l0")[2].mul_(3)
+    return x
+
+
+def rescaled_data(layer: nn.Module, x: Tensor) -> Tensor:
+    return 3 * x
+
+
+def recentred_data(layer: nn.Module, x: Tensor) -> Tensor:
+    return x + 0.5
+
+
+def rescaled_sample(layer: nn.Module, x: Tensor) -> Tensor:
+    return torch.cat([3 * x[:, :1], x[:, 1:]], 1)
+
+
+def _stored(layer: nn.Module, name: str) -> Tensor:
+    """The tensor that is trained: v of a normalized weight."""
+    if "parametrizations" not in layer._modules:
+        return layer.get_parameter(name)
+    return layer.get_parameter(f"parametrizations.{name}.original1")
+
+
+TABLE = {
+    rescaled_matrix: ("wn", "ln"),
+    recentred_matrix: ("ln",),
+    rescaled_row: ("wn",),
+    rescaled_data: ("ln",),
+    recentred_data: (),
+    rescaled_sample: ("ln",),
+}
+"""Ba et al. 2016, table 1: which normalization of a layer is invariant to what."""
+
+
+@pytest.mark.parametrize(("change", "kind"), [(change, kind) for change in TABLE for kind in ("wn", "ln")])
+def test_the_papers_table_of_invariances(change: Callable[[nn.Module, Tensor], Tensor], kind: str) -> None:
+    layer: Any = nn.LSTM(IN, SIZE, dtype=torch.float64)
+    if kind == "wn":
+        layer = ns.swap_norms(layer, None, recurrent="wn")
+    else:
+        layer = LayerNormLSTM(IN, SIZE, bias=False, eps=1e-14, dtype=torch.float64)
+    x = torch.randn(STEPS, BATCH, IN, dtype=torch.float64)
+    before = layer(x)[0]
+    after = layer(change(layer, x))[0]
+    moved = float((after - before).detach().abs().max())
+    assert moved < 1e-9 if kind in TABLE[change] else moved > 1e-3
+
+
 @pytest.mark.parametrize(
     ("form", "cell"), [("LSTM", "LSTM"), ("LSTM, c not normalized", "LSTM"), ("GRU", "GRU"), ("RNN", "RNN")]
 )

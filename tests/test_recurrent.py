@@ -429,6 +429,13 @@ def test_inexact_norms_are_fitted_beside_it() -> None:
     assert moved(without.model, with_layers.model, IMAGES) < 1e-4  # the fits, of float32, amplify the rounding
 
 
+def test_an_initialization_says_that_it_passes_the_layer_over() -> None:
+    converted = ns.swap_norms(Crnn().eval(), "wn", recurrent="wn", example_inputs=IMAGES)
+    rows = {row.name: row for row in ns.initialize(converted, IMAGES).rows}
+    assert rows["rnn"].method == "not initialized"
+    assert rows["features.0"].method == "scale and bias"
+
+
 def test_it_is_converted_in_place() -> None:
     model = Tagger()
     held = model.rnn

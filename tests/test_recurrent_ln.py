@@ -73,6 +73,12 @@ class Sequences(nn.Module):
         return self.rnn(x)[0]
 
 
+class AsksForTheClass(Sequences):
+    def forward(self, x: Tensor) -> Tensor:
+        y, state = self.rnn(x)
+        return y + (state[1] if isinstance(self.rnn, nn.LSTM) else 0)
+
+
 FORMS: dict[str, dict[str, Any]] = {
     "LSTM": {},
     "without bias, batch first": {"bias": False, "batch_first": True},
@@ -163,5 +169,22 @@ def test_what_cannot_start_as_an_affine_map_is_refused() -> None:
         ns.convert(Tagger(), None, recurrent="ln")
     with pytest.raises(InputError, match="spread of a recurrent layer must be > 0"):
         ns.plan(Tagger(), None, recurrent={"recipe": "ln", "spread": 0})
+    held = Sequences()
+    held.layers = [{"first": held.rnn}]
+    for model, words in ((held, "layers holds it, too"), (AsksForTheClass(), "AsksForTheClass asks for its class")):
+        (skip,) = [skip for skip in ns.plan(model, None, recurrent="ln").skips if skip.name == "rnn"]
+        assert words in skip.reason
+        assert ns.plan(model, None, recurrent="wn").recurrent  # which keeps the layer
     plan = ns.plan(nn.LSTM(5, 6), None, recurrent="ln")
     assert any("the model is the layer itself" in skip.reason for skip in plan.skips)
+
+
+@pytest.mark.parametrize("recurrent", ["wn", "ws", "ln"])
+def test_in_place_and_beside_norms_that_are_fitted(recurrent: str) -> None:
+    model, data = Crnn().eval(), torch.randn(60, 1, 8, 9)
+    apart = ns.swap_norms(model, "gn", recurrent=recurrent, calibration=data)
+    own = Crnn().eval()
+    own.load_state_dict(model.state_dict())
+    assert ns.swap_norms(own, "gn", recurrent=recurrent, calibration=data, inplace=True) is own
+    assert error(apart, own, data) == 0
+    assert error(model, own, torch.randn(20, 1, 8, 9)) < 0.2

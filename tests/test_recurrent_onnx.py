@@ -18,8 +18,9 @@ from typer.testing import CliRunner
 
 import normswap as ns
 from normswap.cli import app
-from normswap.deploy.onnx.recurrent import lowered
+from normswap.deploy.onnx.program import lowered
 from normswap.errors import ExportError, InputError, NormswapError, VerificationError
+from normswap.nn import LayerNormGRU, LayerNormLSTM, LayerNormRNN
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 
@@ -96,6 +97,41 @@ def test_a_state_that_is_given(form: str, tmp_path: Path) -> None:
     model, path = FromState(form).eval(), tmp_path / "a.onnx"
     ns.export_onnx(model, path, example_inputs=torch.randn(2, 4, 5), dynamic_time=True)
     assert differs(path, model, 3, 7, 5) < 10 * ROUNDING  # a projection's state goes through its pseudoinverse
+
+
+NORMALIZED: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
+    "LSTM": (LayerNormLSTM, {}),
+    "LSTM, c not normalized, no biases": (LayerNormLSTM, {"cell_norm": False, "bias": False, "eps": 1e-2}),
+    "LSTM, projection, layers, both": (LayerNormLSTM, {"num_layers": 2, "bidirectional": True, "proj_size": 3}),
+    "GRU, layers, both": (LayerNormGRU, {"num_layers": 2, "bidirectional": True}),
+    "RNN, both": (LayerNormRNN, {"bidirectional": True}),
+    "RNN, relu": (LayerNormRNN, {"nonlinearity": "relu", "num_layers": 2}),
+}
+
+
+@pytest.mark.parametrize("form", NORMALIZED)
+def test_a_layer_normalized_layer_is_a_scan(form: str, tmp_path: Path) -> None:
+    make, options = NORMALIZED[form]
+    model, path = Sequences("LSTM"), tmp_path / "a.onnx"
+    model.rnn = make(5, 6, batch_first=True, **options)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    before = {name: value.clone() for name, value in model.eval().state_dict().items()}
+    artifact = ns.export_onnx(model, path, example_inputs=torch.randn(2, 4, 5), dynamic_time=True)
+    directions = options.get("num_layers", 1) * (2 if options.get("bidirectional") else 1)
+    assert artifact.ops["Scan"] == directions
+    for batch, length in itertools.product((1, 3), (1, 4, 11)):
+        assert differs(path, model, batch, length, 5) < 1e-5
+    assert type(model.rnn) is make
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_layer_normalized_gru_from_a_state(tmp_path: Path) -> None:
+    model, path = FromState("LSTM, layers, both directions").eval(), tmp_path / "a.onnx"
+    model.rnn = LayerNormGRU(5, 6, num_layers=2, bidirectional=True, batch_first=True)
+    ns.export_onnx(model.eval(), path, example_inputs=torch.randn(2, 4, 5), dynamic_time=True)
+    assert differs(path, model, 3, 7, 5) < 1e-5
 
 
 def test_time_on_axis_0(tmp_path: Path) -> None:
@@ -244,3 +280,11 @@ def test_one_command_takes_a_trained_network_to_a_file(
     )
     assert exported.exit_code == 0, exported.output
     assert ns.verify(model, tmp_path / "b.onnx", longer).ok
+
+
+def test_what_onnxruntime_has_no_operator_for_stays_as_torch_exports_it(tmp_path: Path) -> None:
+    model, x = Sequences("RNN").double().eval(), torch.randn(2, 4, 5, dtype=torch.float64)
+    artifact = ns.export_onnx(model, tmp_path / "a.onnx", example_inputs=x)
+    assert "RNN" not in artifact.ops
+    assert artifact.verification is not None
+    assert artifact.verification.ok

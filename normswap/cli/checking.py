@@ -78,6 +78,8 @@ def show_recipes(as_json: Json = False) -> None:
     convert as --num-groups 8 or --option axes=channel.
     """
     with working("reading the recipes"):
+        from normswap.recipes.recurrent import all_recurrent
+
         recipes = ns.all_recipes()
     chosen = {name: {field.name: field.default for field in dataclasses.fields(cls)} for name, cls in recipes.items()}
     if as_json:
@@ -100,10 +102,13 @@ def show_recipes(as_json: Json = False) -> None:
     ]
     if fits(header, rows):
         table(header, rows)
-        return
-    table(header[:3], [row[:3] for row in rows])
+    else:
+        table(header[:3], [row[:3] for row in rows])
+        say()
+        table((header[0], *header[3:]), [(row[0], *row[3:]) for row in rows])
     say()
-    table((header[0], *header[3:]), [(row[0], *row[3:]) for row in rows])
+    layers = [(n, "yes" if c.exact else "no", c.equation, c.paper) for n, c in all_recurrent().items()]
+    table(("--recurrent", *header[1:4]), layers)
 
 
 def show_demo(

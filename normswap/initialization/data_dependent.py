@@ -28,6 +28,7 @@ from normswap.errors import InitializationError
 from normswap.graph.linearity import scales_with_its_parameters
 from normswap.nn import FilterLayout, FilterWeightNorm, MeanOnlyBatchNorm, WeightStandardization
 from normswap.nn.kinds import is_layer
+from normswap.nn.recurrent import is_recurrent
 from normswap.records import InitReport, InitRow
 from normswap.runs.batches import bind_batches
 from normswap.runs.calling import run_on
@@ -91,7 +92,9 @@ def initialize(
     missed = [
         InitRow(name, "not initialized", ("the batch never reached it",)) for name in layers if name not in run.found
     ]
-    return InitReport("data-dependent", (*rows, *missed))
+    why = "a recurrent layer: its rows keep the scale that they have"
+    recurrent = [InitRow(name, "not initialized", (why,)) for name, m in model.named_modules() if is_recurrent(m)]
+    return InitReport("data-dependent", (*rows, *missed, *recurrent))
 
 
 @dataclass

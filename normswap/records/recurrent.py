@@ -22,6 +22,7 @@ class RecurrentSite:
         proj_size: The size of its output where a projection makes it smaller, else 0.
         aliases: Further fqns of the same layer.
         bias: Whether it has biases.
+        irreplaceable: Why no layer of another class may come in its place, or None.
     """
 
     name: str
@@ -34,6 +35,7 @@ class RecurrentSite:
     proj_size: int = 0
     aliases: tuple[str, ...] = ()
     bias: bool = True
+    irreplaceable: str | None = None
 
     @property
     def names(self) -> tuple[str, ...]:

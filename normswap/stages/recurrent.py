@@ -9,14 +9,15 @@ layer alone owns and reads its matrices.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from normswap.errors import Text, argument, parameter
-from normswap.graph.bytecode import codes_of
+from normswap.graph.bytecode import codes_of, has_code
 from normswap.graph.dataflow import Dataflow
 from normswap.graph.ops import RECURRENT_CALLS
 from normswap.nn.kinds import class_of
@@ -72,7 +73,7 @@ def find_recurrent(flow: Dataflow) -> Iterator[RecurrentSite | Skip]:
             site = _site(fqn, module, tuple(name for name in flow.capture.names[fqn] if name != fqn))
             reason = site if isinstance(site, str) else _why_not(flow, fqn, site)
             if isinstance(site, RecurrentSite) and not reason:
-                yield site
+                yield replace(site, irreplaceable=_why_irreplaceable(flow.capture.model, module))
             else:
                 yield Skip(fqn, "recurrent layer", class_of(module).__name__, "recurrent-refused", reason)
 
@@ -141,6 +142,26 @@ def _named_in_hidden_code(flow: Dataflow, fqn: str, tensors: set[str]) -> str:
     return ""
 
 
+def _why_irreplaceable(model: nn.Module, module: nn.Module) -> str | None:
+    """Return who holds the layer beside the module tree, or asks for its class; None if no one does."""
+    if module is model:
+        return "the model is the layer itself, in whose place another would come: put it into a module"
+    for fqn, owner in model.named_modules():
+        for name, value in vars(owner).items():
+            if name != "_modules" and _holds(value, module, 3):
+                return f"{'.'.join(filter(None, (fqn, name)))} holds it, too, and would go on to hold it"
+        if has_code(owner):
+            names = frozenset[str]().union(*(found.code.names for found in codes_of(owner)))
+            if names & {"isinstance", "type", "__class__"} and names & {"LSTM", "LSTMCell"}:
+                return f"the forward of {class_of(owner).__name__} asks for its class"
+    return None
+
+
+def _holds(value: Any, module: nn.Module, depth: int) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple, set)) else ()
+    return value is module or (depth > 0 and any(_holds(one, module, depth - 1) for one in inner))
+
+
 def unasked(site: RecurrentSite) -> Skip:
     """Return the skip of a recurrent layer that nobody asked for."""
     why = Text(
@@ -167,7 +188,7 @@ def bound_at(
             return excluded(f"the pattern {glob!r} excludes it")
     weight = recipe.weight()
     found = _bound(RecurrentStep(site, str(recipe.name if weight is None else weight.name)), recipe)
-    reason = recipe.refuse(site)
+    reason = recipe.refuse(site) or (site.irreplaceable if weight is None else None)
     if reason is None and recipe.needs_data and site.name in readers:
         reason = "a BatchNorm goes into its matrix, for which it gets values as it is"
     if reason is not None:
@@ -196,7 +217,7 @@ def bind_recurrent(plan: Plan, model: nn.Module) -> tuple[BoundRecurrent, ...]:
         found = _site(step.site.name, module, step.site.aliases)
         if isinstance(found, str):
             raise misfit(plan, f"'{step.site.name}': {found}")
-        if found != step.site:
+        if replace(found, irreplaceable=step.site.irreplaceable) != step.site:
             what = f"'{step.site.name}' is {found.type} {found.sizes}"
             raise misfit(plan, f"{what}; the plan says {step.site.type} {step.site.sizes}")
     return tuple(_bound(step, recipe) for step in plan.recurrent)

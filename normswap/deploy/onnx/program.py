@@ -8,16 +8,17 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from normswap.deploy.onnx.normalized import lower_normalized, write_scans
 from normswap.deploy.onnx.quiet import quiet
-from normswap.deploy.onnx.recurrent import TRANSLATIONS, lowered
+from normswap.deploy.onnx.recurrent import TRANSLATIONS, lower_recurrent
 from normswap.errors import ExportError, InputError, argument, first_line, full_cause
 from normswap.runs.arguments import named_leaves
-from normswap.runs.guard import untouched
+from normswap.runs.guard import copy_of, untouched
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["name_axes", "to_onnx"]
+__all__ = ["lowered", "name_axes", "to_onnx"]
 
 
 def to_onnx(model: nn.Module, inputs: dict[str, Any], dims: Any, opset: int) -> torch.onnx.ONNXProgram:
@@ -59,6 +60,7 @@ def to_onnx(model: nn.Module, inputs: dict[str, Any], dims: Any, opset: int) -> 
             + f"the whole reason: {full_cause()}",
         ) from origin
     assert program is not None  # only without dynamo
+    write_scans(program.model)
     if (got := program.model.opset_imports[""]) != opset:
         raise ExportError(
             f"torch wrote opset {got} and cannot convert it to {opset}",
@@ -66,6 +68,16 @@ def to_onnx(model: nn.Module, inputs: dict[str, Any], dims: Any, opset: int) -> 
             hint=f"pass {argument('opset', got)}",
         )
     return program
+
+
+def lowered(model: nn.Module) -> nn.Module:
+    """Return a copy of ``model`` whose recurrent layers have forms of their own; ``model`` itself if there are none."""
+    if not any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        return model
+    copied = copy_of(model)
+    lower_recurrent(copied)
+    lower_normalized(copied)
+    return copied
 
 
 def name_axes(program: torch.onnx.ONNXProgram, dims: Any) -> None:

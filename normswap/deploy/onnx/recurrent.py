@@ -24,9 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from normswap.runs.guard import copy_of
-
-__all__ = ["TRANSLATIONS", "lowered"]
+__all__ = ["TRANSLATIONS", "Lowered", "lower_recurrent"]
 
 torch.library.define(
     "normswap::onnx_recurrent",
@@ -67,11 +65,14 @@ def _translated(kind: str, x: Any, w: Any, r: Any, b: Any = None, h: Any = None,
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {torch.ops.normswap.onnx_recurrent.default: _translated}
 """What torch's exporter is to write for this package's operator."""
 
+_DTYPES = (torch.float32, torch.float16)
+"""Those that onnxruntime has the operators for; a layer of another one stays as torch exports it."""
+
 _GATES = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2)}
 """The places in torch's order of the gates that ONNX expects, in its order."""
 
 
-class _Lowered(nn.RNNBase):
+class Lowered(nn.RNNBase):
     """A recurrent layer that calls ONNX's operators, with the attributes that it had."""
 
     def flatten_parameters(self) -> None:
@@ -112,31 +113,28 @@ class _Lowered(nn.RNNBase):
         return y @ p, h @ p, c
 
 
-class _LoweredLSTM(_Lowered, nn.LSTM):
+class _LoweredLSTM(Lowered, nn.LSTM):
     pass
 
 
-class _LoweredGRU(_Lowered, nn.GRU):
+class _LoweredGRU(Lowered, nn.GRU):
     pass
 
 
-class _LoweredRNN(_Lowered, nn.RNN):
+class _LoweredRNN(Lowered, nn.RNN):
     pass
 
 
 _CLASSES: dict[type[nn.Module], type[nn.RNNBase]] = {nn.LSTM: _LoweredLSTM, nn.GRU: _LoweredGRU, nn.RNN: _LoweredRNN}
 
 
-def lowered(model: nn.Module) -> nn.Module:
-    """Return a copy of ``model`` whose recurrent layers call ONNX's operators; ``model`` itself if there are none."""
-    if not any(type(module) in _CLASSES for module in model.modules()):
-        return model
-    copied = copy_of(model)
-    for module in copied.modules():
-        if (kind := _CLASSES.get(type(module))) is not None:
+def lower_recurrent(model: nn.Module) -> None:
+    """Let the recurrent layers of ``model`` call ONNX's operators, in place."""
+    for module in model.modules():
+        kind = _CLASSES.get(type(module))
+        if kind is not None and next(module.parameters()).dtype in _DTYPES:
             assert isinstance(module, nn.RNNBase)
             _lower(module, kind)
-    return copied
 
 
 def _lower(layer: nn.RNNBase, kind: type[nn.RNNBase]) -> None:

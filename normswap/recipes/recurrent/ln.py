@@ -49,8 +49,6 @@ class RecurrentLayerNormalization(RecurrentRecipe):
             )
 
     def refuse(self, site: RecurrentSite) -> str | None:
-        if not site.name:
-            return "the model is the layer itself, in whose place another comes: put it into a module"
         if not site.type.startswith("LSTM"):
             return f"in the {site.type} a norm is over as many units as it reads, so none can start as an affine map"
         return None
