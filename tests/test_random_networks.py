@@ -57,7 +57,6 @@ def test_the_networks_run_in_both_modes_and_differ() -> None:
     features = Counter(feature for network in found for feature in network.features)
     assert len(features) > 25
     assert sum(network.norms for network in found) > 120
-    zeros = 0
     for network in found:
         model = network.model()
         with torch.no_grad():
@@ -65,8 +64,7 @@ def test_the_networks_run_in_both_modes_and_differ() -> None:
             model.train()(*network.inputs())
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
         assert all(bool(tensor.isfinite().all()) for tensor in first)
-        zeros += max(float(tensor.abs().max()) for tensor in first) < 1e-6
-    assert zeros <= 2  # a ReLU in front of the output may leave nothing, which shows nothing
+        assert max(float(tensor.abs().max()) for tensor in first) > 1e-6, "an output of zeros shows nothing"
 
 
 # ------------------------------------------------------------------------------------------ what must be seen

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dis
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from types import CodeType, FunctionType, MethodType, ModuleType
@@ -19,11 +19,9 @@ from normswap.nn.kinds import class_of
 __all__ = [
     "NORM_ATTRIBUTES",
     "STATISTICS",
-    "WALKS",
     "Code",
     "Found",
     "Operand",
-    "Question",
     "codes_of",
     "has_code",
     "is_named",
@@ -33,7 +31,7 @@ __all__ = [
 STATISTICS = frozenset({"running_mean", "running_var", "num_batches_tracked"})
 NORM_ATTRIBUTES = STATISTICS | {"weight", "bias", "num_features", "eps", "momentum", "affine", "track_running_stats"}
 _ATTRIBUTES = NORM_ATTRIBUTES | {"_buffers", "_parameters"}
-WALKS = frozenset({"modules", "children", "named_modules", "named_children", "get_submodule", "_modules"})
+_WALKS = frozenset({"modules", "children", "named_modules", "named_children", "get_submodule", "_modules"})
 _ASKING = frozenset({"isinstance", "issubclass", "type", "hasattr", "getattr"})
 _ASKED = frozenset({"__class__", "_get_name"})
 _MOST_FUNCTIONS = 200
@@ -53,33 +51,18 @@ class Read:
 
 
 @dataclass(frozen=True)
-class Question:
-    """What is asked, of which value, and whether of an element of that: ``isinstance(self.layers[0], …)``.
-
-    ``names`` are those in which it names classes, None where that is not known.
-    """
-
-    kind: str
-    operands: frozenset[Operand]
-    of_element: bool = False
-    names: frozenset[str] | None = None
-
-
-@dataclass(frozen=True)
 class Code:
     """What a function reads, which attributes and globals it names, and what it holds as a string.
 
     ``values`` are the names of attributes that it does not just call: ``self.parts[0]``, ``for part in self.parts``.
     ``questions`` are what it asks of which value: ``isinstance``, ``type``, ``__class__``, ``hasattr`` and the like.
-    ``loops`` is how many loops it has inside one another, at most.
     """
 
     reads: tuple[Read, ...]
     names: frozenset[str]
     strings: frozenset[str]
     values: frozenset[str]
-    questions: tuple[Question, ...]
-    loops: int = 0
+    questions: tuple[tuple[str, frozenset[Operand]], ...]
 
 
 @dataclass(frozen=True)
@@ -109,7 +92,7 @@ def is_named(module: nn.Module, path: str, names: frozenset[str]) -> bool:
     for part in path.split("."):
         containers = (nn.ModuleList, nn.ModuleDict, nn.Sequential, fx.GraphModule)
         free = isinstance(holder, containers) or part.isdigit()
-        if not (free or part in names or names & WALKS):
+        if not (free or part in names or names & _WALKS):
             return False
         holder = holder.get_submodule(part)
     return True
@@ -195,12 +178,12 @@ def _read(code: CodeType, flags: frozenset[tuple[str, bool]]) -> Code:
     first = code.co_varnames[0] if code.co_argcount else None
     held: dict[str, set[Operand]] = {}  # what a variable may be
     reads: list[Read] = []
-    questions: list[Question] = []
+    questions: list[tuple[str, frozenset[Operand]]] = []
     asking: str | None = None  # what is asked of the value that is being loaded
     top = _UNKNOWN  # what the value on top of the stack may be
     loaded_it = False
     skipped = left_out(code, dict(flags))
-    for place, step in enumerate(steps):
+    for step in steps:
         if step.offset in skipped:
             continue
         operation, value = step.opname, step.argval
@@ -208,11 +191,11 @@ def _read(code: CodeType, flags: frozenset[tuple[str, bool]]) -> Code:
             if value in _ATTRIBUTES:
                 reads += [Read(value, path, of_first) for path, of_first in top]
             if value in _ASKED:
-                questions.append(Question(value, top))
+                questions.append((value, top))
             top = frozenset(((*path, value), of_first) for path, of_first in top)
             continue
         if asking and loaded_it:
-            questions.append(_asked(asking, top, steps[place:], first))
+            questions.append((asking, top))
             asking = None
         loaded_it = asking is not None
         # Newer interpreters store and load two variables at once.
@@ -227,33 +210,5 @@ def _read(code: CodeType, flags: frozenset[tuple[str, bool]]) -> Code:
         if operation in ("LOAD_GLOBAL", "LOAD_NAME") and value in _ASKING:
             asking, loaded_it = value, False
         if operation == "MATCH_CLASS":
-            questions.append(Question("isinstance", _UNKNOWN))
-    return Code(tuple(reads), names, strings, values, tuple(questions), _nested_loops(steps))
-
-
-def _asked(kind: str, operands: frozenset[Operand], rest: Sequence[dis.Instruction], first: str | None) -> Question:
-    """Return what is asked of a value that was just loaded; ``rest`` is what comes then, up to the call."""
-    of_element, names = False, set[str]()
-    is_known, is_called = kind in ("isinstance", "issubclass", "type"), kind != "type"
-    for step in rest:
-        if step.opname.startswith("CALL") and is_called:
-            break
-        if step.opname.startswith("CALL"):  # of type(…), and then comes what it is compared with
-            is_called = True
-            names.clear()
-            continue
-        if step.opname in ("IS_OP", "COMPARE_OP", "CONTAINS_OP"):
-            break
-        of_element |= step.opname == "BINARY_SUBSCR" or step.argrepr == "[]"
-        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_ATTR", "LOAD_DEREF"):
-            names.add(step.argval)
-        is_known &= not (step.opname.startswith("LOAD_FAST") and step.argval != first)
-        is_known &= not step.opname.startswith(("STORE_", "POP_", "RETURN_"))
-    is_known &= not names & {"__name__", "__qualname__"}
-    return Question(kind, operands, of_element, frozenset(names) if is_known else None)
-
-
-def _nested_loops(steps: Sequence[dis.Instruction]) -> int:
-    """Return how many loops there are inside one another, at most."""
-    loops = [(step.offset, step.argval) for step in steps if step.opname == "FOR_ITER"]
-    return max((sum(first <= start < end for first, end in loops) for start, _ in loops), default=0)
+            questions.append(("isinstance", _UNKNOWN))
+    return Code(tuple(reads), names, strings, values, tuple(questions))

@@ -19,9 +19,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from types import FunctionType, ModuleType, UnionType
 from typing import Any
 
-from torch import fx, nn
+from torch import nn
 
-from normswap.graph.bytecode import NORM_ATTRIBUTES, STATISTICS, WALKS, Found, Operand, Question, codes_of, is_named
+from normswap.graph.bytecode import NORM_ATTRIBUTES, STATISTICS, Found, Operand, codes_of, is_named
 from normswap.nn.kinds import class_of
 
 __all__ = ["class_tests_of"]
@@ -52,19 +52,16 @@ def class_tests_of(
     for one in codes:
         if not one.code.questions:
             continue
-        for question in one.code.questions:
-            kind = question.kind
-            classes, strings = _named_by(one, module, question.names)
+        classes, strings = _named_by(one, module)
+        for kind, operands in one.code.questions:
             for path, norm in norms:
-                exact = _is_asked(path, question.operands, one.is_method)
+                exact = _is_asked(path, operands, one.is_method)
                 if exact is None or not (exact or _may_be_asked(module, path, names, values)):
                     continue
                 if kind in _OF_ATTRIBUTES:
                     if asked := sorted(strings & (NORM_ATTRIBUTES if exact else _SURE), reverse=True):
                         yield norm, f"{whose} asks whether it has a {asked[0]}, which a new norm does not have"
-                    continue
-                new = _NEW if exact or _may_be_held(module, path, question, one) else _REPLACING
-                if _answers_otherwise(module.get_submodule(path), kind, classes, strings, new):
+                elif _answers_otherwise(module.get_submodule(path), kind, classes, strings, exact):
                     yield norm, f"{whose} asks for its class, and a new norm is of another one"
 
 
@@ -90,32 +87,13 @@ def _may_be_asked(module: nn.Module, path: str, names: frozenset[str], values: f
     return is_named(module, path, names) and (not named or named[-1] in values)
 
 
-def _may_be_held(module: nn.Module, path: str, question: Question, found: Found) -> bool:
-    """Tell whether the value that is asked may be the norm at ``path`` and not what holds it (Note [Containers])."""
-    if question.names is None and question.kind in _OF_NAMES:  # mostly for a name: type(x).__name__
-        return False
-    for parts, of_first in question.operands:
-        dotted = ".".join(parts)
-        if of_first and found.is_method and path.startswith(f"{dotted}.") and not question.of_element:
-            continue  # self.layers itself
-        if found.code.names & WALKS or found.function.__name__ in found.code.names:
-            return True
-        places, holder = 0, module
-        for part in path.split("."):
-            places += isinstance(holder, (nn.ModuleList, nn.ModuleDict, nn.Sequential, fx.GraphModule))
-            holder = holder.get_submodule(part)
-        if places <= max(1, found.code.loops):
-            return True
-    return False
-
-
 def _answers_otherwise(
-    norm: nn.Module, kind: str, classes: Iterable[type], strings: Iterable[str], new: Sequence[type[nn.Module]]
+    norm: nn.Module, kind: str, classes: Iterable[type], strings: Iterable[str], exact: bool
 ) -> bool:
     """Tell whether a question that names ``classes`` or ``strings`` is answered otherwise of what replaces ``norm``."""
     for cls in classes:
         of_norms = issubclass(class_of(norm), cls) and not issubclass(nn.Module, cls)
-        of_new = any(issubclass(one, cls) for one in new) and not issubclass(nn.Module, cls)
+        of_new = any(issubclass(new, cls) for new in (_NEW if exact else _REPLACING)) and not issubclass(nn.Module, cls)
         if of_norms or of_new:
             return True
     if kind not in _OF_NAMES:
@@ -125,15 +103,12 @@ def _answers_otherwise(
     return any(string == "bn" or (len(string) >= 4 and (string in name or name in string)) for string in likely)
 
 
-def _named_by(found: Found, module: nn.Module, only: frozenset[str] | None) -> tuple[set[type], set[str]]:
-    """Return the classes that a piece of code names, and its strings; those inside tuples and tables, too.
-
-    With ``only``, what is called so in it.
-    """
-    function, names = found.function, found.code.names if only is None else only
+def _named_by(found: Found, module: nn.Module) -> tuple[set[type], set[str]]:
+    """Return the classes that a piece of code names, and its strings; those inside tuples and tables, too."""
+    function, names = found.function, found.code.names
     scope = {**vars(builtins), **function.__globals__, **_closure(function)}
     values: list[Any] = list(found.code.strings)
-    for name in names | {*_closure(function)} if only is None else names:
+    for name in names | {*_closure(function)}:
         if name in scope:
             values += _members(scope[name], names)
         elif hasattr(nn, name):  # imported inside the function
