@@ -27,14 +27,16 @@ from normswap.graph.channels import FIXED, Channels, find_channels
 from normswap.graph.dataflow import Dataflow
 from normswap.initialization.equalization import scale_channels
 from normswap.records import NormKind
+from normswap.stages.opened import opened
 
 
 def channels_of(model: nn.Module, inputs: Any = None) -> Channels:
     plan = ns.plan(model, "gn", example_inputs=inputs)
     sites = [step.site for step in plan.steps if step.site.kind == NormKind.MODULE]
-    after = {site.norm: after_norm(model.get_submodule(site.norm)) for site in sites}
     layers = [site.layer for site in sites if site.layer]
-    return find_channels(Dataflow(capture(model, inputs)), after, layers)
+    with opened(model):
+        after = {site.norm: after_norm(model.get_submodule(site.norm)) for site in sites}
+        return find_channels(Dataflow(capture(model, inputs)), after, layers)
 
 
 def scaled(model: nn.Module, channels: Channels, seed: int = 0) -> nn.Module:
@@ -42,7 +44,8 @@ def scaled(model: nn.Module, channels: Channels, seed: int = 0) -> nn.Module:
     scales = 4 ** (2 * torch.rand(channels.count, generator=torch.Generator().manual_seed(seed)).double() - 1)
     scales[FIXED] = 1
     result = copy.deepcopy(model)
-    scale_channels(result, channels, scales)
+    with opened(result):
+        scale_channels(result, channels, scales)
     return result
 
 

@@ -35,7 +35,7 @@ DETERMINISTIC = settings(
 PASSED: set[str] = set()  # hypothesis repeats what it has drawn: each network counts once
 
 
-@DETERMINISTIC
+@settings(DETERMINISTIC, max_examples=25)  # benchmarks/random_networks.py checks hundreds
 @given(networks())
 def test_a_random_network_keeps_every_promise(network: Network) -> None:
     assume(network.source not in PASSED)

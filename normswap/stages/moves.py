@@ -192,7 +192,7 @@ class Recording:
         """
         old = self._names[one.name]
         weight = old.get("layer.weight")
-        source = dict(self._source.named_parameters())
+        source = {**dict(self._source.named_buffers()), **dict(self._source.named_parameters())}
         if weight is None or one.layer is None:
             return dict(moves)
         layout = FilterLayout.of(one.layer)
