@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conversion_checks import distance
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from random_networks import Network, networks
 from test_random_networks import DETERMINISTIC
 from torch import Tensor, nn
@@ -73,7 +73,7 @@ def test_scaled_channels_leave_an_awkward_model_the_same_function(entry: Entry, 
 
 
 @pytest.mark.slow
-@DETERMINISTIC
+@settings(DETERMINISTIC, max_examples=20)
 @given(networks())
 def test_scaled_channels_leave_a_random_network_the_same_function(network: Network) -> None:
     model, inputs = network.model(), network.inputs()
