@@ -13,9 +13,11 @@ when it is first reached: evaluation on that minibatch then shows what training 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from math import isfinite
 from typing import Any
 
 import torch
@@ -33,6 +35,7 @@ from normswap.records import InitReport, InitRow
 from normswap.runs.batches import bind_batches
 from normswap.runs.calling import run_on
 from normswap.runs.guard import set_mode, untouched
+from normswap.runs.writes import unwatched
 
 __all__ = ["initialize"]
 
@@ -79,15 +82,15 @@ def initialize(
                     module.register_forward_pre_hook(run.adopt)
             set_mode(model, False)
             run_on(model, inputs)
-    except InitializationError:
-        raise
-    except Exception as cause:
+    except BaseException as cause:
+        run.undo()
+        if isinstance(cause, InitializationError) or not isinstance(cause, Exception):
+            raise
         raise InitializationError(
             f"the forward pass failed: {type(cause).__name__}: {(str(cause).splitlines() or [''])[0]}",
             code="initialize-forward",
             hint="give a batch that the model takes; the model is as it was",
         ) from cause
-    run.apply()
     rows = [InitRow(name, *run.found[name]) for name in run.found]
     missed = [
         InitRow(name, "not initialized", ("the batch never reached it",)) for name in layers if name not in run.found
@@ -99,30 +102,35 @@ def initialize(
 
 @dataclass
 class _Pass:
-    """One pass over the minibatch: what was done so far, and the new values, which are put in place after it.
+    """One pass over the minibatch: what was done so far, and the values from before it.
 
     Args:
         found: How each layer was initialized, and the notes on it, in execution order.
         scaled: The ids of the tensors that were scaled: a tied one is scaled once.
         adopted: The ids of the norms that have taken the minibatch's statistics.
-        new: Each changed tensor with its new values, by its id.
+        before: Each changed tensor with the values that it had, by its id.
         last: The layer that ran last, its new output, and that output's mean and variance along axis 1, if known.
     """
 
     found: dict[str, tuple[str, tuple[str, ...]]] = field(default_factory=dict)
     scaled: set[int] = field(default_factory=set)
     adopted: set[int] = field(default_factory=set)
-    new: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    before: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     last: tuple[str, Tensor, tuple[Tensor, Tensor] | None] | None = None
 
-    def keep(self, *tensors: Tensor) -> None:
-        """Remember the values of ``tensors``: they are new."""
-        self.new |= {id(tensor): (tensor, tensor.detach().clone()) for tensor in tensors}
+    @contextmanager
+    def changing(self, *tensors: Tensor) -> Iterator[None]:
+        """Let what is written to ``tensors`` within stay, unless the pass fails."""
+        with unwatched(*tensors), torch.no_grad():
+            for tensor in tensors:
+                if id(tensor) not in self.before:
+                    self.before[id(tensor)] = tensor, tensor.detach().clone()
+            yield
 
-    def apply(self) -> None:
-        """Give the changed tensors their new values."""
+    def undo(self) -> None:
+        """Give the changed tensors their values from before."""
         with torch.no_grad():
-            for tensor, values in self.new.values():
+            for tensor, values in self.before.values():
                 tensor.copy_(values)
 
     def note(self, name: str, note: str) -> None:
@@ -132,15 +140,14 @@ class _Pass:
 
     def draw(self, layers: Iterable[nn.Module], generator: torch.Generator) -> None:
         """Draw each layer's direction v from N(0, 0.05²); g and the gain start at one: no channel stays dead."""
-        with torch.no_grad():
-            for layer in layers:
-                weight = _weight_of(layer)
-                v = weight.direction
+        for layer in layers:
+            weight = _weight_of(layer)
+            v = weight.direction
+            with self.changing(v, *weight.gains):
                 v.copy_(torch.randn(v.shape, generator=generator).to(v) * _FRESH_STD)
                 for gain in weight.gains[:1]:
                     if gain is not v:
                         gain.fill_(1.0)
-                self.keep(v, *weight.gains)
 
     def settle(self, name: str, layer: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
         """Scale and shift ``layer`` such that its output has mean 0 and deviation 1; return the new output."""
@@ -156,35 +163,33 @@ class _Pass:
         # The channels are the last axis of a linear layer's output and the first but for the batch of a convolution's.
         axis = out.ndim - (1 if isinstance(layer, nn.Linear) else weight.direction.ndim - 1)
         mean, std, centred = _statistics(out, axis)
-        if not bool(torch.isfinite(std).all() and torch.isfinite(mean).all()):
+        if not isfinite((mean + std).sum(dtype=torch.float64)):
             raise InitializationError(
                 f"the output of '{name}' is not finite on this batch",
                 code="initialize-not-finite",
                 hint="check the batch and the weights; the model is as it was",
             )
         notes: list[str] = []
-        # A constant channel has no deviation: rounding noise must not be blown up to one.
-        constant = std <= 1e-6 * torch.maximum(mean.abs(), std.amax())
-        if bool(constant.any()):
-            notes.append(f"{int(constant.sum())} constant channels keep their scale")
-        factor = torch.where(constant, torch.ones_like(std), 1 / std.clamp(min=torch.finfo(std.dtype).tiny))
+        factor, constant = _factors(mean, std)
+        if stuck := int(constant.sum()):
+            notes.append(f"{stuck} constant channels keep their scale")
         if self.scaled & set(map(id, weight.gains)):
             factor = torch.ones_like(factor)
             notes.append("its weight is tied to one that is initialized already")
         bias = layer.bias if isinstance(layer.bias, Tensor) else None
         changed = (*weight.gains, *([] if bias is None else [bias]))
-        before = [tensor.detach().clone() for tensor in changed]
-        self._multiply(layer, weight, factor, bias, mean)
+        proportional = scales_with_its_parameters(layer)
+        before = [] if proportional else [tensor.detach().clone() for tensor in changed]
+        with self.changing(*changed):
+            _multiply(layer, weight, factor, bias, mean)
         new_mean = mean * factor if bias is None else torch.zeros_like(mean)
-        if scales_with_its_parameters(layer):
-            shape = [1] * out.ndim
-            shape[axis] = -1
-            new = centred.mul_(factor.view(shape)).add_(new_mean.view(shape)).to(out.dtype)
+        if proportional:
+            new = _scaled(centred, factor, new_mean, axis).to(out.dtype)
         else:
             new = layer.forward(*args)
             deviation = _statistics(new, axis)[1]
             if not bool(((deviation - 1).abs() < 1e-2).logical_or(constant).all()):
-                with torch.no_grad():
+                with self.changing(*changed):
                     for tensor, values in zip(changed, before, strict=True):
                         tensor.copy_(values)
                 self.found[name] = "not initialized", ("its output does not scale with its weight",)
@@ -192,22 +197,10 @@ class _Pass:
             notes.append("its forward is its own: its output was computed anew")
         if bias is None:
             notes.append("bias-free: scale only")
-        self.keep(*changed)
         self.scaled.update(map(id, weight.gains))
         self.found[name] = "scale" if bias is None else "scale and bias", tuple(notes)
         self.last = name, new, (new_mean, (std * factor).square()) if axis == 1 else None
         return new
-
-    def _multiply(self, layer: nn.Module, weight: _Weight, factor: Tensor, bias: Tensor | None, mean: Tensor) -> None:
-        """Multiply a layer's output by ``factor`` per channel, after taking ``mean`` away where there is a bias."""
-        layout = FilterLayout.of(layer)
-        with torch.no_grad():
-            for tensor in weight.gains:
-                own = factor.to(tensor.dtype)
-                whole = tensor is weight.direction
-                tensor.copy_(layout.multiply_outputs(tensor, own) if whole else tensor * own.view(_like(tensor)))
-            if bias is not None:
-                bias.copy_((bias.to(mean) - mean) * factor)
 
     def adopt(self, norm: nn.Module, args: tuple[Any, ...]) -> None:
         """Give a norm with running statistics those of the minibatch, at its first call."""
@@ -225,13 +218,14 @@ class _Pass:
         else:
             mean, std, _ = _statistics(x, 1)
             var = std.square()
-        for name, value in (("running_mean", mean), ("running_var", var)):
-            buffer = getattr(norm, name, None)
-            if isinstance(buffer, Tensor):
-                buffer.copy_(value)
-                self.keep(buffer)
+        new = [(running, mean), (getattr(norm, "running_var", None), var)]
+        buffers = [(buffer, values) for buffer, values in new if isinstance(buffer, Tensor)]
+        with self.changing(*(buffer for buffer, _ in buffers)):
+            for buffer, values in buffers:
+                buffer.copy_(values)
 
 
+@unwatched()
 def _statistics(x: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return mean and deviation per channel and the centred values, several times faster than ``torch.std_mean``."""
     values = x if x.dtype in (torch.float32, torch.float64) else x.float()
@@ -240,6 +234,20 @@ def _statistics(x: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor]:
     centred = values - mean
     std = torch.linalg.vector_norm(centred, dim=axes) / (x.numel() / x.shape[axis]) ** 0.5
     return mean.flatten(), std, centred
+
+
+@unwatched()
+def _factors(mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+    """Return 1/σ per channel and which channels are constant: rounding noise must not be blown up to deviation one."""
+    constant = std <= 1e-6 * torch.maximum(mean.abs(), std.amax())
+    return torch.where(constant, 1.0, 1 / std.clamp(min=torch.finfo(std.dtype).tiny)), constant
+
+
+@unwatched()
+def _scaled(centred: Tensor, factor: Tensor, mean: Tensor, axis: int) -> Tensor:
+    """Return what has the given mean and ``factor`` times the deviation of ``centred``, which is overwritten."""
+    shape = [-1 if a == axis else 1 for a in range(centred.ndim)]
+    return centred.mul_(factor.view(shape)).add_(mean.view(shape))
 
 
 @dataclass(frozen=True)
@@ -266,6 +274,16 @@ def _weight_of(layer: nn.Module) -> _Weight:
     if isinstance(kind, (_WeightNorm, FilterWeightNorm)):
         return _Weight(tensors[1], (tensors[0],))
     return _Weight(tensors[0], tuple(tensors[1:]) if isinstance(kind, WeightStandardization) else ())
+
+
+def _multiply(layer: nn.Module, weight: _Weight, factor: Tensor, bias: Tensor | None, mean: Tensor) -> None:
+    """Multiply a layer's output by ``factor`` per channel, after taking ``mean`` away where there is a bias."""
+    layout = FilterLayout.of(layer)
+    for tensor in weight.gains:
+        own = factor.to(tensor.dtype)
+        tensor.mul_(layout.per_output(tensor, own) if tensor is weight.direction else own.view(_like(tensor)))
+    if bias is not None:
+        bias.copy_((bias.to(mean) - mean) * factor)
 
 
 def _like(g: Tensor) -> list[int]:

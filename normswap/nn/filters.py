@@ -83,11 +83,14 @@ class FilterLayout:
 
     def multiply_outputs(self, weight: Tensor, factor: Tensor) -> Tensor:
         """Return ``weight`` with the filter of output channel ``c`` multiplied by ``factor[c]``."""
-        if self.axis is not None:
-            shape = [1] * weight.ndim
-            shape[self.axis] = -1
-            return weight * factor.view(shape)
-        return self.unflatten(self.flatten(weight) * factor[:, None], weight)
+        return weight * self.per_output(weight, factor)
+
+    def per_output(self, weight: Tensor, values: Tensor) -> Tensor:
+        """Return ``values``, one per output channel, in a shape that broadcasts against ``weight``."""
+        if not self.transposed:
+            return values.view(-1, *(1,) * (weight.ndim - 1))
+        of_group = values.view(self.groups, 1, -1).expand(-1, weight.shape[0] // self.groups, -1).flatten(0, 1)
+        return of_group.reshape(*weight.shape[:2], *(1,) * (weight.ndim - 2))
 
     def multiply_inputs(self, weight: Tensor, factor: Tensor) -> Tensor:
         """Return ``weight`` with all that input channel ``c`` is multiplied with multiplied by ``factor[c]``."""

@@ -21,9 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _get_current_dispatch_mode,
+    _pop_mode_temporarily,
+    is_traceable_wrapper_subclass,
+)
 
-__all__ = ["SavedValues", "Watched", "kept", "watched_here"]
+__all__ = ["SavedValues", "Watched", "kept", "unwatched", "watched_here"]
 
 
 class SavedValues:
@@ -88,9 +93,17 @@ class SavedValues:
             yield
         finally:
             self._keeping = before
-            for key in self._kept & self._saved.keys():
-                self._saved[key] = self._storages[key].clone()
+            self._keep(self._kept)
             self._kept.clear()
+
+    def keep(self, *tensors: Tensor) -> None:
+        """Take the values that ``tensors`` have now for those that are to be put back."""
+        storages = (_storage(tensor) for tensor in tensors)
+        self._keep({storage._cdata for storage in storages if storage is not None})
+
+    def _keep(self, keys: set[int]) -> None:
+        for key in keys & self._saved.keys():
+            self._saved[key] = self._storages[key].clone()
 
     def restore(self) -> None:
         """Put back what was written."""
@@ -155,6 +168,17 @@ def kept() -> Iterator[None]:
         for values in _watches():
             stack.enter_context(values.keeping())
         yield
+
+
+@contextmanager
+def unwatched(*written: Tensor) -> Iterator[None]:
+    """Do what is no forward's without being watched, which takes time: only ``written`` may be written, and stays."""
+    with ExitStack() as stack:
+        while isinstance(_get_current_dispatch_mode(), Watched):
+            stack.enter_context(_pop_mode_temporarily())
+        yield
+        for values in _watches():
+            values.keep(*written)
 
 
 class watched_here:  # noqa: N801
