@@ -10,6 +10,7 @@ from normswap.version import __version__ as __version__
 if TYPE_CHECKING:
     from normswap.checks.comparison import verify as verify
     from normswap.checks.verification import Verification as Verification
+    from normswap.choosing import choose_recipes as choose_recipes
     from normswap.deploy.folding import Folding as Folding
     from normswap.deploy.folding import fold as fold
     from normswap.deploy.folding import fold_with_report as fold_with_report
@@ -22,11 +23,12 @@ if TYPE_CHECKING:
     from normswap.pipeline import Conversion as Conversion
     from normswap.pipeline import convert as convert
     from normswap.pipeline import plan as plan
-    from normswap.pipeline import rank_sites as rank_sites
     from normswap.pipeline import swap_norms as swap_norms
+    from normswap.ranking import rank_sites as rank_sites
     from normswap.recipes import Recipe as Recipe
     from normswap.recipes import all_recipes as all_recipes
     from normswap.recipes import make_recipe as make_recipe
+    from normswap.records import Choice as Choice
     from normswap.records import InitReport as InitReport
     from normswap.records import Plan as Plan
     from normswap.records import SiteCost as SiteCost
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 
 # Each public name and the module that holds it: importing normswap imports none of them, and with them not torch.
 _HOMES = {
+    "Choice": "records",
     "Conversion": "pipeline",
     "FoldRow": "deploy.rows",
     "Folding": "deploy.folding",
@@ -57,6 +60,7 @@ _HOMES = {
     "StatisticsUpdate": "training.statistics",
     "Verification": "checks.verification",
     "all_recipes": "recipes",
+    "choose_recipes": "choosing",
     "convert": "pipeline",
     "fold": "deploy.folding",
     "fold_with_report": "deploy.folding",
@@ -68,7 +72,7 @@ _HOMES = {
     "migrate_state_dict": "training.checkpoints",
     "parameter_groups": "training.groups",
     "plan": "pipeline",
-    "rank_sites": "pipeline",
+    "rank_sites": "ranking",
     "load": "storage.store",
     "save": "storage.store",
     "swap_norms": "pipeline",

@@ -3,42 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import TypeVar
 
-from normswap.checks.conversion import Promise, refuse_empty, refuse_unfit
+from normswap.checks.conversion import Promise, refuse_unfit
 from normswap.checks.verification import Verification
+from normswap.choosing import choose
 from normswap.errors import InputError, argument
 from normswap.graph import capture
 from normswap.graph.dataflow import Dataflow
 from normswap.graph.records import refuse_wrappers
-from normswap.initialization.base import Initializer, Progress, Work, initializer_for
-from normswap.initialization.equalization import EQUALIZED, equalize
-from normswap.initialization.match import Match, match_sites
-from normswap.initialization.missing import missing_statistics
-from normswap.initialization.recurrent import centred
-from normswap.options import Options
-from normswap.recipes import Recipe, To, all_recipes, make_recipe, option_names
-from normswap.recipes.recurrent import make_recurrent
-from normswap.records import InitReport, Plan, SiteCost
+from normswap.initialization.base import Progress, initializer_for
+from normswap.initialization.equalization import EQUALIZED
+from normswap.preparation import asked, planned, prepared
+from normswap.recipes import Auto, To
+from normswap.records import Choice, InitReport, Plan
 from normswap.runs.data import Data
 from normswap.runs.guard import copy_of
 from normswap.runs.wrappers import unwrapped
-from normswap.stages.bound import BoundPlan, bind
-from normswap.stages.find_sites import find_sites
-from normswap.stages.moves import Recording, Scale
+from normswap.stages.moves import Recording
 from normswap.stages.opened import opened
-from normswap.stages.planning import make_plan
 from normswap.stages.rewriting import rewrite
 from normswap.storage.origin import Origin, remember, skeleton_of
 from normswap.training.held import notes_on_optimizers
 
-__all__ = ["Conversion", "convert", "plan", "rank_sites", "swap_norms"]
+__all__ = ["Conversion", "convert", "plan", "swap_norms"]
 
 Model = TypeVar("Model", bound=nn.Module, default=nn.Module)
 
@@ -53,6 +47,7 @@ class Conversion(Generic[Model]):
         init: How the new parts got their values.
         check: For an exact recipe, the comparison of both models' outputs; None where there were no inputs for it.
         exact: Whether every site has a recipe that is exact.
+        choice: With ``to="auto"``, what each recipe would do at each site, and which was chosen.
     """
 
     model: Model
@@ -60,13 +55,15 @@ class Conversion(Generic[Model]):
     init: InitReport
     check: Verification | None
     exact: bool = False
+    choice: Choice | None = None
 
     def __repr__(self) -> str:
         return f"<Conversion of {self.plan.model} to {self.plan.recipe}: {self.plan.summary()}>"
 
     def __str__(self) -> str:
         check = [] if self.check is None else [str(self.check)]
-        return "\n\n".join([str(self.plan), str(self.init), *check])
+        choice = [] if self.choice is None else [str(self.choice)]
+        return "\n\n".join([*choice, str(self.plan), str(self.init), *check])
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -90,12 +87,18 @@ def plan(
 
     The arguments are those of :func:`convert`.
     """
-    recipe, chosen = _asked(to, None, options)
+    recipe, chosen = asked(to, None, options, has_data=calibration is not None)
+    if isinstance(recipe, Auto):
+        raise InputError(
+            f"{argument('to', 'auto')} chooses by fitting each recipe to the calibration data, which a plan does not",
+            code="plan-auto",
+            hint="plan(model, choose_recipes(model, calibration=...).to) plans what it chooses",
+        )
     model, _ = unwrapped(model)
     data = Data.to_plan(model, example_inputs, calibration)
     refuse_wrappers(model)
     with opened(model):
-        return _bound(Dataflow(capture(model, data.example)), recipe, chosen, data).plan
+        return planned(Dataflow(capture(model, data.example)), recipe, chosen, data).plan
 
 
 def convert(
@@ -118,6 +121,8 @@ def convert(
             its name, and leaves those that none matches or that have None: ``{"stem.*": "gn+aws", "*": "gn+ws"}``.
             The options of recipes go to those that have them; ``{"recipe": "gn+ws", "num_groups": 1}`` in place of a
             name gives a recipe some of its own. None leaves all norms, for a conversion of recurrent layers alone.
+            ``"auto"`` gives each norm the recipe that changes the output least on the calibration data
+            (:func:`choose_recipes`).
         example_inputs: Inputs of the model: a tensor, a tuple, or a dict by keyword. They decide what the graph leaves
             open (ranks, hidden consumers) and serve the check of exact recipes. Default: the first calibration samples.
         calibration: Unlabelled data: a tensor, tuple or dict of inputs, or an iterable of those, such as a DataLoader.
@@ -138,8 +143,9 @@ def convert(
         VerificationError: An exact recipe moved the output.
         InputError: An argument does not fit.
     """
-    recipe, chosen = _asked(to, plan, options)
-    initializer = initializer_for(chosen.init, recipe, calibration is not None)
+    has_data = calibration is not None
+    recipe, chosen = asked(to, plan, options, has_data=has_data)
+    initializer = initializer_for(chosen.init, recipe, has_data)
     choose_groups = recipe.least_group is not None and plan is None
     if choose_groups and not initializer.fits:
         raise InputError(
@@ -151,9 +157,13 @@ def convert(
     refuse_wrappers(model)
     refuse_unfit(model)
     data = Data.of(model, example_inputs, calibration, forward_fn)
+    choice = None
+    if isinstance(recipe, Auto):
+        recipe, choice = choose(model, recipe, chosen, data, progress)
+        initializer = initializer_for(chosen.init, recipe, has_data)
     skeleton = skeleton_of(model)
     with opened(model) as norms:
-        work = _prepared(model, recipe, chosen, data, plan, initializer=initializer)
+        work = prepared(model, recipe, chosen, data, plan, initializer=initializer)
         work = dataclasses.replace(work, choose_groups=choose_groups, progress=progress)
         exact = work.bound.exact and initializer.keeps_function
         promise = Promise.of(model, work.bound.plan, data.example, exact=exact) if chosen.check else Promise()
@@ -180,98 +190,7 @@ def convert(
         (*notes, *data.all_notes, *scaled, *outcome.notes, *notes_on_optimizers(target)),
         outcome.agreement,
     )
-    return Conversion(cast(Model, target), bound.plan, report, promise.keep(target), bound.exact)
-
-
-def rank_sites(
-    model: nn.Module,
-    to: To = "gn+ws",
-    *,
-    calibration: Any,
-    example_inputs: Any = None,
-    forward_fn: Callable[[nn.Module, Any], Any] | None = None,
-    progress: Progress | None = None,
-    **options: Any,
-) -> tuple[SiteCost, ...]:
-    """Return what the swap of each site costs by itself, largest error first.
-
-    Each site is matched as by :func:`convert`, but the original's values go on after it: its error is its own alone,
-    whatever lies before it. The sites at the top are those to leave out (``exclude``), or to give another recipe.
-
-    The arguments are those of :func:`convert`; the model is left as it is.
-
-    Returns:
-        A row for each site that the data reaches.
-
-    Raises:
-        NothingToConvertError: No norm of the model can be converted.
-        InputError: The recipe is exact, or an argument does not fit.
-    """
-    recipe, chosen = _asked(to, None, options)
-    chosen = dataclasses.replace(chosen, recurrent=None)
-    if recipe.exact:
-        inexact = ", ".join(name for name, other in all_recipes().items() if not other.exact)
-        raise InputError(
-            f"'{recipe.name}' is exact: no site has an error", code="exact-recipe", hint=f"choose from {inexact}"
-        )
-    model, _ = unwrapped(model)
-    refuse_wrappers(model)
-    refuse_unfit(model)
-    data = Data.of(model, example_inputs, calibration, forward_fn)
-    with opened(model):
-        work = _prepared(model, recipe, chosen, data, None, initializer=Match)
-        work = dataclasses.replace(work, choose_groups=True, isolated=True, progress=progress)
-        target, method = copy_of(work.source), Match(work)
-        rows = match_sites(work, target, rewrite(target, work.bound, method.values))
-    found = [(step.site, fit) for step in work.bound.steps if (row := rows.get(step.site.norm)) and (fit := row.fit)]
-    total = sum(fit.noise_after for _, fit in found) or 1.0
-    costs = (
-        SiteCost(site.norm, site.layer, fit.noise_after, fit.noise_before, fit.noise_after / total)
-        for site, fit in found
-    )
-    return tuple(sorted(costs, key=lambda cost: cost.error, reverse=True))
-
-
-def _asked(to: To, plan: Plan | None, given: Mapping[str, Any]) -> tuple[Recipe, Options]:
-    """Return the recipe and the options that the arguments ask for; a plan brings its own recipe."""
-    if plan is not None and not isinstance(to, Recipe):
-        to, given = plan.recipe, {**given, **plan.options}
-    if plan is not None and given.get("recurrent") is not None:
-        raise InputError(
-            f"{argument('recurrent', given['recurrent'])} is given beside a plan, which says what becomes of the "
-            "recurrent layers",
-            code="plan-options",
-            hint="leave it out, or make the plan anew",
-        )
-    options, own = Options.split(given, option_names(to), ("example_inputs", "calibration", "forward_fn", "progress"))
-    return make_recipe(to, own), options
-
-
-def _bound(flow: Dataflow, recipe: Recipe, options: Options, data: Data) -> BoundPlan:
-    has_data = data.batches is not None
-    found = find_sites(flow, data.example, has_data=has_data)
-    recurrent = make_recurrent(options.recurrent)
-    name = type(flow.capture.model).__name__
-    return make_plan(name, found, recipe, options, recurrent=recurrent, has_data=has_data)
-
-
-def _prepared(
-    model: nn.Module, recipe: Recipe, options: Options, data: Data, plan: Plan | None, *, initializer: type[Initializer]
-) -> Work:
-    """Plan the conversion, or bind its plan, and scale the channels where that is wanted and gains something."""
-    flow = Dataflow(capture(model, data.example))
-    bound = _bound(flow, recipe, options, data) if plan is None else bind(plan, recipe, model)
-    refuse_empty(bound.plan)
-    bound = bound.with_statistics(missing_statistics(model, bound, data.batches))
-    if initializer.keeps_function:
-        bound = centred(bound, model, data.enough)
-    source: nn.Module = model
-    scales: dict[str, Tensor] = {}
-    factors: dict[str, Scale] = {}
-    if options.scale and initializer.keeps_function:
-        source, scales, factors = equalize(bound, flow, data.enough, data.example)
-    bound = bound.with_scales(scales)
-    return Work(model, source, bound, options, data.example, data.batches, data.enough, scales, factors)
+    return Conversion(cast(Model, target), bound.plan, report, promise.keep(target), bound.exact, choice)
 
 
 def _target(model: nn.Module, source: nn.Module, *, inplace: bool, apart: bool) -> nn.Module:

@@ -240,7 +240,17 @@ def changed(before: dict[str, Any], after: dict[str, Any]) -> set[str]:
 
 
 READ_ONLY = (
-    *("plan", "convert", "swap_norms", "rank_sites", "fold", "fold_with_report", "export_onnx", "verify"),
+    *(
+        "plan",
+        "convert",
+        "swap_norms",
+        "rank_sites",
+        "choose_recipes",
+        "fold",
+        "fold_with_report",
+        "export_onnx",
+        "verify",
+    ),
     *("save", "load", "write_report"),
 )
 """The verbs that leave the models which they are given as they were."""

@@ -139,7 +139,7 @@ def test_options_go_to_the_recipes_that_have_them() -> None:
         ({"*": "wn"}, {"num_groups": 2}, "num_groups"),
         ({"stem.*": {"num_groups": 2}, "*": "gn"}, {}, "no recipe ''"),
         ({"stem.*": {"recipe": "gn", "groups": 2}, "*": "gn"}, {}, "groups"),
-        ({"stem.*": PerSite((("*", make_recipe("gn")),)), "*": "gn"}, {}, "itself has patterns"),
+        ({"stem.*": PerSite((("*", make_recipe("gn")),)), "*": "gn"}, {}, "itself chooses between recipes"),
     ],
 )
 def test_what_does_not_fit_is_refused(to: Any, options: dict[str, Any], words: str) -> None:

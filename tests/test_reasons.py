@@ -175,6 +175,7 @@ VERBS = {
     "convert": lambda m, x, _: ns.convert(m, "none", example_inputs=x),
     "convert on data": lambda m, x, _: ns.convert(m, "gn", calibration=x),
     "rank": lambda m, x, _: ns.rank_sites(m, "gn", calibration=x),
+    "choose": lambda m, x, _: ns.choose_recipes(m, calibration=x, recipes=["gn"]),
     "initialize": lambda m, x, _: ns.initialize(ns.swap_norms(m, "wn+mobn"), x),
     "fold": lambda m, x, _: ns.fold(m, example_inputs=x),
     "fold of a converted one": lambda m, x, _: ns.fold(ns.swap_norms(m, "gn").eval(), example_inputs=x),

@@ -218,6 +218,7 @@ VERBS: dict[str, Callable[[Writer], Any]] = {
     "swap": lambda m: ns.swap_norms(m, "gn", calibration=DATA),
     "tune": lambda m: ns.convert(m, "gn", calibration=DATA, init="tune", tune_steps=1),
     "rank": lambda m: ns.rank_sites(m, "gn", calibration=DATA),
+    "choose": lambda m: ns.choose_recipes(m, calibration=DATA, recipes=["gn"]),
     "fold": lambda m: ns.fold(m),
     "fold on inputs": lambda m: ns.fold_with_report(m, example_inputs=X),
     "verify": lambda m: ns.verify(m, copy.deepcopy(m), X),

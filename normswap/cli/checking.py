@@ -73,6 +73,10 @@ def show_recipes(as_json: Json = False) -> None:
     gn+ws, gn+aws, gn and ln normalize each sample by itself: batches of any size train alike. wn+mobn and mobn take the
     batch's mean and no variance. wn and none take nothing from the data. ws keeps the BatchNorm.
 
+    With --to auto the calibration data chooses, norm by norm, between gn+ws, gn+aws and ln, or those named by
+    --option recipes=gn,ln, the most wanted first. --option max_error=0.1 keeps the first as far as the output's
+    relative error allows, and --option leave=2 lets so many norms stay.
+
     An exact recipe keeps the model's outputs in evaluation. In the equations x is the norm's input, W the weight of
     the layer in front of it and v what is trained in its place, with n values in each filter. Options are given to
     convert as --num-groups 8 or --option axes=channel.

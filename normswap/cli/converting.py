@@ -28,7 +28,7 @@ from normswap.cli.outputs import needing_normswap, needs_architecture, save_whol
 from normswap.cli.reporting import as_record, left_as_they_were, needs, show_conversion, show_plan
 from normswap.cli.requests import Files, Request, Writing
 from normswap.cli.sources import Source
-from normswap.cli.values import called
+from normswap.cli.values import AUTO, called
 from normswap.errors import NothingToConvertError
 from normswap.options import WHICH_NORMS
 from normswap.records import Plan
@@ -81,7 +81,7 @@ def convert_model(
         inputs = example_inputs(network, given)
         batches = calibration_batches(network, data)
         if writing.dry_run:
-            made = _planned(network, request, inputs, batches)
+            made = _planned(network, request, inputs, batches, quiet=as_json)
             _save_plan(made, files, place)
         else:
             example = _example(network, files, inputs, batches)
@@ -116,18 +116,16 @@ def convert_model(
         )
 
 
-def _planned(network: nn.Module, request: Request, inputs: Any, batches: Any) -> Plan:
+def _planned(network: nn.Module, request: Request, inputs: Any, batches: Any, *, quiet: bool) -> Plan:
     if request.plan is not None:
         return request.plan
+    to, given = request.to, {**request.chosen, **request.recipe_options}
+    if to == AUTO and batches is not None:
+        with progressing("choosing recipes", quiet=quiet) as progress:
+            to = ns.choose_recipes(network, calibration=batches, example_inputs=inputs, progress=progress, **given).to
+        given = dict(request.chosen)
     with working("planning"):
-        return ns.plan(
-            network,
-            request.to,
-            example_inputs=inputs,
-            calibration=batches,
-            **request.chosen,
-            **request.recipe_options,
-        )
+        return ns.plan(network, to, example_inputs=inputs, calibration=batches, **given)
 
 
 def _show_planned(made: Plan, request: Request, *, as_json: bool) -> None:

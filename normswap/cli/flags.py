@@ -44,9 +44,10 @@ READING, INPUTS = "Reading the model", "Inputs"
 
 def _recipes_like(start: str) -> list[tuple[str, str]]:
     """Return the recipes whose names begin with ``start``, with what they do, for a shell to offer."""
-    from normswap.recipes import all_recipes
+    from normswap.recipes import Auto, all_recipes
 
-    return [(name, recipe.equation) for name, recipe in all_recipes().items() if name.startswith(start)]
+    known = {name: recipe.equation for name, recipe in all_recipes().items()} | {Auto.name: Auto.equation}
+    return [(name, equation) for name, equation in known.items() if name.startswith(start)]
 
 
 Model = Annotated[
@@ -59,8 +60,8 @@ To = Annotated[
     str | None,
     typer.Option(
         metavar="RECIPE",
-        help="what takes the BatchNorms' place: gn+ws (which convert takes by itself), ln, wn+mobn, …; "
-        "see `normswap recipes`",
+        help="what takes the BatchNorms' place: gn+ws (which convert takes by itself), ln, wn+mobn, …; see "
+        "`normswap recipes`; auto: at each norm the one that by --calibration changes the output least",
         autocompletion=_recipes_like,
         rich_help_panel=NEW_NORMS,
     ),

@@ -10,11 +10,11 @@ import normswap as ns
 from normswap.cli.console import print_json, progressing, say, table, working
 from normswap.cli.flags import At, Chosen, DataFlags, InputFlags, Json, Model, Reading, To, flattened
 from normswap.cli.inputs import calibration_batches, example_inputs
-from normswap.cli.reporting import costs_as_record, show_costs, show_norms, show_plan
+from normswap.cli.reporting import costs_as_record, show_choice, show_costs, show_norms, show_plan
 from normswap.cli.requests import default_of
 from normswap.cli.sources import Source
 from normswap.cli.spelling import spell
-from normswap.cli.values import called, read_at
+from normswap.cli.values import AUTO, called, read_at
 
 if TYPE_CHECKING:
     from torch import nn
@@ -44,7 +44,11 @@ def inspect_model(
     batches = calibration_batches(network, data)
     recurrent = chosen.pop("recurrent", None)
     recipe = read_at(to or default_of(recurrent), at)
-    if batches is not None:
+    if batches is not None and recipe == AUTO:
+        with progressing("choosing recipes", quiet=as_json) as progress:
+            choice = ns.choose_recipes(network, calibration=batches, example_inputs=inputs, progress=progress, **chosen)
+        print_json(choice.to_json()) if as_json else show_choice(choice)
+    elif batches is not None:
         with progressing("ranking the sites", quiet=as_json) as progress:
             costs = ns.rank_sites(
                 network, recipe, calibration=batches, example_inputs=inputs, progress=progress, **chosen

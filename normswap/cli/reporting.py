@@ -12,9 +12,9 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from normswap.cli.console import facts, say, table
+from normswap.cli.console import facts, note, say, table
 from normswap.cli.spelling import spell
-from normswap.records import SKIPPED, InitReport, Plan, SiteCost, Skip
+from normswap.records import SKIPPED, Choice, InitReport, Plan, SiteCost, Skip
 
 if TYPE_CHECKING:
     from normswap.checks.verification import OutputRow, Verification
@@ -30,6 +30,7 @@ __all__ = [
     "needs",
     "show_artifact",
     "show_check",
+    "show_choice",
     "show_conversion",
     "show_costs",
     "show_norms",
@@ -96,6 +97,15 @@ def show_costs(costs: Sequence[SiteCost], model: str, recipe: str) -> None:
         say(f"\nto leave the site of the largest error as it is: normswap convert … --exclude {costs[0].norm}")
 
 
+def show_choice(choice: Choice) -> None:
+    """Print what each recipe would do at each site, and which of them was chosen."""
+    say("relative error of the output by norm and recipe, each norm by itself\n")
+    rows = choice.rows()
+    table(rows[0], rows[1:])
+    for text in choice.notes:
+        note(text)
+
+
 def costs_as_record(costs: Sequence[SiteCost]) -> str:
     """Return a ranking as JSON."""
     return json.dumps([dataclasses.asdict(cost) for cost in costs], indent=2, ensure_ascii=False)
@@ -144,6 +154,9 @@ def show_conversion(result: Conversion, artifact: ExportArtifact | None, outputs
     heads = result.heads
     skips = [skip for skip in plan.skips if skip.name not in heads]
     lines += [("skipped", f"{_counted(names, what)}: {reason}") for (what, reason), names in _grouped(skips)]
+    if result.choice is not None:
+        lines.append(("chosen", result.choice.summary()))
+        lines += [("noted", text) for text in result.choice.notes]
     if heads:
         lines.append(("fitted", f"{_counted(heads, 'layer')}, without a norm: what it gives is the model's output"))
     lines += [("noted", text) for text in _noted(plan, result.init)]
@@ -253,6 +266,7 @@ def as_record(result: Conversion, artifact: ExportArtifact | None, outputs: Sequ
     record: Mapping[str, Any] = {
         "plan": json.loads(result.plan.to_json()),
         "init": dataclasses.asdict(result.init),
+        "choice": None if result.choice is None else json.loads(result.choice.to_json()),
         "check": None if result.check is None else json.loads(result.check.to_json()),
         "verification": None
         if artifact is None or artifact.verification is None

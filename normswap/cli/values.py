@@ -5,12 +5,21 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 
 from normswap.errors import InputError
 
-__all__ = ["STAYS", "Recipes", "Shapes", "called", "read_arch_kwargs", "read_at", "read_recipe_options", "read_shapes"]
+__all__ = [
+    "AUTO",
+    "STAYS",
+    "Recipes",
+    "Shapes",
+    "called",
+    "read_arch_kwargs",
+    "read_at",
+    "read_recipe_options",
+    "read_shapes",
+]
 
 Shapes = tuple[tuple[int, ...], ...]
 Recipes = str | Mapping[str, str | None]
@@ -18,6 +27,9 @@ Recipes = str | Mapping[str, str | None]
 
 STAYS = "stays"
 """What stands for a recipe where norms stay as they are."""
+
+AUTO = "auto"
+"""What stands for a recipe where the calibration data chooses one for each norm."""
 
 
 def read_shapes(texts: Sequence[str] | None) -> Shapes:
@@ -87,11 +99,9 @@ def read_recipe_options(recipe: Recipes, given: Mapping[str, Any], texts: Sequen
         given: What options of their own gave; None was not given.
         texts: The ``NAME=VALUE``s.
     """
-    from normswap.recipes import all_recipes
+    from normswap.recipes import option_types
 
-    names = [recipe] if isinstance(recipe, str) else [name for name in recipe.values() if name is not None]
-    classes = [all_recipes()[name] for name in names if name in all_recipes()]  # unknown ones are refused later
-    types = {field.name: str(field.type).split(" | ") for cls in classes for field in fields(cls)}
+    types = {name: kind.split(" | ") for name, kind in option_types(recipe).items()}
     options = {
         name: _typed(name, value, types.get(name, ["str"])) if isinstance(value, str) else value
         for name, value in given.items()
@@ -125,6 +135,8 @@ def _typed(name: str, value: str, types: Sequence[str]) -> Any:
                 continue
     if "str" in types:
         return value
+    if any(kind.startswith("tuple") for kind in types):
+        return tuple(part.strip() for part in value.split(","))
     wanted = {"bool": "true or false", "int": "a whole number", "float": "a number", "None": "none"}
     raise InputError(
         f"--option {name}={value} does not fit",

@@ -7,7 +7,7 @@ input, which carries the errors of all sites before. How a site is fitted stands
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -25,18 +25,25 @@ from normswap.runs.paired_sites import PairedSite, SiteBatch
 from normswap.runs.side_by_side import run_side_by_side
 from normswap.stages.rewriting import Placed
 
-__all__ = ["Match", "match_sites"]
+__all__ = ["Fitted", "Match", "match_sites"]
 
 _POOR = 0.3  # of the relative error of the output, where a classifier gives another class to about one in ten
 
 
-def match_sites(work: Work, converted: nn.Module, placed: Sequence[Placed]) -> dict[str, InitRow]:
+Fitted = Callable[[PairedSite, RegressionTarget, Sequence[SiteBatch]], None]
+"""Called with a site that has been fitted, what it was fitted to, and what all batches bring there."""
+
+
+def match_sites(
+    work: Work, converted: nn.Module, placed: Sequence[Placed], fitted: Fitted | None = None
+) -> dict[str, InitRow]:
     """Fit ``converted``, whose sites hold the absorbed BatchNorms, to ``work.source``.
 
     Args:
         work: The original and how to match to it.
         converted: The rewritten copy; the values of its new parts are changed in place.
         placed: What was put into it.
+        fitted: Called with each site once it is fitted.
 
     Returns:
         A row for each site that was reached, by its norm's name, and for each fitted head.
@@ -58,6 +65,8 @@ def match_sites(work: Work, converted: nn.Module, placed: Sequence[Placed]) -> d
         with torch.no_grad():
             regression = SiteRegression(site, target, batches, one, least_group, work.options.spread)
             rows[site.name] = regression.run(original)
+            if fitted is not None:
+                fitted(site, target, batches)
         if work.progress is not None:
             work.progress(site.name, len(rows), len(sites))
         return [target.targets(batch)[1] for batch in batches] if work.isolated else None

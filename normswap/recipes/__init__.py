@@ -10,11 +10,12 @@ from typing import Any, TypeAlias
 
 from normswap.discovery import classes_in
 from normswap.errors import InputError
-from normswap.recipes.base import Recipe
+from normswap.recipes.auto import Auto
+from normswap.recipes.base import AUTO_GROUPS, Recipe
 from normswap.recipes.per_site import PerSite
 from normswap.recipes.stays import Stays
 
-__all__ = ["PerSite", "Recipe", "To", "all_recipes", "make_recipe", "option_names"]
+__all__ = ["Auto", "PerSite", "Recipe", "To", "all_recipes", "make_recipe", "option_types"]
 
 To: TypeAlias = "str | Recipe | Mapping[str, str | Recipe | Mapping[str, Any] | None] | None"
 """What says what becomes of the norms: a recipe's name, a recipe, or such by globs of their names; None leaves them."""
@@ -26,18 +27,24 @@ def all_recipes() -> Mapping[str, type[Recipe]]:
     return {name: kind for name, kind in classes_in(sys.modules[__name__], Recipe).items() if kind.by_itself}
 
 
-def option_names(to: To) -> tuple[str, ...]:
-    """Return the names of the options of the recipes that ``to`` names; an instance has its own and takes none.
+def option_types(to: To) -> dict[str, str]:
+    """Return the options of the recipes that ``to`` names, each with its type as it is written in Python.
+
+    An instance has its own and takes none.
 
     Raises:
         InputError: There is no such recipe.
     """
     if isinstance(to, Recipe) or to in (None, Stays.name):
-        return ()
+        return {}
+    if to == PerSite.name:
+        return {"at": "Mapping"}
+    if to == Auto.name:
+        own = {f.name: str(f.type) for f in fields(Auto)}
+        return own | {name: kind for part in Auto.defaults for name, kind in option_types(part).items()}
     if isinstance(to, Mapping):
-        parts = [_split(part)[0] for part in to.values()]
-        return tuple(dict.fromkeys(name for part in parts for name in option_names(part)))
-    return ("at",) if to == PerSite.name else tuple(f.name for f in fields(_type_of(to)))
+        return {name: kind for part in to.values() for name, kind in option_types(_split(part)[0]).items()}
+    return {f.name: str(f.type) for f in fields(_type_of(to))}
 
 
 def make_recipe(to: To, options: Mapping[str, Any] | None = None) -> Recipe:
@@ -45,7 +52,8 @@ def make_recipe(to: To, options: Mapping[str, Any] | None = None) -> Recipe:
 
     A mapping of globs to recipes gives each site the recipe of the first glob that matches its norm's name, and each
     recipe those of the options that it has: ``{"stem.*": "gn+aws", "head.*": {"recipe": "gn+ws", "num_groups": 1},
-    "layer1.*": None, "*": "gn+ws"}``. None leaves the norm, and in place of a recipe all norms.
+    "layer1.*": None, "*": "gn+ws"}``. None leaves the norm, and in place of a recipe all norms. The recipes that
+    ``"auto"`` chooses from (``recipes``) are given the options in the same way.
 
     Raises:
         InputError: There is no such recipe, or it has no such option.
@@ -55,6 +63,8 @@ def make_recipe(to: To, options: Mapping[str, Any] | None = None) -> Recipe:
         to = options.pop("at")
     if isinstance(to, Mapping):
         return PerSite.combined((glob, _part(part, options)) for glob, part in to.items())
+    if to == Auto.name:
+        return _auto(options)
     if to in (None, Stays.name):
         to = Stays()
     if isinstance(to, Recipe):
@@ -76,6 +86,17 @@ def make_recipe(to: To, options: Mapping[str, Any] | None = None) -> Recipe:
     return kind(**options)
 
 
+def _auto(options: Mapping[str, Any]) -> Recipe:
+    """Return the recipe that chooses, with the group counts left to the data where they are not given."""
+    own = {name: options[name] for name in ("max_error", "leave") if name in options}
+    parts = options.get("recipes", Auto.defaults)
+    of_parts = {"num_groups": AUTO_GROUPS} | {k: v for k, v in options.items() if k not in (*own, "recipes")}
+    if isinstance(parts, (str, Recipe)):
+        parts = (parts,)
+    made = (_part(part, of_parts) for part in parts)
+    return Auto(tuple(part for part in made if part is not None), **own)
+
+
 def _split(part: Any) -> tuple[Any, dict[str, Any]]:
     """Return what a glob stands for, a recipe or a name, and the options that stand with it."""
     if not isinstance(part, Mapping):
@@ -88,7 +109,7 @@ def _part(part: Any, options: Mapping[str, Any]) -> Recipe | None:
     if part is None:
         return None
     to, own = _split(part)
-    taken = {} if isinstance(to, Recipe) else {k: v for k, v in options.items() if k in option_names(to)}
+    taken = {} if isinstance(to, Recipe) else {k: v for k, v in options.items() if k in option_types(to)}
     return make_recipe(to, {**taken, **own})
 
 

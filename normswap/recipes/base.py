@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar
 
 from normswap.errors import InputError, Text, argument, parameter
@@ -82,6 +82,10 @@ class Recipe:
     def least_group(self) -> int | None:
         """The fewest channels of a group, where the group counts are left to the data; None where they are not."""
         return None
+
+    def with_groups(self, count: int | None) -> Recipe:
+        """Return the recipe with so many groups at each site, where its norm has groups; None for the default ones."""
+        return self
 
     def norm(self, site: Site, num_groups: int | None) -> Norm:
         """Return what stands where the norm stood."""
@@ -178,6 +182,9 @@ class GroupedRecipe(Recipe):
     @property
     def least_group(self) -> int | None:
         return (self.group_size or 2) if self.num_groups == AUTO_GROUPS else None
+
+    def with_groups(self, count: int | None) -> Recipe:
+        return replace(self, num_groups=count, group_size=self.group_size if count is None else None)
 
     def norm(self, site: Site, num_groups: int | None) -> Norm:
         assert num_groups is not None

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from normswap.errors import InputError, parameter
+from normswap.recipes.auto import Auto
 from normswap.recipes.base import Recipe
 from normswap.records import Site
 
@@ -37,10 +38,9 @@ class PerSite(Recipe):
                 code="per-site-recipe",
                 hint="write a pattern and its recipe, such as {'stem.*': 'gn+aws', '*': 'gn+ws'}",
             )
-        nested = [part.name for part in self.recipes if isinstance(part, PerSite)]
-        if nested:
+        if any(isinstance(part, (PerSite, Auto)) for part in self.recipes):
             raise InputError(
-                f"a pattern of {parameter('to')} has a recipe that itself has patterns",
+                f"a pattern of {parameter('to')} has a recipe that itself chooses between recipes",
                 code="per-site-recipe",
                 hint="give one mapping; the first pattern that matches decides",
             )

@@ -1,5 +1,6 @@
 """What the stages hand to one another: frozen records that print as tables and turn to JSON. No torch here."""
 
+from normswap.records.choices import Choice, SiteChoice
 from normswap.records.plans import Plan, Step
 from normswap.records.recurrent import RecurrentSite, RecurrentStep
 from normswap.records.reports import Agreement, Fit, InitReport, InitRow, SiteCost
@@ -9,6 +10,7 @@ from normswap.records.tables import text_table
 __all__ = [
     "SKIPPED",
     "Agreement",
+    "Choice",
     "Fit",
     "FoundBy",
     "InitReport",
@@ -19,6 +21,7 @@ __all__ = [
     "RecurrentSite",
     "RecurrentStep",
     "Site",
+    "SiteChoice",
     "SiteCost",
     "Skip",
     "Step",

@@ -1,0 +1,78 @@
+"""Prepare a conversion: read what is asked for, find and plan the sites, and scale the channels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from normswap.checks.conversion import refuse_empty
+from normswap.errors import InputError, argument
+from normswap.graph import capture
+from normswap.graph.dataflow import Dataflow
+from normswap.initialization.base import Initializer, Work
+from normswap.initialization.equalization import equalize
+from normswap.initialization.missing import missing_statistics
+from normswap.initialization.recurrent import centred
+from normswap.options import Options
+from normswap.recipes import Auto, Recipe, To, make_recipe, option_types
+from normswap.recipes.recurrent import make_recurrent
+from normswap.records import Plan
+from normswap.runs.data import Data
+from normswap.stages.bound import BoundPlan, bind
+from normswap.stages.find_sites import find_sites
+from normswap.stages.moves import Scale
+from normswap.stages.planning import make_plan
+
+__all__ = ["asked", "planned", "prepared"]
+
+
+def asked(to: To, plan: Plan | None, given: Mapping[str, Any], *, has_data: bool = True) -> tuple[Recipe, Options]:
+    """Return the recipe and the options that the arguments ask for.
+
+    A plan brings its own recipe; where there is no data to choose by, a recipe that chooses is the one that it falls
+    back on.
+    """
+    if plan is not None and not isinstance(to, Recipe):
+        to, given = plan.recipe, {**given, **plan.options}
+    if plan is not None and given.get("recurrent") is not None:
+        raise InputError(
+            f"{argument('recurrent', given['recurrent'])} is given beside a plan, which says what becomes of the "
+            "recurrent layers",
+            code="plan-options",
+            hint="leave it out, or make the plan anew",
+        )
+    options, own = Options.split(
+        given, tuple(option_types(to)), ("example_inputs", "calibration", "forward_fn", "progress")
+    )
+    recipe = make_recipe(to, own)
+    return recipe.without_data if isinstance(recipe, Auto) and not has_data else recipe, options
+
+
+def planned(flow: Dataflow, recipe: Recipe, options: Options, data: Data) -> BoundPlan:
+    """Return the plan for a model, bound to it."""
+    has_data = data.batches is not None
+    found = find_sites(flow, data.example, has_data=has_data)
+    recurrent = make_recurrent(options.recurrent)
+    name = type(flow.capture.model).__name__
+    return make_plan(name, found, recipe, options, recurrent=recurrent, has_data=has_data)
+
+
+def prepared(
+    model: nn.Module, recipe: Recipe, options: Options, data: Data, plan: Plan | None, *, initializer: type[Initializer]
+) -> Work:
+    """Plan the conversion, or bind its plan, and scale the channels where that is wanted and gains something."""
+    flow = Dataflow(capture(model, data.example))
+    bound = planned(flow, recipe, options, data) if plan is None else bind(plan, recipe, model)
+    refuse_empty(bound.plan)
+    bound = bound.with_statistics(missing_statistics(model, bound, data.batches))
+    if initializer.keeps_function:
+        bound = centred(bound, model, data.enough)
+    source: nn.Module = model
+    scales: dict[str, Tensor] = {}
+    factors: dict[str, Scale] = {}
+    if options.scale and initializer.keeps_function:
+        source, scales, factors = equalize(bound, flow, data.enough, data.example)
+    bound = bound.with_scales(scales)
+    return Work(model, source, bound, options, data.example, data.batches, data.enough, scales, factors)
