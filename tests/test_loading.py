@@ -25,9 +25,9 @@ from torch import nn
 
 from normswap.errors import InputError
 from normswap.loading import explain_dtype, load_inputs, load_model
+from normswap.loading.entries import ENTRIES
 from normswap.loading.importing import import_quietly
 from normswap.loading.scanning import Global, scan_pickle
-from normswap.loading.state_dicts import ENTRIES
 
 
 def small_model() -> nn.Sequential:

@@ -21,8 +21,8 @@ from normswap.cli.flags import (
     Reading,
     RecipeFlags,
     To,
-    flattened,
 )
+from normswap.cli.flattening import flattened
 from normswap.cli.inputs import calibration_batches, example_inputs, required_inputs, samples_of
 from normswap.cli.outputs import needing_normswap, needs_architecture, save_whole, store, write_text
 from normswap.cli.reporting import as_record, left_as_they_were, needs, show_conversion, show_plan

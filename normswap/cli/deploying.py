@@ -13,7 +13,8 @@ import typer
 
 import normswap as ns
 from normswap.cli.console import facts, note, print_json, say, table, working
-from normswap.cli.flags import OUTPUT, InputFlags, Json, Model, Opset, Reading, flattened
+from normswap.cli.flags import OUTPUT, InputFlags, Json, Model, Opset, Reading
+from normswap.cli.flattening import flattened
 from normswap.cli.inputs import example_inputs, required_inputs
 from normswap.cli.outputs import needing_normswap, save_whole
 from normswap.cli.reporting import describe_check, needs, show_artifact, written
@@ -38,7 +39,8 @@ def fold_model(
             "-o",
             "--output",
             metavar="FILE",
-            help="a .pt file, or a .pt2 program, which needs no class (default: MODEL.folded.pt)",
+            help="a .pt file, a .pt2 program, which needs no class, or a .safetensors file of the plain weights alone "
+            "(default: MODEL.folded.pt)",
             rich_help_panel=OUTPUT,
         ),
     ] = None,
@@ -50,14 +52,15 @@ def fold_model(
 
     MODEL is what `normswap convert` wrote or, after training, normswap.save in Python. BatchNorms that are left are
     merged into their layers. The output loads where normswap is not installed: a .pt file has MODEL's own class and
-    torch.nn's modules, a .pt2 program needs no class.
+    torch.nn's modules, a .pt2 program needs no class, and the weights in a .safetensors file are for load_state_dict of
+    a model with the layers of the folded one.
 
     One norm has no equal in torch.nn, that of `convert --to ln --option axes=channel`: a .pt file with it loads only
     where normswap is installed, which the report says; a .pt2 program or an ONNX file needs no normswap.
     """
     program = model.suffix == ".pt2"
     target = output or model.with_name(f"{model.stem}.folded.pt{2 if program else ''}")
-    if target.suffix not in (".pt", ".pth", ".pt2"):
+    if target.suffix not in (".pt", ".pth", ".pt2", ".safetensors"):
         raise InputError(
             f"a folded model is not written to {target}", code="output-kind", hint=f"write {target.stem}.pt"
         )

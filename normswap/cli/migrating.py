@@ -10,7 +10,9 @@ import typer
 
 import normswap as ns
 from normswap.cli.console import facts, note, print_json, say, working
-from normswap.cli.flags import OUTPUT, Json, Reading, flattened
+from normswap.cli.flags import OUTPUT, Json, Reading
+from normswap.cli.flattening import flattened
+from normswap.cli.outputs import save_weights
 from normswap.cli.reporting import written
 from normswap.cli.sources import Source
 from normswap.errors import InputError
@@ -101,12 +103,10 @@ def _write(found: StateDictMigration, model: Any, path: Path) -> None:
         model.load_state_dict(found.state)
         ns.save(model, path)
         return
+    if path.suffix == ".safetensors":
+        save_weights(found.state, path)
+        return
     with reported(path):
-        if path.suffix == ".safetensors":
-            from safetensors.torch import save_file
+        import torch
 
-            save_file({name: value.contiguous().clone() for name, value in found.state.items()}, path)
-        else:
-            import torch
-
-            torch.save(dict(found.state), path)
+        torch.save(dict(found.state), path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from normswap.storage.writing import reported
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["needing_normswap", "needs_architecture", "read_text", "save_whole", "store", "write_text"]
+__all__ = ["needing_normswap", "needs_architecture", "read_text", "save_weights", "save_whole", "store", "write_text"]
 
 
 def read_text(path: Path) -> str:
@@ -46,6 +47,21 @@ def needs_architecture(path: Path) -> bool:
     return path.suffix != ".pt2" and not storage.holds_structure(path)
 
 
+def save_weights(state: Mapping[str, Any], path: Path) -> None:
+    """Write a state dict as a safetensors file, each tensor under each of its names, for ``load_state_dict``."""
+    import torch
+    from safetensors.torch import save_file
+
+    if others := [name for name, value in state.items() if not isinstance(value, torch.Tensor)]:
+        raise InputError(
+            f"{others[0]!r} is no tensor, and {path.name} holds nothing else",
+            code="output-kind",
+            hint=f"write {path.stem}.pt",
+        )
+    with reported(path):
+        save_file({name: value.detach().clone().contiguous() for name, value in state.items()}, path, {"format": "pt"})
+
+
 def _save_program(model: nn.Module, path: Path, inputs: Any) -> None:
     """Write a model, as it is in evaluation, as an exported program."""
     import torch
@@ -62,7 +78,7 @@ def needing_normswap(model: nn.Module, path: Path) -> list[str]:
     """Return the modules of a folded model for which its file loads only where normswap is; a program names none."""
     from normswap.deploy.unfolded import needs_package
 
-    return [] if path.suffix == ".pt2" else needs_package(model)
+    return [] if path.suffix in (".pt2", ".safetensors") else needs_package(model)
 
 
 def save_whole(model: nn.Module, path: Path, inputs: Any) -> None:
@@ -70,7 +86,8 @@ def save_whole(model: nn.Module, path: Path, inputs: Any) -> None:
 
     Args:
         model: The model.
-        path: A .pt2 file becomes a program, exported with ``inputs``, any other a file by ``torch.save``.
+        path: A .pt2 file becomes a program, exported with ``inputs``, a .safetensors file holds the weights alone, any
+            other is a file by ``torch.save``.
         inputs: Inputs of the model.
     """
     import torch
@@ -81,6 +98,9 @@ def save_whole(model: nn.Module, path: Path, inputs: Any) -> None:
 
     if path.suffix == ".pt2":
         _save_program(model, path, inputs)
+        return
+    if path.suffix == ".safetensors":
+        save_weights(model.state_dict(), path)
         return
     if isinstance(model, fx.GraphModule):
         raise InputError(

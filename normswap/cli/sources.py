@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from normswap.cli.console import note, working
 from normswap.cli.flags import Reading
 from normswap.cli.values import read_arch_kwargs
-from normswap.errors import InputError, Text, marked
+from normswap.errors import InputError, Text, argument, marked
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,18 +26,29 @@ class Source:
         trust: Packages and scripts whose classes the file may use.
         arch: What a state dict belongs to.
         arch_kwargs: Arguments of ``arch``.
-        arch_if_needed: Whether ``arch`` is for those files only that need one.
+        key: The entry of a checkpoint that holds the weights.
+        prefix: What is taken off the names of a state dict.
+        arch_if_needed: Whether ``arch``, ``key`` and ``prefix`` are for those files only that need them.
     """
 
     trust: tuple[str, ...] = ()
     arch: str | None = None
     arch_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    key: str | None = None
+    prefix: str | None = None
     arch_if_needed: bool = False
 
     @classmethod
     def of(cls, reading: Reading, *, arch_if_needed: bool = False) -> Source:
         """Return the source that the flags tell of."""
-        return cls(tuple(reading.trust or ()), reading.arch, read_arch_kwargs(reading.arch_kwargs), arch_if_needed)
+        return cls(
+            tuple(reading.trust or ()),
+            reading.arch,
+            read_arch_kwargs(reading.arch_kwargs),
+            reading.key,
+            reading.prefix,
+            arch_if_needed,
+        )
 
     def open(self, path: Path) -> nn.Module:
         """Return the model in ``path``: stored by normswap, a whole model, an exported program, or a state dict."""
@@ -69,34 +80,51 @@ class Source:
                 code="storage-foreign",
                 hint="give the .safetensors file that `normswap convert` wrote",
             )
-        return self._open(path) if path.is_file() else self.open(path)
+        return self._open(path, like=True) if path.is_file() else self.open(path)
 
     def tensors(self, path: Path, model: nn.Module) -> dict[str, Any]:
-        """Return the state dict in ``path``, without a wrapper's prefixes; ``model`` is what it is going to fit."""
+        """Return the state dict in ``path``, under the names of ``model`` or of what it was before its conversions."""
         with working(f"reading {path}"):
             from normswap.loading.models import load_tensors
             from normswap.storage import store as storage
             from normswap.storage.replay import history
 
             if path.is_file() and storage.is_stored(path):
+                self._refuse_unused(path)
                 return dict(self._open(path).state_dict())
-            skeletons = [origin.skeleton for origin in history(model)]
-            names = [name for one in (model, *skeletons) if one is not None for name in one.state_dict(keep_vars=True)]
-            return load_tensors(path, trust=self.trust, names=names)
+            name = type(model).__name__
+            networks = {f"the converted {name}": model}
+            networks |= {f"the {name} before its conversion": o.skeleton for o in history(model) if o.skeleton}
+            targets = {what: network.state_dict(keep_vars=True) for what, network in networks.items()}
+            return load_tensors(path, targets, trust=self.trust, key=self.key, prefix=self.prefix)
 
-    def _open(self, path: Path) -> nn.Module:
+    def _open(self, path: Path, *, like: bool = False) -> nn.Module:
         with working(f"reading {path}"):
             from normswap.loading import load_model
             from normswap.loading.architectures import build
             from normswap.storage import store as storage
 
             if path.is_file() and storage.is_stored(path):
+                if not like:
+                    self._refuse_unused(path)
                 fresh = None if self.arch is None else build(self.arch, self.arch_kwargs)
                 return storage.load(path, model=fresh, trust=self.trust)
-            try:
-                arch = None if self.arch_if_needed else self.arch
-                return load_model(path, trust=self.trust, arch=arch, arch_kwargs=self.arch_kwargs)
-            except InputError as error:
-                if error.code != "arch-missing" or self.arch is None or not self.arch_if_needed:
-                    raise
-            return load_model(path, trust=self.trust, arch=self.arch, arch_kwargs=self.arch_kwargs)
+            given: dict[str, str | None] = {"arch": self.arch, "key": self.key, "prefix": self.prefix}
+            while True:
+                try:
+                    return load_model(path, trust=self.trust, arch_kwargs=self.arch_kwargs, **given)
+                except InputError as error:
+                    unused = error.code.removesuffix("-unused")
+                    if not self.arch_if_needed or given.get(unused) is None:
+                        raise
+                    given[unused] = None
+
+    def _refuse_unused(self, path: Path) -> None:
+        """Refuse flags about checkpoints beside a file by `normswap convert`, which has no entries."""
+        for name, value in (("key", self.key), ("prefix", self.prefix)):
+            if value is not None and not self.arch_if_needed:
+                raise InputError(
+                    f"{str(path)!r} was written by `normswap convert`: {argument(name, value)} is for other files",
+                    code=f"{name}-unused",
+                    hint="leave it out",
+                )

@@ -18,7 +18,8 @@ that. Each of their modules is ``object.__new__(cls)`` (NEWOBJ without arguments
   forward calls. So its function must be a layer class of ``torch.nn.modules`` and all arguments plain
   constants (ViT keeps ``partial(LayerNorm, eps=1e-6)``): the worst is a layer of the wrong size. Its second
   function, in BUILD, counts too.
-
+* ``collections.defaultdict`` becomes a plain dictionary, whatever its factory is; within a model, whose code may count
+  on it, it is refused.
 * ``builtins.getattr`` reaches everything from anything and is never called. Where each of its calls is for a
   module's method of a forward's name, ``methods.note`` is called in its place; see there.
 """
@@ -30,7 +31,7 @@ from torch import nn
 
 from normswap.errors import InputError
 from normswap.loading.methods import GETATTR, is_forward, note
-from normswap.loading.refusals import refuse_code, refuse_hooks, refuse_known, refuse_names
+from normswap.loading.refusals import INSTEAD, refuse_code, refuse_hooks, refuse_known, refuse_names
 from normswap.loading.scanning import Call, Global, Made, Scan, globals_in, parts
 from normswap.loading.trust import Trust, import_trusted, under
 
@@ -100,9 +101,11 @@ VALUES = {f"torch.nn.functional.{name}" for name in ACTIVATIONS} | {
     "timm.models.nextvit.NextTransformerBlock",
 }
 PARTIAL = "functools.partial"
+DEFAULTDICT = "collections.defaultdict"
+FACTORIES = {f"builtins.{name}" for name in ("bool", "dict", "float", "int", "list", "str", "tuple")}
 # An Enum is pickled as a call with its value, and that call only looks the member up.
 ENUMS = {"timm.layers.format.Format"}
-REVIEWED = HOLDERS | VALUES | ENUMS | {PARTIAL}
+REVIEWED = HOLDERS | VALUES | ENUMS | FACTORIES | {PARTIAL, DEFAULTDICT}
 CONSTANTS = (tuple, str, int, float, bool, type(None))
 
 
@@ -133,6 +136,8 @@ def judge(scan: Scan, trust: Trust) -> list[Global]:
     for call in scan.calls:
         if not trust.covers(call.callee):
             _check_call(call)
+        if call.opcode == "BUILD" and any(found.path == DEFAULTDICT for found in strange):
+            _refuse_kept_defaultdict(call)
     values = scan.values & strange
     refuse_names({found for found in values if not (trust.covers(found) or _may_be_value(found))})
     return sorted(strange)
@@ -156,7 +161,7 @@ def _is_reviewed(found: Global) -> bool:
 
 
 def _may_be_value(found: Global) -> bool:
-    return under(found.module, VALUE_PREFIXES) or found.path in VALUES
+    return under(found.module, VALUE_PREFIXES) or found.path in VALUES | FACTORIES
 
 
 def _is_bound_forward(call: Call) -> bool:
@@ -180,6 +185,9 @@ def _check_call(call: Call) -> None:
             container = isinstance(part, Made) and part.maker is None and not part.args
             if not (layer or container or type(part) in CONSTANTS):
                 raise _unsafe(f"{name} would bind something that is neither a torch.nn layer nor a constant")
+    elif name == DEFAULTDICT:
+        if call.opcode != "REDUCE":
+            raise _unsafe(f"{name} would be given a state")
     elif name in ENUMS:
         if call.opcode != "REDUCE" or not all(type(part) in CONSTANTS for part in parts(call.args)):
             raise _unsafe(f"{name} would be called with something else than a member's name")
@@ -187,11 +195,28 @@ def _check_call(call: Call) -> None:
         raise _unsafe(f"{name} would be called with arguments from the file")
 
 
+def _refuse_kept_defaultdict(call: Call) -> None:
+    for part in [] if _is_plain(call.callee) else parts(call.args):
+        if isinstance(part, Made) and isinstance(part.maker, Global) and part.maker.path == DEFAULTDICT:
+            raise InputError(
+                f"a {call.callee.path} in the file keeps a {DEFAULTDICT}, and that is read beside a model alone",
+                code="model-defaultdict",
+                hint=INSTEAD,
+            )
+
+
+def _plain_dictionary(*_: object) -> dict[object, object]:
+    """Stand in for ``collections.defaultdict``: torch's unpickler fills none, and nothing here asks for a default."""
+    return {}
+
+
 def _resolve(names: list[Global], trust: Trust) -> list[tuple[object, str]]:
     admitted: list[tuple[object, str]] = []
     for found in names:
         value: object
-        if trust.covers(found):
+        if found.path == DEFAULTDICT:
+            value = _plain_dictionary
+        elif trust.covers(found):
             value = trust.resolve(found)
         elif found.path == GETATTR:
             value = note

@@ -12,6 +12,7 @@ from torch import nn
 
 from normswap.errors import InputError, argument
 from normswap.loading.admission import admit
+from normswap.loading.entries import modules_in
 from normswap.loading.importing import first_line
 from normswap.loading.methods import Noted, bind
 from normswap.loading.scanning import scan_pickle
@@ -43,7 +44,7 @@ def read_checkpoint(file: BinaryIO, path: Path, trust: Trust) -> object:
             found: object = torch.load(file, map_location="cpu", weights_only=True, mmap=False)
     except Exception as error:
         raise _damaged(path, error) from error
-    for module in _modules(found):
+    for module in modules_in(found):
         _check_module(module, path, trusting=bool(trust.packages or trust.scripts))
     return found
 
@@ -54,14 +55,6 @@ def _damaged(path: Path, error: Exception) -> InputError:
         code="file-damaged",
         hint="copy it again, or save it with the installed versions of torch and of the model's package",
     )
-
-
-def _modules(found: object) -> list[nn.Module]:
-    """Return every module at the top of `found`."""
-    if isinstance(found, nn.Module):
-        return [found]
-    values = found.values() if isinstance(found, dict) else found if isinstance(found, list | tuple) else ()
-    return [value for value in values if isinstance(value, nn.Module)]
 
 
 def _check_module(root: nn.Module, path: Path, *, trusting: bool) -> None:

@@ -1,157 +1,116 @@
-"""Find the state dict in a checkpoint, and put it into a model whole or not at all."""
+"""Choose the state dict in a checkpoint that an architecture takes, and put it into a model whole or not at all."""
 
 from __future__ import annotations
 
 import logging
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from normswap.errors import InputError, parameter
+from normswap.errors import InputError, Text, argument, parameter
+from normswap.loading.entries import Entry, preferred, tell_choice
+from normswap.loading.names import COUNTER, Match, behind, fitting_prefixes, match, shape_of
 
-__all__ = ["choose_entry", "fit", "renamed", "stripped"]
+__all__ = ["Chosen", "choose", "fit", "misfit", "tell"]
 
 logger = logging.getLogger(__name__)
 
-ENTRIES = (
-    "model",
-    "state_dict",
-    "model_state_dict",
-    "ema",
-    "model_ema",
-    "ema_state_dict",
-    "net",
-    "module",
-    "weights",
-)
-PREFIXES = ("module.", "_orig_mod.", "model.")
 SHOWN = 5
-WEIGHT_NORM = (("original0", "_g"), ("original1", "_v"))
 
 
-def _is_state_dict(value: object) -> bool:
-    """Return whether `value` maps names to tensors (``_extra_state`` entries may hold anything)."""
-    return (
-        isinstance(value, Mapping)
-        and any(isinstance(entry, torch.Tensor) for entry in value.values())
-        and all(
-            isinstance(key, str) and (isinstance(entry, torch.Tensor) or key.endswith("_extra_state"))
-            for key, entry in value.items()
-        )
-    )
+@dataclass(frozen=True)
+class Chosen:
+    """A state dict, and how it fits what is expected.
+
+    Args:
+        entry: Where in the file it is.
+        fitting: All entries that fit as well.
+        match: Which tensor is which.
+        arch: What it is compared with.
+        expected: That one's state dict.
+    """
+
+    entry: Entry
+    fitting: Sequence[Entry]
+    match: Match
+    arch: str
+    expected: Mapping[str, Any]
+
+    @property
+    def given(self) -> Mapping[str, Any]:
+        """The tensors by the file's names."""
+        assert isinstance(self.entry.value, Mapping)
+        return self.entry.value
+
+    @property
+    def state(self) -> OrderedDict[str, Any]:
+        """The tensors by the architecture's names, and what else is within it, with the versions of the modules."""
+        names = {**self.match.foreign, **self.match.extra, **self.match.names}
+        found = OrderedDict((name, self.given[own]) for name, own in names.items())
+        versions: Mapping[str, Any] = getattr(self.given, "_metadata", {})
+        owners = {"": "", **{_owner(name): _owner(own) for name, own in names.items() if _leaf(name) == _leaf(own)}}
+        found._metadata = {new: versions[old] for new, old in owners.items() if old in versions}  # type: ignore[attr-defined]
+        return found
 
 
-def choose_entry(content: object, path: Path) -> nn.Module | dict[str, torch.Tensor]:
-    """Return the model or state dict in `content`, which may be wrapped in a training checkpoint.
+def _owner(name: str) -> str:
+    return name.rpartition(".")[0]
 
-    Of several entries the first of `ENTRIES` is taken; the log says which, as a warning where there was a
-    choice.
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def choose(
+    entries: Sequence[Entry], targets: Mapping[str, Mapping[str, Any]], path: Path, prefix: str | None
+) -> Chosen:
+    """Return the entry that fits one of `targets` best, the first by the order of preference where several do.
+
+    Args:
+        entries: State dicts.
+        targets: The state dicts expected, by what they are of.
+        path: The file.
+        prefix: What is to be taken off the names.
 
     Raises:
-        InputError: there is neither a model nor a state dict.
+        InputError: no name begins with `prefix`.
     """
-    if isinstance(content, nn.Module):
-        return content
-    if _is_state_dict(content):
-        assert isinstance(content, Mapping)
-        return _copy(content)
-    entries = dict(content) if isinstance(content, Mapping) else {}
-    usable = [k for k in ENTRIES if isinstance(entries.get(k), nn.Module) or _is_state_dict(entries.get(k))]
-    if not usable:
-        holds = type(content).__name__
-        if isinstance(content, Mapping):
-            holds = "a dictionary of " + (_some([repr(key) for key in entries]) if entries else "nothing")
+    names = [name for entry in entries if isinstance(entry.value, Mapping) for name in entry.value]
+    if prefix is not None and not behind(names, prefix):
         raise InputError(
-            f"{str(path)!r} holds {holds}, and no model or state dict",
-            code="no-weights",
-            hint=f"save the model, its state dict, or either under one of the keys {', '.join(ENTRIES)}",
+            f"no name in {str(path)!r} begins with {argument('prefix', prefix)}",
+            code="prefix-unknown",
+            hint=f"its names begin with {_some(list(dict.fromkeys(name.partition('.')[0] for name in names)))}",
         )
-    taken, others = usable[0], usable[1:]
-    logger.log(
-        logging.WARNING if others else logging.INFO,
-        "%s: the weights are taken from %r%s",
-        path,
-        taken,
-        f" (there are also {', '.join(map(repr, others))})" if others else "",
-    )
-    value = entries[taken]
-    return value if isinstance(value, nn.Module) else _copy(value)
+    best: dict[Entry, tuple[Match, str]] = {}
+    for entry in entries:
+        assert isinstance(entry.value, Mapping)
+        tried = [(match(entry.value, expected, prefix), arch) for arch, expected in targets.items()]
+        best[entry] = min(tried, key=lambda one: one[0].badness)
+    least = min(found.badness for found, _ in best.values())
+    fitting = [entry for entry in entries if best[entry][0].badness == least]
+    entry = min(fitting, key=lambda entry: entry.rank)
+    found, arch = best[entry]
+    return Chosen(entry, fitting, found, arch, targets[arch])
 
 
-def _copy(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return a shallow copy that keeps the versions of the modules, by which torch converts old layouts."""
-    copied = OrderedDict(state)
-    if hasattr(state, "_metadata"):
-        copied._metadata = state._metadata  # type: ignore[attr-defined]
-    return copied
-
-
-def stripped(state: dict[str, torch.Tensor], expected: Iterable[str], path: Path) -> dict[str, torch.Tensor]:
-    """Take off wrappers' prefixes (data parallel, compile, a trainer's own) that the model does not have."""
-    expected = list(expected)
-    if "n_averaged" in state and "n_averaged" not in expected:  # an AveragedModel counts its updates
-        state = {name: tensor for name, tensor in state.items() if name != "n_averaged"}
-    for _ in range(len(PREFIXES)):
-        for prefix in PREFIXES:
-            wrapped = all(name.startswith(prefix) for name in state)
-            if wrapped and not all(name.startswith(prefix) for name in expected):
-                logger.info("%s: the prefix %r is taken off all names", path, prefix)
-                state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    return state
-
-
-def renamed(state: Mapping[str, Any], expected: Iterable[str]) -> dict[str, Any]:
-    """Return `state` with weight normalization's names as `expected` has them; nothing else is changed.
-
-    Of torch's two forms one has ``weight_g`` and ``weight_v``, the other ``parametrizations.weight.original0`` and
-    ``original1``: g and v, of the same shapes for every ``dim``. torch itself only reads the first into the second.
-    """
-    names, left = dict.fromkeys(expected), dict(state)
-    changed: dict[str, str] = {}
-    for name in names:
-        if name in state:
-            continue
-        head, _, leaf = name.rpartition(".")
-        owner, _, tensor = head.rpartition(".")
-        for original, suffix in WEIGHT_NORM:
-            if leaf == original and owner.rpartition(".")[2] == "parametrizations":
-                found = f"{owner.removesuffix('parametrizations')}{tensor}{suffix}"
-            elif leaf.endswith(suffix):
-                place = f"{head}." if head else ""
-                found = f"{place}parametrizations.{leaf.removesuffix(suffix)}.{original}"
-            else:
-                continue
-            if found in left and found not in names:
-                changed[found] = name
-    return {changed.get(name, name): value for name, value in left.items()}
-
-
-def fit(model: nn.Module, state: dict[str, torch.Tensor], path: Path, arch: str) -> None:
-    """Load `state` into `model`.
+def fit(model: nn.Module, entries: Sequence[Entry], path: Path, arch: str, prefix: str | None = None) -> None:
+    """Load the state dict among `entries` that fits into `model`.
 
     Raises:
-        InputError: names are missing, left over, or of another shape; all are counted and up to five of
-            each shown.
+        InputError: none fits: of the nearest, names are missing, left over, or of another shape, which all are counted
+            and up to five of each shown; or several do, and nothing says which is meant.
     """
-    expected = model.state_dict(keep_vars=True)
-    state = stripped(state, expected, path)
-    if (changed := renamed(state, expected)).keys() != state.keys():
-        logger.info("%s: weight normalization's names are changed to those of %s", path, arch)
-        state = changed
-    wanted = {name: _shape(tensor) for name, tensor in expected.items()}
-    misshapen = [
-        f"{name} is {_shape(state[name])}, {arch} has {shape}"
-        for name, shape in wanted.items()
-        if name in state and None not in (shape, _shape(state[name])) and _shape(state[name]) != shape
-    ]
-    names = {line.partition(" is ")[0] for line in misshapen}
-    rest = _copy(state)
-    for name in names:
-        del rest[name]
+    chosen = choose(entries, {arch: model.state_dict(keep_vars=True)}, path, prefix)
+    found, state = chosen.match, chosen.state
+    refused = {*found.misshapen, *found.clashes}
+    rest = OrderedDict((name, value) for name, value in state.items() if name not in refused)
+    rest._metadata = state._metadata  # type: ignore[attr-defined]
     try:
         result = model.load_state_dict(rest, strict=False)
     except Exception as error:
@@ -160,24 +119,76 @@ def fit(model: nn.Module, state: dict[str, torch.Tensor], path: Path, arch: str)
             code="state-dict-mismatch",
             hint=f"check {parameter('arch')}",
         ) from error
-    _note_dtypes(expected, state, path, arch)
-    missing = [f"{name} {wanted.get(name)}" for name in result.missing_keys if name not in names]
-    extra = [f"{name} {_shape(state.get(name))}" for name in result.unexpected_keys]
-    problems = [
-        f"{len(lines)} {what}: {_some(lines)}"
-        for what, lines in (
-            ("missing", missing),
-            ("not in the model", extra),
-            ("of another shape", misshapen),
-        )
-        if lines
-    ]
-    if problems:
-        raise InputError(
-            f"{str(path)!r} does not fit {arch}: {'; '.join(problems)}",
-            code="state-dict-mismatch",
-            hint=f"check {parameter('arch')} and its arguments, {parameter('arch_kwargs')}, for instance num_classes",
-        )
+    missing = [name for name in result.missing_keys if name not in refused]
+    extra = [name for name in result.unexpected_keys if name in found.extra]
+    if missing or extra or refused or found.torn:
+        raise misfit(chosen, entries, path, missing, extra)
+    tell(chosen, entries, path)
+    _note_dtypes(chosen.expected, state, path, arch)
+
+
+def tell(chosen: Chosen, entries: Sequence[Entry], path: Path) -> None:
+    """Log which entry was taken, what was done to its names, and what was left out.
+
+    Raises:
+        InputError: others fit as well, and nothing says which is meant.
+    """
+    tell_choice(preferred(chosen.fitting, path), chosen.fitting, entries, path)
+    found, arch = chosen.match, chosen.arch
+    if found.dropped:
+        logger.info("%s: taken off the names: %s", path, Text(", ".join(f"{part}." for part in found.dropped)))
+    if found.reformed:
+        logger.info("%s: weight normalization's names are changed to those of %s", path, arch)
+    names = [name for name in (*found.foreign.values(), *found.outside) if _leaf(name) != COUNTER]
+    if names:
+        prefixes = fitting_prefixes({name: chosen.given[name] for name in names}, chosen.expected)
+        how = f"; {argument('prefix', prefixes[0])} takes those" if prefixes else ""
+        lines = [f"{name} {shape_of(chosen.given[name])}" for name in names]
+        logger.warning("%s: left out, as no part of %s: %s", path, arch, Text(_some(lines) + how))
+
+
+def misfit(
+    chosen: Chosen,
+    entries: Sequence[Entry],
+    path: Path,
+    missing: Sequence[str] | None = None,
+    extra: Sequence[str] | None = None,
+) -> InputError:
+    """Return the error that says where the nearest state dict does not fit."""
+    found, given, expected, arch = chosen.match, chosen.given, chosen.expected, chosen.arch
+    lists = {
+        "missing": [
+            f"{name} {shape_of(expected.get(name))}" for name in (found.missing if missing is None else missing)
+        ],
+        "not in the model": [
+            f"{found.extra[name]} {shape_of(given[found.extra[name]])}"
+            for name in (found.extra if extra is None else extra)
+        ],
+        "of another shape": [
+            f"{name} is {shape_of(given[found.names[name]])}, {arch} has {shape_of(expected[name])}"
+            for name in found.misshapen
+        ],
+        "of several values": [f"{name} may be {' or '.join(own)}" for name, own in found.clashes.items()],
+        f"one tensor in {arch} and two in the file": [f"{a} and {b}" for a, b in found.torn],
+    }
+    problems = "; ".join(f"{len(lines)} {what}: {_some(lines)}" for what, lines in lists.items() if lines)
+    nearest = f"the nearest, {chosen.entry}, has " if len(entries) > 1 else ""
+    return InputError(
+        f"{str(path)!r} does not fit {arch}: {nearest}{problems}",
+        code="state-dict-mismatch",
+        hint=_advice(entries, expected)
+        or f"check {parameter('arch')} and its arguments, {parameter('arch_kwargs')}, for instance num_classes",
+    )
+
+
+def _advice(entries: Sequence[Entry], expected: Mapping[str, Any]) -> str:
+    """Return what to give so that a part of a state dict fits, '' where no part does."""
+    found = []
+    for entry in entries:
+        assert isinstance(entry.value, Mapping)
+        key = f"{argument('key', entry.key)} " if entry.key and len(entries) > 1 else ""
+        found += [f"{key}{argument('prefix', prefix)}" for prefix in fitting_prefixes(entry.value, expected)]
+    return f"give {' or '.join(found[:SHOWN])}" if found else ""
 
 
 def _note_dtypes(expected: Mapping[str, object], state: Mapping[str, torch.Tensor], path: Path, arch: str) -> None:
@@ -192,11 +203,6 @@ def _note_dtypes(expected: Mapping[str, object], state: Mapping[str, torch.Tenso
     for (before, after), count in changed.items():
         tensors = f"{count} {before} tensor{'s' * (count > 1)}"
         logger.warning("%s: %s became %s, as %s has them", path, tensors, after, arch)
-
-
-def _shape(value: object) -> tuple[int, ...] | None:
-    lazy = isinstance(value, (nn.UninitializedParameter, nn.UninitializedBuffer))
-    return tuple(value.shape) if isinstance(value, torch.Tensor) and not lazy else None
 
 
 def _some(lines: list[str]) -> str:

@@ -1,0 +1,287 @@
+"""How the names in a file become those of an architecture, without a guess.
+
+Note [Names that fit]
+Trainers wrap models, and each wrapper adds a part to the names within it: ``module.layer1._orig_mod.0.weight``. Such a
+part is dropped, wherever it stands, where the name is one of the architecture's without it. Of several ways the one
+that drops least is taken. Where the file has all names of the architecture as they are, nothing is dropped at all; and
+where two different tensors of the file would get one name, none does.
+
+A name that is left over belongs to the architecture in the file if it is below a module that the architecture given has
+as well, or beside numbered ones (``layer5`` beside ``layer4``): then these are two architectures, and that is refused.
+Otherwise it is of something around the model, such as a loss (``criterion.weight``), and left out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import takewhile
+from typing import Any
+
+import torch
+from torch import nn
+
+from normswap.loading.entries import same
+
+__all__ = ["COUNTER", "Match", "behind", "fitting_prefixes", "match", "renamed", "shape_of"]
+
+WRAPPERS = frozenset(
+    (
+        *("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"),
+        *("model", "net", "student", "teacher"),
+    )
+)
+WEIGHT_NORM = (("original0", "_g"), ("original1", "_v"))
+MOST_PREFIXES = 50
+"""How many are tried: each costs a pass over all names, and every name of a file may have another."""
+COUNTER = "n_averaged"
+"""What an ``AveragedModel`` holds beside the parameters."""
+
+Shape = tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class Match:
+    """What of a state dict is which tensor of an architecture.
+
+    Args:
+        names: The architecture's names, and the file's name for each.
+        missing: The architecture's names that have none.
+        misshapen: Those of another shape in the file.
+        clashes: Those that several different tensors of the file could be, and these.
+        torn: Pairs of names that are one tensor in the architecture and two in the file.
+        extra: What else the file has of the model, and the file's name for each.
+        foreign: What else it has within the model and of something else, likewise.
+        outside: What else it has.
+        dropped: The wrappers' parts that were dropped.
+        reformed: Whether names of weight normalization were changed.
+    """
+
+    names: dict[str, str]
+    missing: list[str] = field(default_factory=list)
+    misshapen: list[str] = field(default_factory=list)
+    clashes: dict[str, list[str]] = field(default_factory=dict)
+    torn: list[tuple[str, str]] = field(default_factory=list)
+    extra: dict[str, str] = field(default_factory=dict)
+    foreign: dict[str, str] = field(default_factory=dict)
+    outside: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+    reformed: bool = False
+
+    @property
+    def problems(self) -> int:
+        """How many names do not fit."""
+        lists = (self.missing, self.misshapen, self.clashes, self.torn, self.extra)
+        return sum(len(one) for one in lists)
+
+    @property
+    def badness(self) -> tuple[bool, int, int]:
+        """0 for whatever fits; beyond that the less, the nearer."""
+        right = len(self.names) - len(self.misshapen) if self.problems else 0
+        return bool(self.problems), -right, self.problems
+
+
+def shape_of(value: object) -> Shape:
+    """Return the shape of a tensor, None where it has none yet or is none."""
+    lazy = isinstance(value, nn.UninitializedParameter | nn.UninitializedBuffer)
+    return tuple(value.shape) if isinstance(value, torch.Tensor) and not lazy else None
+
+
+def match(state: Mapping[str, Any], expected: Mapping[str, Any], prefix: str | None = None) -> Match:
+    """Return how `state` fits a model's state dict `expected`, see Note [Names that fit].
+
+    Args:
+        state: Tensors by the file's names.
+        expected: Tensors by the architecture's names; the same tensor under two names is tied.
+        prefix: What to take off; names that do not begin with it are foreign.
+    """
+    inside = behind(state, prefix)
+    rests = {name: rest for rest, name in inside.items()}
+    known = {**_other_forms(expected), **{name: name for name in expected}}
+    found = {known[rest]: name for rest, name in inside.items() if rest in known}
+    forms = {name: rests[name] for name in found.values()}
+    clashes: dict[str, list[str]] = {}
+    if not _covers(found, expected, state):
+        found, clashes, forms = _reached(inside, known, expected, state)
+    complete, missing, torn = _with_ties(found, clashes, expected, state)
+    fronts = [_front(rests[name], forms[name]) for name in found.values()]
+    start = _shared(fronts)
+    left = {rest: name for rest, name in inside.items() if name not in forms}
+    within = {rest[len(start) :]: name for rest, name in left.items() if rest.startswith(start)}
+    extra, foreign = _sorted_out(within, expected)
+    used = {*forms, *within.values()}
+    return Match(
+        complete,
+        missing,
+        [name for name in complete if not _fits(state[complete[name]], expected[name])],
+        clashes,
+        torn,
+        extra,
+        foreign,
+        [name for name in state if name not in used],
+        sorted({part for name in found.values() for part in _dropped(rests[name], forms[name])}),
+        any(forms[own] != name for name, own in found.items()),
+    )
+
+
+def behind(state: Iterable[str], prefix: str | None) -> dict[str, str]:
+    """Return the names behind `prefix`, and the file's name of each; wrappers' parts may stand in front of it."""
+    if prefix is None:
+        return {name: name for name in state}
+    plain = prefix.rstrip(".") + "."
+    if found := {name[len(plain) :]: name for name in state if name.startswith(plain)}:
+        return found
+    wrapped = re.compile(rf"(?:(?:{'|'.join(sorted(WRAPPERS))})\.)+?{re.escape(plain)}")
+    pairs = [(name[start.end() :], name) for name in state if (start := wrapped.match(name))]
+    return dict(pairs) if len(dict(pairs)) == len(pairs) else {}
+
+
+def _other_forms(expected: Iterable[str]) -> dict[str, str]:
+    """Return the names of weight normalization's other form, and what each is called in `expected`.
+
+    Of torch's two forms one has ``weight_g`` and ``weight_v``, the other ``parametrizations.weight.original0`` and
+    ``original1``: g and v, of the same shapes for every ``dim``. torch itself only reads the first into the second.
+    """
+    names, found = set(expected), {}
+    for name in names:
+        head, _, leaf = name.rpartition(".")
+        owner, _, tensor = head.rpartition(".")
+        for original, suffix in WEIGHT_NORM:
+            if leaf == original and owner.rpartition(".")[2] == "parametrizations":
+                found[f"{owner.removesuffix('parametrizations')}{tensor}{suffix}"] = name
+            elif leaf.endswith(suffix):
+                place = f"{head}." if head else ""
+                found[f"{place}parametrizations.{leaf.removesuffix(suffix)}.{original}"] = name
+    return {other: name for other, name in found.items() if other not in names}
+
+
+def renamed(state: Mapping[str, Any], expected: Iterable[str]) -> dict[str, Any]:
+    """Return `state` with weight normalization's names as `expected` has them; nothing else is changed."""
+    changed = {other: name for other, name in _other_forms(expected).items() if name not in state}
+    return {changed.get(name, name): value for name, value in state.items()}
+
+
+def _covers(names: Mapping[str, str], expected: Mapping[str, Any], state: Mapping[str, Any]) -> bool:
+    """Return whether each tensor of `expected` is among `names`; those that count batches may be missing."""
+    held = {_identity(name, expected[name]) for name, own in names.items() if _fits(state[own], expected[name])}
+    return all(_identity(n, v) in held or n.endswith("num_batches_tracked") for n, v in expected.items())
+
+
+def _identity(name: str, value: object) -> object:
+    """Return what is the same for two names of one tensor."""
+    return id(value) if isinstance(value, torch.Tensor) else name
+
+
+def _fits(found: object, wanted: object) -> bool:
+    a, b = shape_of(found), shape_of(wanted)
+    return None in (a, b) or a == b
+
+
+def _reached(
+    inside: Mapping[str, str], known: Mapping[str, str], expected: Mapping[str, Any], state: Mapping[str, Any]
+) -> tuple[dict[str, str], dict[str, list[str]], dict[str, str]]:
+    """Return the file's name for each name that is reached, the clashes, and the form that each name was taken in."""
+    tree: dict[str | None, Any] = {}
+    for name in known:
+        node = tree
+        for part in name.split("."):
+            node = node.setdefault(part, {})
+        node[None] = name
+    sources: dict[str, list[str]] = defaultdict(list)
+    forms: dict[str, str] = {}
+    for rest, name in inside.items():
+        ways = _ways(rest.split("."), tree)
+        ways = [way for way in ways if _fits(state[name], expected[known[way[1]]])] or ways
+        least = [form for drops, form in ways if drops == min(ways)[0]]
+        if len(least) == 1:
+            forms[name] = least[0]
+            sources[known[least[0]]].append(name)
+    clashes = {n: given for n, given in sources.items() if not all(same(state[given[0]], state[g]) for g in given[1:])}
+    return {n: given[0] for n, given in sources.items() if n not in clashes}, clashes, forms
+
+
+def _ways(parts: list[str], tree: dict[str | None, Any]) -> list[tuple[int, str]]:
+    """Return the known names that `parts` give when wrappers' are dropped, and how many are."""
+    places = {id(tree): (0, tree)}
+    for part in parts:
+        after: dict[int, tuple[int, dict[str | None, Any]]] = {}
+        steps = [(drops, node[part]) for drops, node in places.values() if part in node]
+        if part in WRAPPERS:
+            steps += [(drops + 1, node) for drops, node in places.values()]
+        for drops, node in steps:
+            if drops < after.get(id(node), (drops + 1, node))[0]:
+                after[id(node)] = drops, node
+        places = after
+    return [(drops, node[None]) for drops, node in places.values() if None in node]
+
+
+def _with_ties(
+    found: Mapping[str, str], clashes: Mapping[str, Any], expected: Mapping[str, Any], state: Mapping[str, Any]
+) -> tuple[dict[str, str], list[str], list[tuple[str, str]]]:
+    """Return `found` with the further names of tied tensors, what is missing then, and what the file has twice."""
+    complete, missing, torn = dict(found), [], []
+    first: dict[object, str] = {}
+    for name in found:
+        other = first.setdefault(_identity(name, expected[name]), name)
+        if not same(state[found[other]], state[found[name]]):
+            torn.append((other, name))
+    for name, value in expected.items():
+        if name in found or name in clashes:
+            continue
+        if (one := _identity(name, value)) in first:
+            complete[name] = found[first[one]]
+        else:
+            missing.append(name)
+    return complete, missing, torn
+
+
+def _front(rest: str, form: str) -> str:
+    """Return what was dropped at the beginning of a name."""
+    if rest == form or rest.endswith(f".{form}"):
+        return rest[: len(rest) - len(form)]
+    front = ""
+    for part in rest.split("."):
+        if part not in WRAPPERS or form.startswith(f"{part}."):
+            break
+        front += f"{part}."
+    return front
+
+
+def _shared(fronts: list[str]) -> str:
+    """Return what was dropped at the beginning of all names: what is outside of it is outside of the model."""
+    columns = zip(*(front.split(".")[:-1] for front in fronts), strict=False)
+    return "".join(f"{column[0]}." for column in takewhile(lambda column: len(set(column)) == 1, columns))
+
+
+def _dropped(rest: str, form: str) -> Iterator[str]:
+    parts, kept = rest.split("."), form.split(".")
+    yield from (part for part in set(parts) & WRAPPERS if parts.count(part) > kept.count(part))
+
+
+def _sorted_out(left: Mapping[str, str], expected: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Return what is left over of the model, and of something around it."""
+    tops = {_numberless(name) for name in expected if "." in name}
+    extra: dict[str, str] = {}
+    foreign: dict[str, str] = {}
+    for rest, name in left.items():
+        parts = [part for part in rest.split(".") if part not in WRAPPERS]
+        beside = len(parts) > 1 and not {_numberless(rest), _numberless(parts[0])} & tops
+        (foreign if beside or parts[-1:] == [COUNTER] else extra)[rest] = name
+    return extra, foreign
+
+
+def _numberless(name: str) -> str:
+    return re.sub(r"\d+", "#", name.partition(".")[0])
+
+
+def fitting_prefixes(state: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+    """Return the prefixes behind which `state` has all of `expected`."""
+    if not expected:
+        return []
+    short = min(expected, key=lambda name: name.count("."))
+    forms = [short, *(other for other, name in _other_forms(expected).items() if name == short)]
+    found = [name.removesuffix(f".{form}") for name in state for form in forms if name.endswith(f".{form}")]
+    likely = list(dict.fromkeys(found))[:MOST_PREFIXES]
+    return [prefix for prefix in likely if not match(state, expected, prefix).problems]
