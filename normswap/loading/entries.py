@@ -93,7 +93,8 @@ def entries_of(content: object) -> list[Entry]:
         elif isinstance(value, nn.Module | Mapping) and all(isinstance(key, str | int) for key in path):
             key = ".".join(map(str, path))
             if isinstance(value, nn.Module):
-                found.append(Entry(key, value))
+                losses = key and key not in ENTRIES and next(value.parameters(), None) is None
+                found += [] if losses else [Entry(key, value)]
                 continue
             tensors = _tensors_of(value)
             sizes = [tensor.ndim for tensor in tensors.values() if isinstance(tensor, torch.Tensor)]

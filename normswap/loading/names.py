@@ -6,9 +6,9 @@ part is dropped, wherever it stands, where the name is one of the architecture's
 that drops least is taken. Where the file has all names of the architecture as they are, nothing is dropped at all; and
 where two different tensors of the file would get one name, none does.
 
-A name that is left over belongs to the architecture in the file if it is below a module that the architecture given has
-as well, or beside numbered ones (``layer5`` beside ``layer4``): then these are two architectures, and that is refused.
-Otherwise it is of something around the model, such as a loss (``criterion.weight``), and left out.
+A name that is left over may be of a layer that the architecture given does not have, so that without it the network
+would be another: that is refused. Left out are names outside of what all others are within (``fc.weight`` beside
+``model.…``), of losses and metrics by their names (``criterion.weight``), and of a further copy of the whole model.
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ WRAPPERS = frozenset(
 WEIGHT_NORM = (("original0", "_g"), ("original1", "_v"))
 MOST_PREFIXES = 50
 """How many are tried: each costs a pass over all names, and every name of a file may have another."""
+AROUND = re.compile(r"criteri|loss|metric|accuracy|^(train|val|valid|test)_|(^|_)acc$", re.IGNORECASE)
+"""What losses and metrics are called."""
+BATCHES = "num_batches_tracked"
 COUNTER = "n_averaged"
 """What an ``AveragedModel`` holds beside the parameters."""
 
@@ -82,6 +85,11 @@ class Match:
         right = len(self.names) - len(self.misshapen) if self.problems else 0
         return bool(self.problems), -right, self.problems
 
+    @property
+    def left_out(self) -> int:
+        """How many names of the file are of something else."""
+        return len(self.foreign) + len(self.outside)
+
 
 def shape_of(value: object) -> Shape:
     """Return the shape of a tensor, None where it has none yet or is none."""
@@ -110,7 +118,7 @@ def match(state: Mapping[str, Any], expected: Mapping[str, Any], prefix: str | N
     start = _shared(fronts)
     left = {rest: name for rest, name in inside.items() if name not in forms}
     within = {rest[len(start) :]: name for rest, name in left.items() if rest.startswith(start)}
-    extra, foreign = _sorted_out(within, expected)
+    extra, foreign = _sorted_out(within, expected, state)
     used = {*forms, *within.values()}
     return Match(
         complete,
@@ -166,7 +174,7 @@ def renamed(state: Mapping[str, Any], expected: Iterable[str]) -> dict[str, Any]
 def _covers(names: Mapping[str, str], expected: Mapping[str, Any], state: Mapping[str, Any]) -> bool:
     """Return whether each tensor of `expected` is among `names`; those that count batches may be missing."""
     held = {_identity(name, expected[name]) for name, own in names.items() if _fits(state[own], expected[name])}
-    return all(_identity(n, v) in held or n.endswith("num_batches_tracked") for n, v in expected.items())
+    return all(_identity(n, v) in held or n.endswith(BATCHES) for n, v in expected.items())
 
 
 def _identity(name: str, value: object) -> object:
@@ -260,28 +268,34 @@ def _dropped(rest: str, form: str) -> Iterator[str]:
     yield from (part for part in set(parts) & WRAPPERS if parts.count(part) > kept.count(part))
 
 
-def _sorted_out(left: Mapping[str, str], expected: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
+def _sorted_out(
+    left: Mapping[str, str], expected: Mapping[str, Any], state: Mapping[str, Any]
+) -> tuple[dict[str, str], dict[str, str]]:
     """Return what is left over of the model, and of something around it."""
-    tops = {_numberless(name) for name in expected if "." in name}
+    tops = {name.partition(".")[0] for name in expected}
+    copies = tuple(f"{prefix}." for prefix in _ending_in(left, expected) if _is_copy(prefix, left, expected, state))
     extra: dict[str, str] = {}
     foreign: dict[str, str] = {}
     for rest, name in left.items():
         parts = [part for part in rest.split(".") if part not in WRAPPERS]
-        beside = len(parts) > 1 and not {_numberless(rest), _numberless(parts[0])} & tops
-        (foreign if beside or parts[-1:] == [COUNTER] else extra)[rest] = name
+        around = len(parts) > 1 and parts[0] not in tops and AROUND.search(parts[0]) is not None
+        (foreign if around or parts[-1:] == [COUNTER] or rest.startswith(copies) else extra)[rest] = name
     return extra, foreign
 
 
-def _numberless(name: str) -> str:
-    return re.sub(r"\d+", "#", name.partition(".")[0])
+def _is_copy(prefix: str, left: Mapping[str, str], expected: Mapping[str, Any], state: Mapping[str, Any]) -> bool:
+    there = {name: left.get(f"{prefix}.{name}") for name in expected if not name.endswith(BATCHES)}
+    return all(own is not None and _fits(state[own], expected[name]) for name, own in there.items())
+
+
+def _ending_in(names: Iterable[str], expected: Iterable[str]) -> list[str]:
+    """Return the prefixes behind which `names` has one name of `expected`: what may be copies of the model."""
+    short = min(expected, key=lambda name: name.count("."), default="")
+    forms = [short, *(other for other, name in _other_forms(expected).items() if name == short)]
+    found = [name.removesuffix(f".{form}") for name in names for form in forms if name.endswith(f".{form}")]
+    return list(dict.fromkeys(found))[:MOST_PREFIXES]
 
 
 def fitting_prefixes(state: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
     """Return the prefixes behind which `state` has all of `expected`."""
-    if not expected:
-        return []
-    short = min(expected, key=lambda name: name.count("."))
-    forms = [short, *(other for other, name in _other_forms(expected).items() if name == short)]
-    found = [name.removesuffix(f".{form}") for name in state for form in forms if name.endswith(f".{form}")]
-    likely = list(dict.fromkeys(found))[:MOST_PREFIXES]
-    return [prefix for prefix in likely if not match(state, expected, prefix).problems]
+    return [prefix for prefix in _ending_in(state, expected) if not match(state, expected, prefix).problems]

@@ -54,7 +54,8 @@ class Chosen:
         found = OrderedDict((name, self.given[own]) for name, own in names.items())
         versions: Mapping[str, Any] = getattr(self.given, "_metadata", {})
         owners = {"": "", **{_owner(name): _owner(own) for name, own in names.items() if _leaf(name) == _leaf(own)}}
-        found._metadata = {new: versions[old] for new, old in owners.items() if old in versions}  # type: ignore[attr-defined]
+        moved = {new: versions[old] for new, old in owners.items() if old in versions}
+        found._metadata = {**versions, **moved}  # type: ignore[attr-defined]
         return found
 
 
@@ -91,7 +92,7 @@ def choose(
     for entry in entries:
         assert isinstance(entry.value, Mapping)
         tried = [(match(entry.value, expected, prefix), arch) for arch, expected in targets.items()]
-        best[entry] = min(tried, key=lambda one: one[0].badness)
+        best[entry] = min(tried, key=lambda one: (one[0].badness, one[0].left_out))
     least = min(found.badness for found, _ in best.values())
     fitting = [entry for entry in entries if best[entry][0].badness == least]
     entry = min(fitting, key=lambda entry: entry.rank)
@@ -184,7 +185,7 @@ def misfit(
 def _advice(entries: Sequence[Entry], expected: Mapping[str, Any]) -> str:
     """Return what to give so that a part of a state dict fits, '' where no part does."""
     found = []
-    for entry in entries:
+    for entry in entries[: 2 * SHOWN]:
         assert isinstance(entry.value, Mapping)
         key = f"{argument('key', entry.key)} " if entry.key and len(entries) > 1 else ""
         found += [f"{key}{argument('prefix', prefix)}" for prefix in fitting_prefixes(entry.value, expected)]
