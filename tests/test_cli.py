@@ -1005,7 +1005,9 @@ def test_the_choice_of_a_checkpoints_entry_is_told(folder: Path) -> None:
     torch.save({"model": make_model(), "ema": make_model()}, "checkpoint.pt")
     level = logging.getLogger("normswap").level
     result = succeed("inspect", "checkpoint.pt")
-    assert result.stderr == "note: checkpoint.pt: the weights are taken from 'model' (there are also 'ema')\n"
+    assert result.stderr == (
+        "note: checkpoint.pt: the weights are taken from 'model' (there are also 'ema'): --key ema takes the average\n"
+    )
     assert logging.getLogger("normswap").level == level
     assert not logging.getLogger("normswap").handlers
 

@@ -283,7 +283,8 @@ def test_a_note_about_a_file_is_shown_once(tmp_path: Path, monkeypatch: pytest.M
     for pair in (("a.pt", "b.pt"), ("a.pt", "a.pt")):
         _, notes, code = run("verify", *pair, "--arch", "nets_of_reasons:net", "--input-shape", "2x8")
         expected = [
-            f"note: {name}: the weights are taken from 'model' (there are also 'ema')" for name in dict.fromkeys(pair)
+            f"note: {name}: the weights are taken from 'model' (there are also 'ema'): --key ema takes the average"
+            for name in dict.fromkeys(pair)
         ]
         assert (notes.splitlines(), code) == (expected, 0)
 

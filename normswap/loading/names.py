@@ -24,8 +24,9 @@ import torch
 from torch import nn
 
 from normswap.loading.entries import same
+from normswap.loading.weight_norm_names import other_forms
 
-__all__ = ["COUNTER", "Match", "behind", "fitting_prefixes", "match", "renamed", "shape_of"]
+__all__ = ["COUNTER", "Match", "behind", "fitting_prefixes", "match", "shape_of"]
 
 WRAPPERS = frozenset(
     (
@@ -33,7 +34,6 @@ WRAPPERS = frozenset(
         *("model", "net", "student", "teacher"),
     )
 )
-WEIGHT_NORM = (("original0", "_g"), ("original1", "_v"))
 MOST_PREFIXES = 50
 """How many are tried: each costs a pass over all names, and every name of a file may have another."""
 AROUND = re.compile(r"criteri|loss|metric|accuracy|^(train|val|valid|test)_|(^|_)acc$", re.IGNORECASE)
@@ -107,7 +107,7 @@ def match(state: Mapping[str, Any], expected: Mapping[str, Any], prefix: str | N
     """
     inside = behind(state, prefix)
     rests = {name: rest for rest, name in inside.items()}
-    known = {**_other_forms(expected), **{name: name for name in expected}}
+    known = {**other_forms(expected), **{name: name for name in expected}}
     found = {known[rest]: name for rest, name in inside.items() if rest in known}
     forms = {name: rests[name] for name in found.values()}
     clashes: dict[str, list[str]] = {}
@@ -118,7 +118,7 @@ def match(state: Mapping[str, Any], expected: Mapping[str, Any], prefix: str | N
     start = _shared(fronts)
     left = {rest: name for rest, name in inside.items() if name not in forms}
     within = {rest[len(start) :]: name for rest, name in left.items() if rest.startswith(start)}
-    extra, foreign = _sorted_out(within, expected, state)
+    extra, foreign = _sorted_out(within, expected, state, further=not missing)
     used = {*forms, *within.values()}
     return Match(
         complete,
@@ -144,31 +144,6 @@ def behind(state: Iterable[str], prefix: str | None) -> dict[str, str]:
     wrapped = re.compile(rf"(?:(?:{'|'.join(sorted(WRAPPERS))})\.)+?{re.escape(plain)}")
     pairs = [(name[start.end() :], name) for name in state if (start := wrapped.match(name))]
     return dict(pairs) if len(dict(pairs)) == len(pairs) else {}
-
-
-def _other_forms(expected: Iterable[str]) -> dict[str, str]:
-    """Return the names of weight normalization's other form, and what each is called in `expected`.
-
-    Of torch's two forms one has ``weight_g`` and ``weight_v``, the other ``parametrizations.weight.original0`` and
-    ``original1``: g and v, of the same shapes for every ``dim``. torch itself only reads the first into the second.
-    """
-    names, found = set(expected), {}
-    for name in names:
-        head, _, leaf = name.rpartition(".")
-        owner, _, tensor = head.rpartition(".")
-        for original, suffix in WEIGHT_NORM:
-            if leaf == original and owner.rpartition(".")[2] == "parametrizations":
-                found[f"{owner.removesuffix('parametrizations')}{tensor}{suffix}"] = name
-            elif leaf.endswith(suffix):
-                place = f"{head}." if head else ""
-                found[f"{place}parametrizations.{leaf.removesuffix(suffix)}.{original}"] = name
-    return {other: name for other, name in found.items() if other not in names}
-
-
-def renamed(state: Mapping[str, Any], expected: Iterable[str]) -> dict[str, Any]:
-    """Return `state` with weight normalization's names as `expected` has them; nothing else is changed."""
-    changed = {other: name for other, name in _other_forms(expected).items() if name not in state}
-    return {changed.get(name, name): value for name, value in state.items()}
 
 
 def _covers(names: Mapping[str, str], expected: Mapping[str, Any], state: Mapping[str, Any]) -> bool:
@@ -269,11 +244,12 @@ def _dropped(rest: str, form: str) -> Iterator[str]:
 
 
 def _sorted_out(
-    left: Mapping[str, str], expected: Mapping[str, Any], state: Mapping[str, Any]
+    left: Mapping[str, str], expected: Mapping[str, Any], state: Mapping[str, Any], *, further: bool
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Return what is left over of the model, and of something around it."""
+    """Return what is left over of the model, and of something around it, such as a copy that is a `further` one."""
     tops = {name.partition(".")[0] for name in expected}
-    copies = tuple(f"{prefix}." for prefix in _ending_in(left, expected) if _is_copy(prefix, left, expected, state))
+    likely = _ending_in(left, expected) if further else []
+    copies = tuple(f"{prefix}." for prefix in likely if _is_copy(prefix, left, expected, state))
     extra: dict[str, str] = {}
     foreign: dict[str, str] = {}
     for rest, name in left.items():
@@ -291,7 +267,7 @@ def _is_copy(prefix: str, left: Mapping[str, str], expected: Mapping[str, Any], 
 def _ending_in(names: Iterable[str], expected: Iterable[str]) -> list[str]:
     """Return the prefixes behind which `names` has one name of `expected`: what may be copies of the model."""
     short = min(expected, key=lambda name: name.count("."), default="")
-    forms = [short, *(other for other, name in _other_forms(expected).items() if name == short)]
+    forms = [short, *(other for other, name in other_forms(expected).items() if name == short)]
     found = [name.removesuffix(f".{form}") for name in names for form in forms if name.endswith(f".{form}")]
     return list(dict.fromkeys(found))[:MOST_PREFIXES]
 

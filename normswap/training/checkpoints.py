@@ -21,7 +21,7 @@ from normswap.initialization.absorb import Absorb
 from normswap.initialization.base import Work
 from normswap.initialization.equalization import equalize
 from normswap.initialization.missing import missing_statistics
-from normswap.loading.names import renamed
+from normswap.loading.weight_norm_names import renamed
 from normswap.options import Options
 from normswap.runs.guard import copy_of
 from normswap.stages.bound import bind
