@@ -410,7 +410,7 @@ def test_a_refusal_names_the_nearest_entry_and_the_names_that_differ() -> None:
     refused(f"inspect c.pt {ARCH}", "state-dict-mismatch", "17 missing", "hint: give --prefix backbone\n")
     torch.save({**starting("q.", w), **starting("k.", trained(E)), "queue": torch.ones(3)}, "c.pt")
     refused(
-        f"inspect c.pt {ARCH}", "state-dict-mismatch", "35 not in the model: q.stem.0.w", "--prefix q or --prefix k"
+        f"inspect c.pt {ARCH}", "state-dict-mismatch", "41 not in the model: q.stem.0.w", "--prefix q or --prefix k"
     )
     torch.save({"student": starting("backbone.", w), "teacher": starting("backbone.", w)}, "c.pt")
     refused(f"inspect c.pt {ARCH}", "state-dict-mismatch", "--key student --prefix backbone or --key teacher --prefix")

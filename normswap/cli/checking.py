@@ -12,9 +12,9 @@ import typer
 
 import normswap as ns
 from normswap.cli.console import fits, note, print_json, say, table, working
-from normswap.cli.flags import InputFlags, Json, Reading
-from normswap.cli.flattening import flattened
+from normswap.cli.flags import InputFlags, Json, flattened
 from normswap.cli.inputs import example_inputs, required_inputs, stated_inputs
+from normswap.cli.reading import Reading
 from normswap.cli.reporting import show_check
 from normswap.cli.sources import Source
 

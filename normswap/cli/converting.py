@@ -18,13 +18,13 @@ from normswap.cli.flags import (
     InputFlags,
     Json,
     Model,
-    Reading,
     RecipeFlags,
     To,
+    flattened,
 )
-from normswap.cli.flattening import flattened
 from normswap.cli.inputs import calibration_batches, example_inputs, required_inputs, samples_of
 from normswap.cli.outputs import needing_normswap, needs_architecture, save_whole, store, write_text
+from normswap.cli.reading import Reading
 from normswap.cli.reporting import as_record, left_as_they_were, needs, show_conversion, show_plan
 from normswap.cli.requests import Files, Request, Writing
 from normswap.cli.sources import Source

@@ -13,10 +13,10 @@ import typer
 
 import normswap as ns
 from normswap.cli.console import facts, note, print_json, say, table, working
-from normswap.cli.flags import OUTPUT, InputFlags, Json, Model, Opset, Reading
-from normswap.cli.flattening import flattened
+from normswap.cli.flags import OUTPUT, InputFlags, Json, Model, Opset, flattened
 from normswap.cli.inputs import example_inputs, required_inputs
 from normswap.cli.outputs import needing_normswap, save_whole
+from normswap.cli.reading import Reading
 from normswap.cli.reporting import describe_check, needs, show_artifact, written
 from normswap.cli.requests import DynamicTime
 from normswap.cli.sources import Source

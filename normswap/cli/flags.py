@@ -1,16 +1,17 @@
 """The flags that several commands share, and those that come from the options of a conversion.
 
-A command declares a record for a group of flags, and :class:`Chosen` for the options that it offers, see
-:mod:`normswap.cli.flattening`.
+A command declares a record for a group of flags, and :class:`Chosen` for the options that it offers;
+:func:`flattened` turns them into single flags for typer and gives the command the records back.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import types
 import warnings
-from collections.abc import Iterator
-from dataclasses import Field, dataclass, fields
+from collections.abc import Callable, Iterator
+from dataclasses import Field, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
@@ -30,14 +31,14 @@ __all__ = [
     "Json",
     "Model",
     "Opset",
-    "Reading",
     "RecipeFlags",
     "To",
+    "flattened",
     "option_flags",
 ]
 
-# Further headings under which `--help` shows the flags on a terminal.
-READING, INPUTS = "Reading the model", "Inputs"
+# A further heading under which `--help` shows the flags on a terminal.
+INPUTS = "Inputs"
 
 
 def _recipes_like(start: str) -> list[tuple[str, str]]:
@@ -79,52 +80,6 @@ Json = Annotated[
 Opset = Annotated[
     int, typer.Option(metavar="N", help="ONNX operator set; 18 runs fastest in onnxruntime", rich_help_panel=OUTPUT)
 ]
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How a model's file is read."""
-
-    trust: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help="where MODEL's classes are defined, a package or your train.py, which is imported to read it (not "
-            "needed for torch, torchvision and timm); repeatable",
-            rich_help_panel=READING,
-        ),
-    ] = None
-    arch: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="what a state dict is of: torchvision:NAME, timm:NAME, package:callable, PROGRAM.pt2",
-            rich_help_panel=READING,
-        ),
-    ] = None
-    arch_kwargs: Annotated[
-        str | None,
-        typer.Option(
-            metavar="JSON", help="arguments of --arch, as JSON or as num_classes=10,…", rich_help_panel=READING
-        ),
-    ] = None
-    key: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="the entry of a checkpoint that holds the weights, such as state_dict_ema or model.state_dict "
-            "(default: what fits --arch)",
-            rich_help_panel=READING,
-        ),
-    ] = None
-    prefix: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="what to strip from a state dict's names, such as backbone; names without it are left out",
-            rich_help_panel=READING,
-        ),
-    ] = None
 
 
 @dataclass(frozen=True)
@@ -271,3 +226,40 @@ def _help(known: Field[Any], meaning: Meaning) -> str:
     if isinstance(known.default, tuple):
         return f"{text}; repeatable"
     return text if meaning.minimum is None else f"{text} ({known.default:g})"
+
+
+def flattened(command: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Let typer see the single flags of the records, and of :class:`Chosen`, that a command's function takes."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        hints = get_type_hints(function, include_extras=True)
+        parameters: list[inspect.Parameter] = []
+        groups: dict[str, tuple[list[str], Callable[..., Any]]] = {}
+        for name, parameter in inspect.signature(function).parameters.items():
+            hint = hints[name]
+            if hint is Chosen:
+                flags = list(option_flags(command))
+                groups[name] = [flag.name for flag in flags], Chosen.of
+            elif is_dataclass(hint):
+                flags = _flags_of(hint)
+                groups[name] = [flag.name for flag in flags], hint  # type: ignore[assignment]
+            else:
+                flags = [parameter.replace(annotation=hint, kind=inspect.Parameter.KEYWORD_ONLY)]
+            parameters += flags
+
+        @functools.wraps(function)
+        def run(**given: Any) -> None:
+            records = {name: make(**{f: given.pop(f) for f in names}) for name, (names, make) in groups.items()}
+            function(**given, **records)
+
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return run
+
+    return decorate
+
+
+def _flags_of(record: Any) -> list[inspect.Parameter]:
+    hints = get_type_hints(record, include_extras=True)
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    return [inspect.Parameter(f.name, keyword, default=f.default, annotation=hints[f.name]) for f in fields(record)]

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import normswap as ns
 from normswap.cli.console import print_json, progressing, say, table, working
-from normswap.cli.flags import At, Chosen, DataFlags, InputFlags, Json, Model, Reading, To
-from normswap.cli.flattening import flattened
+from normswap.cli.flags import At, Chosen, DataFlags, InputFlags, Json, Model, To, flattened
 from normswap.cli.inputs import calibration_batches, example_inputs
+from normswap.cli.reading import Reading
 from normswap.cli.reporting import costs_as_record, show_choice, show_costs, show_norms, show_plan
 from normswap.cli.requests import default_of
 from normswap.cli.sources import Source

@@ -10,9 +10,9 @@ import typer
 
 import normswap as ns
 from normswap.cli.console import facts, note, print_json, say, working
-from normswap.cli.flags import OUTPUT, Json, Reading
-from normswap.cli.flattening import flattened
+from normswap.cli.flags import OUTPUT, Json, flattened
 from normswap.cli.outputs import save_weights
+from normswap.cli.reading import Reading
 from normswap.cli.reporting import written
 from normswap.cli.sources import Source
 from normswap.errors import InputError

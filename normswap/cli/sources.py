@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from normswap.cli.console import note, working
-from normswap.cli.flags import Reading
+from normswap.cli.reading import Reading
 from normswap.cli.values import read_arch_kwargs
 from normswap.errors import InputError, Text, argument, marked
 

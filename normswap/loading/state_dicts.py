@@ -142,10 +142,10 @@ def tell(chosen: Chosen, entries: Sequence[Entry], path: Path) -> None:
         logger.info("%s: weight normalization's names are changed to those of %s", path, arch)
     names = [name for name in (*found.foreign.values(), *found.outside) if _leaf(name) != COUNTER]
     if names:
+        lines = _some([f"{name} {shape_of(chosen.given[name])}" for name in names])
         prefixes = fitting_prefixes({name: chosen.given[name] for name in names}, chosen.expected)
-        how = f"; {argument('prefix', prefixes[0])} takes those" if prefixes else ""
-        lines = [f"{name} {shape_of(chosen.given[name])}" for name in names]
-        logger.warning("%s: left out, as no part of %s: %s", path, arch, Text(_some(lines) + how))
+        text = Text(f"{lines}; {argument('prefix', prefixes[0])} takes those") if prefixes else lines
+        logger.warning("%s: left out, as no part of %s: %s", path, arch, text)
 
 
 def misfit(
@@ -174,22 +174,25 @@ def misfit(
     }
     problems = "; ".join(f"{len(lines)} {what}: {_some(lines)}" for what, lines in lists.items() if lines)
     nearest = f"the nearest, {chosen.entry}, has " if len(entries) > 1 else ""
+    parts = _fitting_parts(entries, expected)
     return InputError(
         f"{str(path)!r} does not fit {arch}: {nearest}{problems}",
         code="state-dict-mismatch",
-        hint=_advice(entries, expected)
-        or f"check {parameter('arch')} and its arguments, {parameter('arch_kwargs')}, for instance num_classes",
+        hint="give "
+        + " or ".join(f"{argument('key', k)} {argument('prefix', p)}" if k else argument("prefix", p) for k, p in parts)
+        if parts
+        else f"check {parameter('arch')} and its arguments, {parameter('arch_kwargs')}, for instance num_classes",
     )
 
 
-def _advice(entries: Sequence[Entry], expected: Mapping[str, Any]) -> str:
-    """Return what to give so that a part of a state dict fits, '' where no part does."""
-    found = []
+def _fitting_parts(entries: Sequence[Entry], expected: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the keys and prefixes of parts that fit; no key where there is but one entry."""
+    found: list[tuple[str, str]] = []
     for entry in entries[: 2 * SHOWN]:
         assert isinstance(entry.value, Mapping)
-        key = f"{argument('key', entry.key)} " if entry.key and len(entries) > 1 else ""
-        found += [f"{key}{argument('prefix', prefix)}" for prefix in fitting_prefixes(entry.value, expected)]
-    return f"give {' or '.join(found[:SHOWN])}" if found else ""
+        key = entry.key if len(entries) > 1 else ""
+        found += [(key, prefix) for prefix in fitting_prefixes(entry.value, expected)]
+    return found[:SHOWN]
 
 
 def _note_dtypes(expected: Mapping[str, object], state: Mapping[str, torch.Tensor], path: Path, arch: str) -> None:
