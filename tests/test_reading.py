@@ -358,6 +358,16 @@ def test_weight_normalization_of_either_form_is_read_below_wrappers(
         torch.testing.assert_close(loaded.ups[0](loaded.a(x)), model.ups[0](model.a(x)), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_both_forms_of_weight_normalization_with_two_values_are_refused(nets: Any) -> None:
+    state, old = nets.vocoder("new").state_dict(), nets.vocoder("legacy").state_dict()
+    name = "a.parametrizations.weight.original0"
+    expected = nets.vocoder("new").state_dict()
+    assert not match({**state, "a.weight_g": state[name].clone()}, expected).problems
+    found = match({**state, "a.weight_g": old["a.weight_g"]}, expected)
+    assert found.clashes == {name: [name, "a.weight_g"]}
+
+
 # --- refusals
 
 

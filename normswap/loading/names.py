@@ -103,15 +103,16 @@ def match(state: Mapping[str, Any], expected: Mapping[str, Any], prefix: str | N
     Args:
         state: Tensors by the file's names.
         expected: Tensors by the architecture's names; the same tensor under two names is tied.
-        prefix: What to take off; names that do not begin with it are foreign.
+        prefix: What to take off; names that do not begin with it are outside.
     """
     inside = behind(state, prefix)
     rests = {name: rest for rest, name in inside.items()}
     known = {**other_forms(expected), **{name: name for name in expected}}
-    found = {known[rest]: name for rest, name in inside.items() if rest in known}
+    own = [(known[rest], name) for rest, name in inside.items() if rest in known]
+    found = dict(own)
     forms = {name: rests[name] for name in found.values()}
     clashes: dict[str, list[str]] = {}
-    if not _covers(found, expected, state):
+    if len(found) < len(own) or not _covers(found, expected, state):
         found, clashes, forms = _reached(inside, known, expected, state)
     complete, missing, torn = _with_ties(found, clashes, expected, state)
     fronts = [_front(rests[name], forms[name]) for name in found.values()]
@@ -130,7 +131,7 @@ def match(state: Mapping[str, Any], expected: Mapping[str, Any], prefix: str | N
         foreign,
         [name for name in state if name not in used],
         sorted({part for name in found.values() for part in _dropped(rests[name], forms[name])}),
-        any(forms[own] != name for name, own in found.items()),
+        any(forms[given] != name for name, given in found.items()),
     )
 
 
