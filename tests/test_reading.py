@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import collections
 import copy
 import os
@@ -536,6 +537,13 @@ def test_a_model_at_any_depth_is_checked_as_one_at_the_top() -> None:
         for nested in ({"a": {"model": content}}, [[{"a": content}]]):
             torch.save(nested, "c.pt")
             refused("inspect c.pt", code)
+
+
+def test_arguments_that_hold_a_defaultdict_are_read_where_they_are_trusted() -> None:
+    arguments = argparse.Namespace(lr=0.1, milestones=collections.defaultdict(list, {"a": [1]}))
+    torch.save({"state_dict": trained(W), "args": arguments}, "c.pt")
+    refused(f"inspect c.pt {ARCH}", "untrusted-global", "--trust argparse")
+    assert run(f"inspect c.pt {ARCH} --trust argparse").exit_code == 0
 
 
 def test_a_detector_pickled_with_its_package_needs_trust() -> None:

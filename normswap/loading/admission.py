@@ -33,7 +33,7 @@ from normswap.errors import InputError
 from normswap.loading.methods import GETATTR, is_forward, note
 from normswap.loading.refusals import INSTEAD, refuse_code, refuse_hooks, refuse_known, refuse_names
 from normswap.loading.scanning import Call, Global, Made, Scan, globals_in, parts
-from normswap.loading.trust import Trust, import_trusted, under
+from normswap.loading.trust import STDLIB_DATA, Trust, import_trusted, under
 
 __all__ = ["admit", "judge"]
 
@@ -196,7 +196,8 @@ def _check_call(call: Call) -> None:
 
 
 def _refuse_kept_defaultdict(call: Call) -> None:
-    for part in [] if _is_plain(call.callee) else parts(call.args):
+    data = _is_plain(call.callee) or call.callee.module in STDLIB_DATA
+    for part in [] if data else parts(call.args):
         if isinstance(part, Made) and isinstance(part.maker, Global) and part.maker.path == DEFAULTDICT:
             raise InputError(
                 f"a {call.callee.path} in the file keeps a {DEFAULTDICT}, and that is read beside a model alone",

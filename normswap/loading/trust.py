@@ -12,7 +12,7 @@ from normswap.errors import InputError, argument
 from normswap.loading.importing import first_line, import_paths, import_quietly, import_script
 from normswap.loading.scanning import Global
 
-__all__ = ["Trust", "entry_for", "under"]
+__all__ = ["STDLIB_DATA", "Trust", "entry_for", "under"]
 
 SCRIPT = "SCRIPT.py"
 """Stands in messages for the script that saved a model."""
