@@ -808,3 +808,18 @@ def test_a_poor_agreement_is_told_with_the_sites_of_the_largest_errors() -> None
     assert f"at {worst} ({errors[worst]:.2f})" in note
     good = ns.convert(model, "wn+mobn", calibration=x).init
     assert not [note for note in good.notes if "agree poorly" in note]
+
+
+def test_a_model_of_one_batch_size_is_matched_on_its_own_batches() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.fc = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.norm(self.conv(x)).relu().mean((2, 3)).view(12, 8))
+
+    model = Fixed().eval()
+    images = [torch.randn(12, 3, 8, 8) for _ in range(2)]
+    result = ns.convert(model, "ln", calibration=images, example_inputs=(images[0],))
+    assert {row.name: row.method for row in result.init.rows} == {"norm": "matched", "fc": "matched"}

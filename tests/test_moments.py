@@ -9,7 +9,7 @@ from zoo import FrozenBatchNorm2d
 
 from normswap.initialization.moments import Moments, centre, moments_of
 from normswap.initialization.noise import noise_like, shaped_by_statistics
-from normswap.initialization.patches import patches
+from normswap.initialization.patches import patches, patches_at
 from normswap.nn import FilterLayout
 from normswap.runs.watching import measure_statistics
 
@@ -41,6 +41,17 @@ def test_patches_times_filters_are_the_layers_output(name: str) -> None:
         expected = (out if isinstance(layer, nn.Linear) else out.movedim(1, -1)).reshape(found.shape)
     assert torch.allclose(found, expected, atol=1e-12)
     assert not torch.allclose(found, -expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_patches_at_some_positions_are_those_of_all(name: str) -> None:
+    layer, shape = LAYERS[name]
+    layer, x = layer.double(), torch.randn(*shape, dtype=torch.float64)
+    with torch.no_grad():
+        every = patches(layer, x)
+        index = torch.randperm(len(every), generator=torch.Generator().manual_seed(0))[: len(every) // 2]
+        assert torch.equal(patches_at(layer, x, index), every[index])
+        assert not torch.equal(patches_at(layer, x, index), every[index.flip(0)])
 
 
 def filters_and_samples(samples: int) -> tuple[Tensor, Tensor]:

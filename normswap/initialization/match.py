@@ -21,6 +21,7 @@ from normswap.initialization.heads import find_heads
 from normswap.initialization.targets import RegressionTarget
 from normswap.norms import Takes
 from normswap.records import Agreement, InitRow, NormKind
+from normswap.runs.data import few_samples
 from normswap.runs.paired_sites import PairedSite, SiteBatch
 from normswap.runs.side_by_side import run_side_by_side
 from normswap.stages.rewriting import Placed
@@ -53,7 +54,7 @@ def match_sites(
     by_name = {one.name: one for one in placed}
     targets = {name: RegressionTarget.at(one, original, work.scales.get(name)) for name, one in by_name.items()}
     sites = _paired(original, placed)
-    heads = find_heads(original, converted, {id(site.source) for site in sites}, data[0])
+    heads = find_heads(original, converted, {id(site.source) for site in sites}, few_samples(original, data[0]))
     targets |= {head.name: RegressionTarget.of_layer(head.source) for head in heads}
     sites += heads
     rows: dict[str, InitRow] = {}

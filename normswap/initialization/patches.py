@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from normswap.nn import FilterLayout
 from normswap.nn.kinds import class_of
 
-__all__ = ["patches", "random_patches", "with_filters"]
+__all__ = ["patches", "patches_at", "random_patches", "with_filters"]
 
 _MAX_SAMPLES = 4096
 _MAX_VALUES = 2**24  # 128 MB of float64 patches at one layer
@@ -25,9 +26,8 @@ def patches(layer: nn.Module, x: Tensor) -> Tensor:
     """
     layout = FilterLayout.of(layer)
     weight = layout.weight(layer)
-    kind = class_of(layer)
-    plain = kind is nn.Conv2d and layer.padding_mode == "zeros" and weight.is_contiguous()
-    if plain and isinstance(layer, nn.Conv2d) and not isinstance(layer.padding, str) and x.ndim == 4:
+    if _is_plain(layer, x):
+        assert not isinstance(layer.padding, str)
         columns = F.unfold(
             x, layer.kernel_size, layer.dilation, layer.padding, layer.stride
         )  # (N, in·kernel, positions)
@@ -35,6 +35,36 @@ def patches(layer: nn.Module, x: Tensor) -> Tensor:
     rows: Tensor = with_filters(layer, layout.unit_filters(weight))(x)
     rows = rows.movedim(1, -1) if not isinstance(layer, nn.Linear) else rows
     return rows.reshape(-1, layout.groups, layout.fan_in(weight))
+
+
+def patches_at(layer: nn.Module, x: Tensor, index: Tensor) -> Tensor:
+    """Return ``patches(layer, x)[index]``, of a plain 2-D convolution without making the others."""
+    if not _is_plain(layer, x):
+        return patches(layer, x)[index]
+    layout = FilterLayout.of(layer)
+    assert not isinstance(layer.padding, str)
+    (top, left), (down, right), (dy, dx) = layer.padding, layer.stride, layer.dilation
+    height, width = layer.kernel_size
+    x = F.pad(x, (left, left, top, top)) if top or left else x
+    rows = (x.shape[2] - dy * (height - 1) - 1) // down + 1
+    columns = (x.shape[3] - dx * (width - 1) - 1) // right + 1
+    sample, place = index // (rows * columns), index % (rows * columns)
+    y = (place // columns * down)[:, None] + torch.arange(height, device=x.device).repeat_interleave(width) * dy
+    z = (place % columns * right)[:, None] + torch.arange(width, device=x.device).repeat(height) * dx
+    found = x[sample[:, None], :, y, z]  # (len(index), height·width, in)
+    return found.movedim(1, 2).reshape(len(index), layout.groups, layout.fan_in(layout.weight(layer)))
+
+
+def _is_plain(layer: nn.Module, x: Tensor) -> TypeGuard[nn.Conv2d]:
+    """Tell whether ``layer`` is torch's own 2-D convolution with zeros around, whose patches are known."""
+    return (
+        class_of(layer) is nn.Conv2d
+        and isinstance(layer, nn.Conv2d)
+        and layer.padding_mode == "zeros"
+        and not isinstance(layer.padding, str)
+        and FilterLayout.weight(layer).is_contiguous()
+        and x.ndim == 4
+    )
 
 
 def random_patches(layer: nn.Module, x: Tensor, already: int, generator: torch.Generator) -> Tensor:

@@ -94,9 +94,9 @@ class Sampling:
         self.samples = sum(len(batch.x) for batch in batches)
         self.holds_out = self.samples >= LEAST_SAMPLES
 
-    def patches(self, of: Callable[[Tensor], Tensor]) -> Sample:
-        """Return some patches. ``of`` maps a layer's input to all its patches, ``(positions, G, p)``."""
-        return self._sample(lambda x, index: of(x)[index], self.fan_in, _MOST_PATCHES)
+    def patches(self, of: Callable[[Tensor, Tensor], Tensor]) -> Sample:
+        """Return some patches. ``of`` maps a layer's input and a choice of positions to these, ``(n, G, p)``."""
+        return self._sample(of, self.fan_in, _MOST_PATCHES)
 
     def outputs(self, of: Callable[[Tensor], Tensor]) -> Sample:
         """Return some outputs. ``of`` maps a layer's input to its output, ``(N, C, …)``."""

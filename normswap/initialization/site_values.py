@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from normswap.initialization.patches import patches
+from normswap.initialization.patches import patches_at
 from normswap.initialization.targets import RegressionTarget
 from normswap.nn import FilterLayout
 from normswap.norms import apply, tensor_in
@@ -70,11 +70,14 @@ class SiteValues:
         weight = FilterLayout.weight(self.site.source)
         return weight[:, None] if self.channel_wise else weight
 
-    def patches(self, x: Tensor) -> Tensor:
-        """Return what each of the source's filters is multiplied with. ``(positions, groups, fan_in)``"""
+    def patches(self, x: Tensor, index: Tensor) -> Tensor:
+        """Return what each of the source's filters is multiplied with at some positions, counted through all samples.
+
+        Shape: ``(len(index), groups, fan_in)``.
+        """
         if self.channel_wise:
-            return x.movedim(1, -1).flatten(0, -2)[..., None]
-        return patches(self.site.source, x)
+            return x.movedim(1, -1).flatten(0, -2)[index, :, None]
+        return patches_at(self.site.source, x, index)
 
     def load(self, candidate: Candidate) -> None:
         """Give the source the candidate's weight and bias, and the norm its groups."""

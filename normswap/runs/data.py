@@ -8,13 +8,29 @@ from typing import Any
 
 from torch import nn
 
+from normswap.errors import InputError
 from normswap.runs.batches import bind_batches, sample_count, some_samples
-from normswap.runs.calling import Batch
+from normswap.runs.calling import Batch, run_on_data
+from normswap.runs.guard import set_mode, untouched
 from normswap.runs.inputs import Inputs, example_of
 
-__all__ = ["ENOUGH_SAMPLES", "Data"]
+__all__ = ["ENOUGH_SAMPLES", "Data", "few_samples"]
 
 ENOUGH_SAMPLES = 1000
+
+
+def few_samples(model: nn.Module, batch: Batch) -> Batch:
+    """Return the first samples of a batch, which show how ``model`` runs; all of it where it does not run on so few."""
+    few = some_samples(batch)
+    if few is None:
+        return batch
+    try:
+        with untouched(model):
+            set_mode(model, False)
+            run_on_data(model, few)
+    except InputError:
+        return batch
+    return few
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from normswap.errors import InitializationError, argument
 from normswap.runs.calling import Batch, run_on
+from normswap.runs.data import few_samples
 from normswap.runs.guard import set_mode, untouched
 from normswap.runs.paired_sites import PairedSite, SiteBatch
 from normswap.runs.pausing import PausableRun, Pause, pausing_converted, pausing_original
@@ -66,7 +67,7 @@ def run_side_by_side(
         stack.enter_context(untouched(converted))
         set_mode(original, False)
         set_mode(converted, False)
-        at_addition, uses = _find_uses(original, converted, sites, batches[0])
+        at_addition, uses = _find_uses(original, converted, sites, few_samples(original, batches[0]))
         functional = {id(site.running_mean): site for site in sites if site.original is None}
         originals = [PausableRun(original, inputs, functional) for inputs in batches]
         converteds = [PausableRun(converted, inputs) for inputs in batches]
