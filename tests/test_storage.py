@@ -185,13 +185,21 @@ LOAD_THE_ZOO = """
 
 
 @pytest.fixture(scope="module")
-def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Elsewhere:
-    """Every zoo model by every recipe, stored here, made again in another process from a model with other values."""
+def elsewhere(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Elsewhere:
+    """The zoo's models, stored here, made again in another process from models with other values.
+
+    By every recipe; of a run of some tests alone those that they ask for.
+    """
     folder = tmp_path_factory.mktemp("zoo")
+    wanted = {
+        (item.callspec.params["entry"], item.callspec.params["recipe"])
+        for item in request.session.items
+        if isinstance(item, pytest.Function) and "elsewhere" in item.fixturenames
+    }
     here = {}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the models are so small that a second thread only waits
-    for entry, recipe in CASES:
+    for entry, recipe in sorted(wanted):
         try:
             model = ns.swap_norms(BY_NAME[entry].model(), recipe, check=False)
         except NothingToConvertError:
