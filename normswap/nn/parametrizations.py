@@ -2,21 +2,63 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils.parametrizations import _WeightNorm
 
 from normswap.nn.filters import FilterLayout, row_moments
 
 __all__ = ["FilterWeightNorm", "WeightStandardization", "parametrize_weight_norm"]
 
 
+class _NormalizedRows(torch.autograd.Function):
+    """Rows of length g, ``g_c · v_c / ‖v_c‖``, and the norms, by torch's fused kernel; ``(C, n)``, g ``(C, 1)``.
+
+    torch's own second derivative of it takes ‖v_c‖ for a constant (torch 2.13): a gradient penalty would have a wrong
+    gradient. So the derivative is written out wherever it may be differentiated itself.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(v: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        rows, norms = torch._weight_norm_interface(v, g, 0)
+        return rows, norms
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs, output[1])
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+        v, g, norms = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            of_v, of_g = torch.ops.aten._weight_norm_interface_backward(grad, v, g, norms, 0)
+            return of_v, of_g
+        norms = torch.linalg.vector_norm(v, dim=1, keepdim=True)
+        unit = v / norms
+        along = (grad * unit).sum(1, keepdim=True)
+        return g / norms * (grad - along * unit), along
+
+
+def _normalized(rows: Tensor, g: Tensor) -> Tensor:
+    # Compiled code has no second derivatives, and a TorchScript file takes no function of Python.
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+        return torch._weight_norm(rows, g, 0)
+    filters: Tensor = _NormalizedRows.apply(rows.contiguous(), g)[0]  # type: ignore[no-untyped-call]
+    return filters
+
+
 class FilterWeightNorm(nn.Module):
     """Weight normalization of a layer whose filters lie along no single axis (grouped transposed convolution).
 
     ``W_c = g_c · v_c / ‖v_c‖``, the norm over each filter. Originals: ``original0`` is g, ``(out,)``, ``original1``
-    is v, shaped as the weight. Every other layer gets torch's own ``parametrizations.weight_norm``.
+    is v, shaped as the weight. Every other layer gets torch's ``parametrizations.weight_norm``.
 
     Source: T. Salimans, D. Kingma, *Weight Normalization*, 2016, eq. 2.
     """
@@ -27,12 +69,24 @@ class FilterWeightNorm(nn.Module):
 
     def forward(self, g: Tensor, v: Tensor) -> Tensor:
         """Return the weight."""
-        filters = torch._weight_norm(self.layout.flatten(v), g[:, None], 0)
-        return self.layout.unflatten(filters, v)
+        return self.layout.unflatten(_normalized(self.layout.flatten(v), g[:, None]), v)
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Return (g, v) with v the weight itself, as torch's weight norm does."""
         return self.layout.flatten(weight).norm(dim=1), weight
+
+
+class _RowWeightNorm(_WeightNorm):
+    """torch's weight normalization over the first axis, without its copies of a channels-last weight.
+
+    torch's kernel takes contiguous weights: in channels_last it copies v, its result and both their gradients. The rows
+    of :meth:`FilterLayout.flatten` are contiguous in either memory format.
+    """
+
+    def forward(self, weight_g: Tensor, weight_v: Tensor) -> Tensor:
+        """Return the weight, in the memory format of v."""
+        layout = FilterLayout()
+        return layout.unflatten(_normalized(layout.flatten(weight_v), weight_g.flatten(1)), weight_v)
 
 
 def parametrize_weight_norm(layer: nn.Module, name: str = "weight") -> None:
@@ -40,8 +94,10 @@ def parametrize_weight_norm(layer: nn.Module, name: str = "weight") -> None:
     layout = FilterLayout.of(layer)
     if layout.axis is None:
         parametrize.register_parametrization(layer, name, FilterWeightNorm(layout))
-    else:
-        parametrizations.weight_norm(layer, name, dim=layout.axis)
+        return
+    parametrizations.weight_norm(layer, name, dim=layout.axis)
+    if layout.axis == 0:
+        layer.get_submodule(f"parametrizations.{name}").register_module("0", _RowWeightNorm())
 
 
 class WeightStandardization(nn.Module):
