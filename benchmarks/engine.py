@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
 from torch.profiler import ProfilerActivity, profile
 
 import normswap as ns
@@ -169,18 +170,30 @@ def growing(repetitions: int) -> Iterator[Ratio]:
         yield Ratio(f"plan of {pairs:,} conv-bn pairs, per pair", "of 100 pairs, per pair", seconds, first, GROWING)
 
 
-def training(repetitions: int) -> Iterator[Ratio]:
-    """A training step's forward and backward, the weights' reparameterization with it, against BatchNorm's."""
-    model = resnet50().train()
-    batch = torch.randn(8, 3, 64, 64)
-    models = [model, *(ns.swap_norms(model, name, init="fresh") for name in RECIPES)]
-    works = [lambda m=m: lambda: m(batch).square().mean().backward() for m in models]  # type: ignore[misc]
-    reference, *others = medians(repetitions, *works)
-    for name, seconds in zip(RECIPES, others, strict=True):
-        yield Ratio(f"training step of ResNet-50 with {name}, 8×3×64×64", "with BatchNorm", seconds, reference)
+def evaluating(repetitions: int) -> Iterator[Ratio]:
+    """A forward pass that computes its weights in each call, or once for ten, against one of the folded model."""
+    batch = torch.randn(1, 3, 224, 224)
+    for name in RECIPES:
+        model = ns.swap_norms(resnet50(), name, init="fresh").eval()
+        folded = ns.fold(model)
+
+        def ten_cached(model: nn.Module = model) -> None:
+            with parametrize.cached():
+                for _ in range(10):
+                    evaluate(model, batch)
+
+        once, ten, deployed = medians(
+            repetitions,
+            lambda model=model: lambda: evaluate(model, batch),  # type: ignore[misc]
+            lambda work=ten_cached: work,  # type: ignore[misc]
+            lambda folded=folded: lambda: evaluate(folded, batch),  # type: ignore[misc]
+        )
+        what = f"forward pass of ResNet-50 with {name}, not folded, 1×3×224×224"
+        yield Ratio(what, "folded", once, deployed)
+        yield Ratio(f"{what}, within parametrize.cached() for ten", "folded", ten / 10, deployed)
 
 
-PARTS = {part.__name__: part for part in (planning, recording, rewriting, initializing, growing, training)}
+PARTS = {part.__name__: part for part in (planning, recording, rewriting, initializing, growing, evaluating)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
