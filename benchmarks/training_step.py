@@ -2,6 +2,7 @@
 
     python benchmarks/training_step.py                                  # CPU time of one thread, about ten minutes
     python benchmarks/training_step.py gn+ws wn+mobn --formats contiguous
+    python benchmarks/training_step.py gn+ws --weights                  # and the time of its weights alone
     python benchmarks/training_step.py --compile gn+ws
     python benchmarks/training_step.py --device cuda --autocast bf16 --batch 64 --side 224 --rounds 50
 
@@ -171,6 +172,24 @@ def held(model: nn.Module, forward: Callable[[], object]) -> int:
     return sum(t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in own)
 
 
+def weights_alone(model: nn.Module, rounds: int) -> tuple[float, float]:
+    """Return the seconds that a model's computed weights take, forward and backward, and a copy of as many values."""
+    forms = [m for m in model.modules() if isinstance(m, nn.utils.parametrize.ParametrizationList)]
+    taken: list[list[float]] = [[], []]
+    for _ in range(rounds + 1):
+        model.zero_grad(set_to_none=True)
+        start = time.process_time()
+        found = [form() for form in forms]
+        between = time.process_time()
+        copies = [weight.detach().clone() for weight in found]
+        copied = time.process_time()
+        torch.autograd.backward(found, copies)
+        taken[0].append(time.process_time() - copied + between - start)
+        taken[1].append(copied - between)
+        del found, copies
+    return statistics.median(taken[0][1:]), statistics.median(taken[1][1:])
+
+
 def steps(options: argparse.Namespace, layout: str) -> list[Step]:
     torch.manual_seed(options.seed)
     original = resnet50()
@@ -201,6 +220,11 @@ def table(options: argparse.Namespace, layout: str) -> str:
         fastest = min(one[i] for one in times) / min(one[0] for one in times)
         cells = (f"{seconds * 1e3:.0f} ms", f"{middle:.2f}", f"{low:.2f}-{high:.2f}", f"{fastest:.2f}")
         rows.append((step.name, *cells, f"{kept[i] / 1e6:.0f} MB", f"{kept[i] / kept[0]:.2f}"))
+    if options.weights and options.device == "cpu":
+        for step in runs:
+            if any(isinstance(m, nn.utils.parametrize.ParametrizationList) for m in step.model.modules()):
+                alone, copied = (1e3 * seconds for seconds in weights_alone(step.model, options.rounds))
+                print(f"{layout}, {step.name}: weights {alone:.0f} ms, a copy of them {copied:.0f} ms")
     return text_table((layout, "time", "ratio", "quartiles", "fastest", "held", "ratio"), rows)
 
 
@@ -213,6 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--autocast", choices=("none", "bf16"), default="none")
     parser.add_argument("--compile", action="store_true", help="each model by torch.compile")
+    parser.add_argument("--weights", action="store_true", help="also the time of the computed weights alone (CPU)")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
