@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from .padding import same_pad, same_padding
 
-__all__ = ["ResNet8", "ResNet20", "ResNet32"]
+__all__ = ["CifarResNet", "ResNet8", "ResNet20", "ResNet32"]
 
 
 class PaddedShortcut(nn.Module):
