@@ -1,6 +1,6 @@
 """Whether residual networks without BatchNorm train from a data-dependent initialization, beside BatchNorm.
 
-    python benchmarks/initialization.py [--blocks 3 9] [--rates 0.1 0.01] [--steps 150] [--batch 32]
+    python benchmarks/initialization.py [--blocks 3 9] [--rates 0.1 0.01] [--steps 100] [--batch 32]
 
 CIFAR-10 ResNets of depth 6n + 2 with n blocks in a stage (3: ResNet-20, 9: ResNet-56), new ones, trained by SGD with
 momentum 0.9 on batches of the same images in the same order. Printed is the mean loss of the last 25 steps; chance is
@@ -71,7 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, nargs="+", default=[3, 9])
     parser.add_argument("--rates", type=float, nargs="+", default=[0.1, 0.01])
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=32)
     given = parser.parse_args()
     torch.set_num_threads(1)

@@ -37,7 +37,7 @@ from normswap.errors import InitializationError, InputError
 from normswap.graph import capture_recorded, capture_symbolic
 from normswap.graph.linearity import scales_with_its_parameters
 from normswap.graph.residual import output_layers, residual_branches
-from normswap.initialization.gains import Gains, gains_of, shape_like
+from normswap.initialization.gains import Gains, gains_of
 from normswap.nn import FilterLayout, MeanOnlyBatchNorm
 from normswap.nn.kinds import is_layer
 from normswap.nn.recurrent import is_recurrent
@@ -176,9 +176,7 @@ class _Pass:
             v = weight.direction
             with self.changing(v, *weight.gains):
                 v.copy_(torch.randn(v.shape, generator=generator).to(v) * _FRESH_STD)
-                for gain in weight.gains[:1]:
-                    if gain is not v:
-                        gain.fill_(1.0)
+                weight.reset()
 
     def settle(self, name: str, layer: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
         """Scale and shift ``layer`` such that its output has mean 0 and deviation 1, or 0.1; return the new output."""
@@ -286,9 +284,6 @@ def _scaled(centred: Tensor, factor: Tensor, mean: Tensor, axis: int) -> Tensor:
 
 def _multiply(layer: nn.Module, weight: Gains, factor: Tensor, bias: Tensor | None, mean: Tensor) -> None:
     """Multiply a layer's output by ``factor`` per channel, after taking ``mean`` away where there is a bias."""
-    layout = FilterLayout.of(layer)
-    for tensor in weight.gains:
-        own = factor.to(tensor.dtype)
-        tensor.mul_(layout.per_output(tensor, own) if tensor is weight.direction else own.view(shape_like(tensor)))
+    weight.multiply(FilterLayout.of(layer), factor)
     if bias is not None:
         bias.copy_((bias.to(mean) - mean) * factor)

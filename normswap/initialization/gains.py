@@ -8,17 +8,41 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _WeightNorm
 
-from normswap.nn import FilterWeightNorm, WeightStandardization
+from normswap.nn import FilterLayout, FilterWeightNorm, WeightStandardization
 
-__all__ = ["Gains", "gains_of", "shape_like"]
+__all__ = ["Gains", "gains_of"]
 
 
 @dataclass(frozen=True)
 class Gains:
-    """The tensor that holds a layer's filters' directions, and those that its output is proportional to."""
+    """The tensor that holds a layer's filters' directions, and those that its output is proportional to.
+
+    Args:
+        direction: The directions.
+        gains: What the output is proportional to, the directions themselves in a plain weight.
+        logarithms: Whether the gains are stored as their logarithms.
+    """
 
     direction: Tensor
     gains: tuple[Tensor, ...]
+    logarithms: bool = False
+
+    def reset(self) -> None:
+        """Make the first gain one, in place; a plain weight stays."""
+        for gain in self.gains[:1]:
+            if gain is not self.direction:
+                gain.fill_(0.0 if self.logarithms else 1.0)
+
+    def multiply(self, layout: FilterLayout, factor: Tensor) -> None:
+        """Multiply the layer's filters by ``factor``, in place. ``(C,)``"""
+        for tensor in self.gains:
+            own = factor.to(tensor.dtype)
+            if tensor is self.direction:
+                tensor.mul_(layout.per_output(tensor, own))
+            elif self.logarithms:
+                tensor.add_(own.log())
+            else:
+                tensor.mul_(own.view(_like(tensor)))
 
 
 def gains_of(layer: nn.Module) -> Gains:
@@ -36,10 +60,10 @@ def gains_of(layer: nn.Module) -> Gains:
     ]
     kind = originals[0]
     if isinstance(kind, (_WeightNorm, FilterWeightNorm)):
-        return Gains(tensors[1], (tensors[0],))
+        return Gains(tensors[1], (tensors[0],), getattr(kind, "log_gain", False))
     return Gains(tensors[0], tuple(tensors[1:]) if isinstance(kind, WeightStandardization) else ())
 
 
-def shape_like(g: Tensor) -> list[int]:
+def _like(g: Tensor) -> list[int]:
     """Return the shape in which one value per channel fits ``g``: all its axes are 1 but one."""
     return [-1 if size > 1 else 1 for size in g.shape] if g.numel() > 1 else list(g.shape)

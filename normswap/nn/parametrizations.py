@@ -55,25 +55,35 @@ def _normalized(rows: Tensor, g: Tensor) -> Tensor:
 
 
 class FilterWeightNorm(nn.Module):
-    """Weight normalization of a layer whose filters lie along no single axis (grouped transposed convolution).
+    """Weight normalization where torch's own does not fit: filters along no single axis, or a gain kept as logarithm.
 
-    ``W_c = g_c · v_c / ‖v_c‖``, the norm over each filter. Originals: ``original0`` is g, ``(out,)``, ``original1``
-    is v, shaped as the weight. Every other layer gets torch's ``parametrizations.weight_norm``.
+    ``W_c = g_c · v_c / ‖v_c‖``, the norm over each filter (grouped transposed convolutions have no axis of filters);
+    with ``log_gain``, ``g_c = exp(s_c)``. Originals: ``original0`` is g or s, ``(out,)``, ``original1`` is v, shaped as
+    the weight. Every other layer gets torch's ``parametrizations.weight_norm``.
 
-    Source: T. Salimans, D. Kingma, *Weight Normalization*, 2016, eq. 2.
+    Args:
+        layout: Where the layer's filters lie.
+        log_gain: Whether the logarithm of g is learnt. g is positive then, and signs are v's.
+
+    Source: T. Salimans, D. Kingma, *Weight Normalization*, 2016, eq. 2 and section 2.1.
     """
 
-    def __init__(self, layout: FilterLayout) -> None:
+    def __init__(self, layout: FilterLayout, *, log_gain: bool = False) -> None:
         super().__init__()
-        self.layout = layout
+        self.layout, self.log_gain = layout, log_gain
 
     def forward(self, g: Tensor, v: Tensor) -> Tensor:
         """Return the weight."""
-        return self.layout.unflatten(_normalized(self.layout.flatten(v), g[:, None]), v)
+        gain = g.exp() if self.log_gain else g
+        return self.layout.unflatten(_normalized(self.layout.flatten(v), gain[:, None]), v)
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (g, v) with v the weight itself, as torch's weight norm does."""
-        return self.layout.flatten(weight).norm(dim=1), weight
+        """Return (g, v) or (s, v) with v the weight itself, as torch's weight norm does."""
+        g = self.layout.flatten(weight).norm(dim=1)
+        return (g.clamp(min=torch.finfo(g.dtype).tiny).log() if self.log_gain else g), weight
+
+    def extra_repr(self) -> str:
+        return f"log_gain={self.log_gain}"
 
 
 class _RowWeightNorm(_WeightNorm):
@@ -89,11 +99,14 @@ class _RowWeightNorm(_WeightNorm):
         return layout.unflatten(_normalized(layout.flatten(weight_v), weight_g.flatten(1)), weight_v)
 
 
-def parametrize_weight_norm(layer: nn.Module, name: str = "weight") -> None:
-    """Parametrize ``layer``'s weight as ``W_c = g_c · v_c/‖v_c‖``, with ``v`` the present weight and ``g`` its norm."""
+def parametrize_weight_norm(layer: nn.Module, name: str = "weight", *, log_gain: bool = False) -> None:
+    """Parametrize ``layer``'s weight as ``W_c = g_c · v_c/‖v_c‖``, with ``v`` the present weight and ``g`` its norm.
+
+    With ``log_gain`` the logarithm of g is the parameter.
+    """
     layout = FilterLayout.of(layer)
-    if layout.axis is None:
-        parametrize.register_parametrization(layer, name, FilterWeightNorm(layout))
+    if layout.axis is None or log_gain:
+        parametrize.register_parametrization(layer, name, FilterWeightNorm(layout, log_gain=log_gain))
         return
     parametrizations.weight_norm(layer, name, dim=layout.axis)
     if layout.axis == 0:

@@ -17,8 +17,14 @@ __all__ = ["WeightNormalization"]
 class WeightNormalization(Recipe):
     """Weight normalization of the layer and no norm: ``W = g v/‖v‖``, with the BatchNorm's affine in g and the bias.
 
-    Source: T. Salimans, D. Kingma, *Weight Normalization*, 2016, eq. 2.
+    Args:
+        log_gain: Whether the logarithm of g is the parameter, ``g = exp(s)``. A step then changes g by a factor. The
+            authors found it no better and slightly slower to train.
+
+    Source: T. Salimans, D. Kingma, *Weight Normalization*, 2016, eq. 2 and section 2.1.
     """
+
+    log_gain: bool = False
 
     name = "wn"
     equation = "W = g v/‖v‖, no norm"
@@ -26,7 +32,7 @@ class WeightNormalization(Recipe):
     exact = True
 
     def weight(self, site: Site) -> Weight:
-        return WeightNorm()
+        return WeightNorm(self.log_gain)
 
     def norm(self, site: Site, num_groups: int | None) -> Norm:
         return Nothing()

@@ -18,12 +18,17 @@ class WeightNormMeanOnlyBatchNorm(MeanOnlyBatchNormalization):
     ``W = g v/‖v‖``, ``y = W·u − mean + β``. A reparameterization: ``v = w``, signed ``g = ‖w‖ γ/σ``, running mean
     ``γ(μ − b)/σ``, bias β.
 
-    Source: T. Salimans, D. Kingma, *Weight Normalization*, 2016, eq. 2 and section 3.
+    Args:
+        log_gain: Whether the logarithm of g is the parameter, as in ``wn``; the sign is v's then.
+
+    Source: T. Salimans, D. Kingma, *Weight Normalization*, 2016, eq. 2, sections 2.1 and 3.
     """
+
+    log_gain: bool = False
 
     name = "wn+mobn"
     equation = "W = g v/‖v‖, then x − mean + β"
     paper = "Salimans & Kingma 2016"
 
     def weight(self, site: Site) -> Weight:
-        return WeightNorm()
+        return WeightNorm(self.log_gain)

@@ -27,6 +27,7 @@ from normswap.stages.bound import BoundStep, bind
 from normswap.stages.moves import old_tensors
 from normswap.stages.opened import opened
 from normswap.storage.origin import Origin
+from normswap.weights import WeightNorm
 
 __all__ = ["restored"]
 
@@ -161,7 +162,7 @@ def _weight_and_gamma(
     """Return W and γ with ``γ/σ·W`` the converted layer's weight."""
     layout = FilterLayout.of(layer)
     if parametrize.is_parametrized(layer, "weight"):
-        g, v = _length_and_direction(layer)
+        g, v = _length_and_direction(layer, step)
         factor = g * sigma / layout.flatten(v).norm(dim=1)
         if "norm.weight" in old.names:
             return v, factor
@@ -220,7 +221,8 @@ def _running_mean(module: nn.Module) -> Tensor | None:
     return None if mean is None else mean.detach().double()
 
 
-def _length_and_direction(layer: nn.Module) -> tuple[Tensor, Tensor]:
+def _length_and_direction(layer: nn.Module, step: BoundStep) -> tuple[Tensor, Tensor]:
     """Return g and v of a layer's weight normalization."""
+    assert isinstance(step.weight, WeightNorm)
     g, v = (layer.get_parameter(f"parametrizations.weight.original{i}").detach().double() for i in (0, 1))
-    return g.flatten(), v
+    return step.weight.lengths(g.flatten()), v
