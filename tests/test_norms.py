@@ -17,10 +17,11 @@ from zoo import FrozenBatchNorm2d, NormRelu, randomize_
 import normswap as ns
 from normswap.deploy.affines import standing_alone
 from normswap.errors import NormswapError
-from normswap.nn import ChannelAffine, ChannelLayerNorm, MeanOnlyBatchNorm
+from normswap.nn import ChannelAffine, ChannelLayerNorm, EstimatedStatistics, MeanOnlyBatchNorm
 from normswap.norms import Affine, Encoding, Incoming, Norm, Stays, deployed, is_convertible, norm_of
 from normswap.norms.base import registered
 from normswap.norms.batch import BatchNormalization
+from normswap.norms.batch_channel import BatchEstimates
 from normswap.norms.group import Groups
 from normswap.norms.layer import LayerNormChannels, LayerNormLastAxes
 from normswap.norms.mean_only import MeanOnly
@@ -54,6 +55,7 @@ MODULES: tuple[tuple[nn.Module, type[Norm]], ...] = (
     (ChannelLayerNorm(4), LayerNormChannels),
     (MeanOnlyBatchNorm(4), MeanOnly),
     (ChannelAffine(4), Nothing),
+    (EstimatedStatistics(4), BatchEstimates),
     (nn.InstanceNorm1d(4), InstanceNormalization),
     (nn.InstanceNorm2d(4), InstanceNormalization),
     (nn.InstanceNorm3d(4), InstanceNormalization),
@@ -360,6 +362,7 @@ def test_a_model_with_a_norm_that_stays_is_exported_and_computes_the_same(tmp_pa
 STAYING = {
     "MeanOnlyBatchNorm": (MeanOnlyBatchNorm(6), "a mean-only BatchNorm already, from an earlier conversion"),
     "ChannelAffine": (ChannelAffine(6), "a per-channel affine, from an earlier conversion"),
+    "EstimatedStatistics": (EstimatedStatistics(6), "batch part, from an earlier conversion"),
     "ChannelLayerNorm": (ChannelLayerNorm(6), "ChannelLayerNorm"),
     "InstanceNorm2d": (nn.InstanceNorm2d(6), "InstanceNorm2d"),
     "RMSNorm": (nn.RMSNorm([6, 7, 5]), "RMSNorm"),

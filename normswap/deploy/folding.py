@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from torch import fx, nn
@@ -30,7 +31,7 @@ from normswap.storage.origin import forget
 
 __all__ = ["Folding", "fold", "fold_with_report"]
 
-_PARTS = {"rank", "affine", "norm", "after"}
+_PARTS = {"rank", "affine", "front", "norm", "after"}
 """The names of the parts that stand in a norm's place (see rewriting)."""
 
 
@@ -173,7 +174,8 @@ def _in_place_of(
     """Return what stands in the place of an affine that no layer has taken up, or None and why there is nothing."""
     if affine.otherwise is not None:
         return None, Text(f"no layer takes it up: {marked(left[id(module)])}")
-    new = standing_alone(affine, rank_of(module, affine, ranks), like=next(module.parameters()))
+    like = next(chain(module.parameters(), module.buffers()))
+    new = standing_alone(affine, rank_of(module, affine, ranks), like)
     if new is None:
         return None, Text(f"its input's number of axes is unknown: give {argument('example_inputs')}")
     if is_hooked(module):

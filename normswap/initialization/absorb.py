@@ -85,7 +85,7 @@ def absorb(
     level, ratio = _expected(state, data)
     total = handed.excess * factor
     encoded = norm.encode(Incoming(state, level, ratio, total * handed.mean, handed.excess, total, handed.mean))
-    values = dict(handed.values) | named("norm", encoded.values)
+    values = dict(handed.values) | named("front", encoded.front) | named("norm", encoded.values)
     bias = encoded.bias
     old = None if layer is None else layer._parameters.get("bias")
     if norm.bias is Bias.KEPT and old is not None:
@@ -107,7 +107,7 @@ def _by_affine(step: BoundStep, factor: Tensor) -> _Handed:
     state = step.state
     assert state.mean is not None
     terms = (LinearOf("norm.weight", state.inverse_std),) if step.norm.takes is Takes.AFFINE else ()
-    values = {"affine.weight": NewValue(factor, terms)}
+    values = {} if step.norm.takes is Takes.NOTHING else {"affine.weight": NewValue(factor, terms)}
     return _Handed(values, torch.ones_like(factor), state.mean.double())
 
 

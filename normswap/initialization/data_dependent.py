@@ -38,7 +38,7 @@ from normswap.graph import capture_recorded, capture_symbolic
 from normswap.graph.linearity import scales_with_its_parameters
 from normswap.graph.residual import output_layers, residual_branches
 from normswap.initialization.gains import Gains, gains_of
-from normswap.nn import FilterLayout, MeanOnlyBatchNorm
+from normswap.nn import EstimatedStatistics, FilterLayout, MeanOnlyBatchNorm
 from normswap.nn.kinds import is_layer
 from normswap.nn.recurrent import is_recurrent
 from normswap.records import InitReport, InitRow
@@ -49,7 +49,8 @@ from normswap.runs.writes import unwatched
 
 __all__ = ["initialize"]
 
-_NORMS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.modules.instancenorm._InstanceNorm, MeanOnlyBatchNorm)
+_PER_SAMPLE = (nn.GroupNorm, nn.LayerNorm, nn.modules.instancenorm._InstanceNorm)
+_NORMS = (_BatchNorm, MeanOnlyBatchNorm, EstimatedStatistics, *_PER_SAMPLE)
 _FRESH_STD = 0.05
 _SMALL_STD = 0.1
 """The deviation at the end of a residual branch, and of a network of such (Note [Residual branches])."""

@@ -1,5 +1,6 @@
 """The modules and parametrizations that a converted model may contain, beside those of torch.nn."""
 
+from normswap.nn.estimated import EstimatedStatistics
 from normswap.nn.filters import FilterLayout, row_moments
 from normswap.nn.layer_norm_cells import LayerNormGRUCell, LayerNormLSTMCell, LayerNormRNNCell
 from normswap.nn.layer_norm_rnn import LayerNormGRU, LayerNormLSTM, LayerNormRNN
@@ -10,6 +11,7 @@ from normswap.nn.rank_check import RankCheck
 __all__ = [
     "ChannelAffine",
     "ChannelLayerNorm",
+    "EstimatedStatistics",
     "FilterLayout",
     "FilterWeightNorm",
     "LayerNormGRU",

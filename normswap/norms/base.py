@@ -129,6 +129,13 @@ class Norm:
         """Return the module, on the device and with the dtype of ``like``; None for no module."""
         raise NotImplementedError
 
+    def in_front(self, site: Site, like: Tensor) -> nn.Module | None:
+        """Return a module that stands between the layer and the norm; None for none, as a rule.
+
+        It makes the norm need no affine where no layer takes the scale up. Its values are the encoding's ``front``.
+        """
+        return None
+
     def encode(self, incoming: Incoming) -> Encoding:
         """Return the values with which the module, at its expected statistics, does what the BatchNorm did. Pure."""
         raise NotImplementedError

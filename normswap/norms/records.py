@@ -183,10 +183,14 @@ class Incoming:
 
 @dataclass(frozen=True)
 class Encoding:
-    """The values of a new norm's tensors, by their names, and of the bias that the layer must add, where it is set."""
+    """The values of a new norm's tensors, by their names, and of the bias that the layer must add, where it is set.
+
+    ``front`` are those of the module that stands in front of the norm, where it has one.
+    """
 
     values: Assignment = field(default_factory=dict)
     bias: NewValue | None = None
+    front: Assignment = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from normswap.errors import PlanError
 from normswap.nn import ChannelAffine, FilterLayout, RankCheck
 from normswap.nn.kinds import is_layer
-from normswap.norms import Assignment, Bias, apply, tensor_in
+from normswap.norms import Assignment, Bias, Takes, apply, tensor_in
 from normswap.records import NormKind, Plan
 from normswap.stages.bound import BoundPlan, BoundStep
 from normswap.stages.forwards import replace_functional_norms
@@ -35,6 +35,7 @@ class Placed:
         layer: The layer that takes the statistics up, None where none does.
         reader: The layer behind the norm that takes it up, where that does.
         affine: The per-channel affine in front of the norm, where no layer takes it up.
+        front: What else the norm has in front of it.
         norm: The new norm, or the old one where it stays; None where there is none.
         kept: The tensors of a norm that is a call and stays, by the names that they have in a BatchNorm.
     """
@@ -45,6 +46,7 @@ class Placed:
     affine: ChannelAffine | None
     norm: nn.Module | None
     kept: Mapping[str, Tensor]
+    front: nn.Module | None = None
 
     @property
     def name(self) -> str:
@@ -59,14 +61,15 @@ class Placed:
     @property
     def parts(self) -> tuple[nn.Module, ...]:
         """The modules that the step has touched."""
-        return tuple(part for part in (self.layer, self.reader, self.affine, self.norm) if part is not None)
+        all_parts = (self.layer, self.reader, self.affine, self.front, self.norm)
+        return tuple(part for part in all_parts if part is not None)
 
     def tensor(self, name: str) -> Tensor:
-        """Return the tensor that an assignment calls ``layer.…``, ``reader.…``, ``affine.…`` or ``norm.…``."""
+        """Return the tensor that an assignment calls ``layer.…``, or of another part by that part's name."""
         part, _, rest = name.partition(".")
         if part == "norm" and rest in self.kept:
             return self.kept[rest]
-        module = {"layer": self.layer, "reader": self.reader, "affine": self.affine, "norm": self.norm}[part]
+        module: nn.Module | None = getattr(self, part)
         assert module is not None, f"nothing was placed that has a tensor {name}"
         return tensor_in(module, rest)
 
@@ -154,7 +157,7 @@ def _place(model: nn.Module, plan: Plan, step: BoundStep) -> Placed:
         reader = submodule(model, step.step.reader, plan)
         if is_layer(reader):
             _prepare_bias(reader, step.norm.bias)
-    elif not stays:
+    elif step.norm.takes is not Takes.NOTHING:
         affine = ChannelAffine(
             state.num_features,
             site.rank,
@@ -167,11 +170,11 @@ def _place(model: nn.Module, plan: Plan, step: BoundStep) -> Placed:
         kept = {} if owner is None or step.source.call is None else step.source.call.tensors_of(owner)
         norm = submodule(model, site.norm, plan) if step.source.call is None else None
         return Placed(step, layer, reader, affine, norm, kept)
-    new = step.norm.build(site, state.gamma)
+    new, front = step.norm.build(site, state.gamma), step.norm.in_front(site, state.gamma)
     for part in (affine, new):
         if part is not None and not state.trainable:
             part.requires_grad_(False)
-    return Placed(step, layer, reader, affine, new, {})
+    return Placed(step, layer, reader, affine, new, {}, front)
 
 
 def _prepare_bias(layer: nn.Module, bias: Bias) -> None:
@@ -186,7 +189,7 @@ def _prepare_bias(layer: nn.Module, bias: Bias) -> None:
 def _chain(placed: Placed, after: tuple[nn.Module, ...]) -> nn.Module:
     rank = placed.bound.held_rank
     named: list[tuple[str, nn.Module | None]] = [("rank", None if rank is None else RankCheck(rank))]
-    named += [("affine", placed.affine), ("norm", placed.norm)]
+    named += [("affine", placed.affine), ("front", placed.front), ("norm", placed.norm)]
     named += [(f"after{i}" if i else "after", module) for i, module in enumerate(after)]
     parts = OrderedDict((name, module) for name, module in named if module is not None)
     if not parts:
