@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import normswap
-from normswap.nn import ChannelLayerNorm, FilterLayout, WeightStandardization, parametrize_weight_norm
+from normswap.nn import ChannelLayerNorm, EstimatedStatistics, FilterLayout, WeightStandardization, parametrize_weight_norm
 
 EPS = 1e-12  # of the norms: the invariances hold for eps = 0, and eps = 1e-5 would break them by 1e-5
 INVARIANT = 1e-9  # of the output's size; float64 and EPS leave about 1e-11
@@ -169,6 +169,17 @@ def swapped_to_weight_norm(layer: Any, x: Tensor) -> nn.Module:
     return normswap.swap_norms(batch_normed(layer, x).eval(), to="wn", example_inputs=x)
 
 
+def log_weight_normed(layer: Any, x: Tensor) -> nn.Module:
+    parametrize_weight_norm(layer, log_gain=True)
+    return layer
+
+
+def batch_channel_normed(layer: Any, x: Tensor) -> nn.Module:
+    """In training and at the update rate 1: the estimates are the batch's own statistics."""
+    estimates = EstimatedStatistics(8, eps=EPS, momentum=1.0, dtype=torch.float64)
+    return nn.Sequential(layer, estimates, nn.GroupNorm(2, 8, eps=EPS).double())
+
+
 def layer_normed(layer: Any, x: Tensor) -> nn.Module:
     return nn.Sequential(layer, nn.GroupNorm(1, 8, eps=EPS).double())
 
@@ -195,6 +206,8 @@ ROWS: dict[str, tuple[Callable[[Any, Tensor], nn.Module], dict[str, tuple[bool, 
     "batch norm": (batch_normed, dict.fromkeys(LAYERS, BATCH_NORM)),
     "weight norm": (weight_normed, dict.fromkeys(LAYERS, WEIGHT_NORM)),
     "weight norm, swapped": (swapped_to_weight_norm, dict.fromkeys(LAYERS, WEIGHT_NORM)),
+    "weight norm, log gain": (log_weight_normed, dict.fromkeys(LAYERS, WEIGHT_NORM)),
+    "batch-channel norm": (batch_channel_normed, dict.fromkeys(LAYERS, BATCH_NORM)),
     "layer norm": (layer_normed, dict.fromkeys(LAYERS, LAYER_NORM_OVER_SPACE) | {"linear": LAYER_NORM}),
     "layer norm, swapped": (
         swapped_to_layer_norm,
@@ -232,6 +245,18 @@ def test_group_norm_with_one_group_behind_a_convolution_is_not_invariant_to_rece
     assert change(subject("convolution", layer_normed), weight_matrix_recentring) > CHANGED
     assert change(subject("convolution", channel_layer_normed), weight_matrix_recentring) < INVARIANT
     assert change(subject("linear", layer_normed), weight_matrix_recentring) < INVARIANT
+
+
+@pytest.mark.parametrize("column", range(6), ids=list(TRANSFORMATIONS))
+def test_estimates_that_lag_behind_have_no_invariance_at_all(column: int) -> None:
+    def lagging(layer: Any, x: Tensor) -> nn.Module:
+        model: Any = batch_channel_normed(layer, x)
+        with torch.no_grad():
+            model(x)
+        return model.eval()
+
+    # The group norm behind takes most of a change of scale away again, so that less than CHANGED is left.
+    assert change(subject("convolution", lagging), list(TRANSFORMATIONS.values())[column]) > 1e-2
 
 
 # The checks themselves
