@@ -23,7 +23,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import normswap
-from normswap.nn import ChannelLayerNorm, EstimatedStatistics, FilterLayout, WeightStandardization, parametrize_weight_norm
+from normswap.nn import (
+    ChannelLayerNorm,
+    EstimatedStatistics,
+    FilterLayout,
+    WeightStandardization,
+    parametrize_weight_norm,
+)
 
 EPS = 1e-12  # of the norms: the invariances hold for eps = 0, and eps = 1e-5 would break them by 1e-5
 INVARIANT = 1e-9  # of the output's size; float64 and EPS leave about 1e-11
