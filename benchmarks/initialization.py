@@ -1,6 +1,7 @@
-"""Whether residual networks without BatchNorm train from a data-dependent initialization, beside BatchNorm.
+"""Whether residual networks without BatchNorm train from data-dependent initialization and Fixup, beside BatchNorm.
 
     python benchmarks/initialization.py [--blocks 3 9] [--rates 0.1 0.01] [--steps 100] [--batch 32]
+        [--networks NAME ...]
 
 CIFAR-10 ResNets of depth 6n + 2 with n blocks in a stage (3: ResNet-20, 9: ResNet-56), new ones, trained by SGD with
 momentum 0.9 on batches of the same images in the same order. Printed is the mean loss of the last 25 steps; chance is
@@ -47,6 +48,7 @@ NETWORKS: dict[str, Callable[[nn.Module, Tensor], nn.Module]] = {
     "`wn`, eq. 5-6 alone": initialized("wn", small=1.0),
     "`wn`": initialized("wn"),
     "`none`": initialized("none"),
+    "`none`, Fixup": lambda model, _: ns.swap_norms(model.eval(), "none", multiplier=True, init="fixup"),
 }
 
 
@@ -72,6 +74,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, nargs="+", default=[3, 9])
     parser.add_argument("--rates", type=float, nargs="+", default=[0.1, 0.01])
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--batch", type=int, default=32)
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -79,8 +82,8 @@ def main() -> None:
     columns = [(n, rate) for n in given.blocks for rate in given.rates]
     print(f"| | {' | '.join(f'ResNet-{6 * n + 2}, {rate:g}' for n, rate in columns)} |")
     print("|---" + "|---:" * len(columns) + "|")
-    for name, make in NETWORKS.items():
-        cells = []
+    for name in given.networks:
+        make, cells = NETWORKS[name], []
         for blocks, rate in columns:
             torch.manual_seed(0)
             model = make(CifarResNet(blocks), data[0][:256])

@@ -69,7 +69,8 @@ class Options:
         init: How the new norms get their values. absorb keeps the model's function by what its BatchNorms know, at the
             statistics of the calibration data where there is some; match then fits each site to that data in closed
             form (the default with calibration=); tune then takes gradient steps towards the original's own values,
-            without labels; fresh leaves the new norms as torch starts them.
+            without labels; fresh leaves the new norms as torch starts them; fixup draws a residual network that is left
+            without norms anew (:mod:`normswap.initialization.fixup`).
         scale: Let channels between layers be scaled, where weights are standardized: the same function, and the swap
             is closer; features taken from within the model differ from the original's by a factor per channel, and
             those that go into a linear layer do not (:mod:`normswap.initialization.equalization`).
@@ -105,7 +106,8 @@ class Options:
             metavar="HOW",
             note=f". absorb: keep what the BatchNorms know, at the statistics of {argument('calibration')} where that "
             f"is given; match: then fit each site to it (the default with {argument('calibration')}); tune: then take "
-            "gradient steps, without labels; fresh: new norms as torch starts them",
+            "gradient steps, without labels; fresh: new norms as torch starts them; fixup: draw a residual network that "
+            "is left without norms anew",
         ),
     )
     scale: bool = option(

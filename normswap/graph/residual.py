@@ -22,6 +22,7 @@ from normswap.operations.table import named, of_call, of_module
 __all__ = ["Branch", "output_layers", "residual_branches"]
 
 _ADD = named("add")
+_BATCH_NORM = named("batch_norm")
 _SCALINGS = (named("multiply"), named("multiply in place"), named("divide"))
 
 
@@ -39,29 +40,37 @@ class Branch:
     ends: tuple[str, ...]
 
 
-def residual_branches(capture: Capture) -> tuple[Branch, ...]:
-    """Return the residual branches of a model whose ends are known, in the order of their additions."""
+def residual_branches(capture: Capture, *, through_norms: bool = False) -> tuple[Branch, ...]:
+    """Return the residual branches of a model whose ends are known, in the order of their additions.
+
+    Args:
+        capture: The model's dataflow.
+        through_norms: Whether norms that can be replaced may stand behind the ends, although they divide.
+    """
     found: dict[tuple[str, ...], Branch] = {}
     for trace in capture.traces:
-        for branch in _Reader(capture, trace).branches():
+        for branch in _Reader(capture, trace, through_norms).branches():
             found.setdefault(branch.ends, branch)
     return tuple(found.values())
 
 
-def output_layers(capture: Capture) -> tuple[str, ...]:
-    """Return the layers whose outputs the model returns, one by one or through functions of single values."""
+def output_layers(capture: Capture, *, through_norms: bool = False) -> tuple[str, ...]:
+    """Return the layers whose outputs the model returns, one by one or through functions of single values.
+
+    The arguments are those of :func:`residual_branches`.
+    """
     found: dict[str, None] = {}
     for trace in capture.traces:
         if not trace.scope:
-            found |= dict.fromkeys(_Reader(capture, trace).returned())
+            found |= dict.fromkeys(_Reader(capture, trace, through_norms).returned())
     return tuple(found)
 
 
 class _Reader:
     """Reads one graph. ``above`` holds each node and all that it is computed from, a bit for each by its place."""
 
-    def __init__(self, capture: Capture, trace: Trace) -> None:
-        self.capture, self.trace = capture, trace
+    def __init__(self, capture: Capture, trace: Trace, through_norms: bool = False) -> None:
+        self.capture, self.trace, self.through_norms = capture, trace, through_norms
         self.nodes = list(trace.graph.nodes)
         self.place = {node: place for place, node in enumerate(self.nodes)}
         self.above: dict[fx.Node, int] = {}
@@ -126,10 +135,10 @@ class _Reader:
         module, operation, sources = self.capture.module_of(self.trace, node), of_call(node), node.all_input_nodes
         if module is not None:
             norm, operation = norm_of(module), of_module(module)
-            keeps = norm is not None and norm.takes is Takes.AFFINE
+            keeps = norm is not None and (norm.takes is Takes.AFFINE or (self.through_norms and norm.converts))
             return sources if keeps or passes_through(node, module) or (operation and operation.elementwise) else None
         if operation is _ADD or passes_through(node, None):
             return sources
         values = [source for source in sources if source.op != "get_attr"]
-        scales = operation in _SCALINGS and len(values) == 1
+        scales = len(values) == 1 and (operation in _SCALINGS or (self.through_norms and operation is _BATCH_NORM))
         return values if scales or (operation is not None and operation.elementwise) else None

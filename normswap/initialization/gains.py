@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _WeightNorm
 
-from normswap.nn import FilterLayout, FilterWeightNorm, WeightStandardization
+from normswap.nn import FilterLayout, FilterWeightNorm, ScalarMultiplier, WeightStandardization
 
 __all__ = ["Gains", "gains_of"]
 
@@ -61,6 +61,8 @@ def gains_of(layer: nn.Module) -> Gains:
     kind = originals[0]
     if isinstance(kind, (_WeightNorm, FilterWeightNorm)):
         return Gains(tensors[1], (tensors[0],), getattr(kind, "log_gain", False))
+    if isinstance(kind, ScalarMultiplier):
+        return Gains(tensors[1], (tensors[1],))
     return Gains(tensors[0], tuple(tensors[1:]) if isinstance(kind, WeightStandardization) else ())
 
 

@@ -5,7 +5,12 @@ from normswap.nn.filters import FilterLayout, row_moments
 from normswap.nn.layer_norm_cells import LayerNormGRUCell, LayerNormLSTMCell, LayerNormRNNCell
 from normswap.nn.layer_norm_rnn import LayerNormGRU, LayerNormLSTM, LayerNormRNN
 from normswap.nn.norms import ChannelAffine, ChannelLayerNorm, MeanOnlyBatchNorm
-from normswap.nn.parametrizations import FilterWeightNorm, WeightStandardization, parametrize_weight_norm
+from normswap.nn.parametrizations import (
+    FilterWeightNorm,
+    ScalarMultiplier,
+    WeightStandardization,
+    parametrize_weight_norm,
+)
 from normswap.nn.rank_check import RankCheck
 
 __all__ = [
@@ -22,6 +27,7 @@ __all__ = [
     "LayerNormRNNCell",
     "MeanOnlyBatchNorm",
     "RankCheck",
+    "ScalarMultiplier",
     "WeightStandardization",
     "parametrize_weight_norm",
     "row_moments",

@@ -12,7 +12,7 @@ from torch.nn.utils.parametrizations import _WeightNorm
 
 from normswap.nn.filters import FilterLayout, row_moments
 
-__all__ = ["FilterWeightNorm", "WeightStandardization", "parametrize_weight_norm"]
+__all__ = ["FilterWeightNorm", "ScalarMultiplier", "WeightStandardization", "parametrize_weight_norm"]
 
 
 class _NormalizedRows(torch.autograd.Function):
@@ -111,6 +111,21 @@ def parametrize_weight_norm(layer: nn.Module, name: str = "weight", *, log_gain:
     parametrizations.weight_norm(layer, name, dim=layout.axis)
     if layout.axis == 0:
         layer.get_submodule(f"parametrizations.{name}").register_module("0", _RowWeightNorm())
+
+
+class ScalarMultiplier(nn.Module):
+    """``W = a V`` with one scalar a. Originals: ``original0`` is a, ``()``; ``original1`` is V, shaped as the weight.
+
+    Source: H. Zhang, Y. Dauphin, T. Ma, *Fixup Initialization*, 2019, the multiplier of each residual branch.
+    """
+
+    def forward(self, a: Tensor, v: Tensor) -> Tensor:
+        """Return the weight."""
+        return a * v
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the multiplier 1 and the weight itself."""
+        return weight.new_ones(()), weight
 
 
 class WeightStandardization(nn.Module):

@@ -70,6 +70,7 @@ class Site:
         rank_by_example: Whether example inputs alone show the rank, and the norm takes inputs of others.
         held: Whether the norm is frozen by the model's own ``train()``, which leaves it in eval mode.
         reads_input: Whether what the layer reads is an input of the model.
+        ends_branch: Whether the norm's output is added to a shortcut.
         inside: The BatchNorm subclass in whose forward the norm was found, where it was: its name in the user's model.
         looked_up_by: The methods of the modules around it, beside the forward, that look for BatchNorms.
     """
@@ -101,6 +102,7 @@ class Site:
     held: bool = False
     looked_up_by: tuple[str, ...] = ()
     reads_input: bool = False
+    ends_branch: bool = False
     inside: str | None = None
 
     @property

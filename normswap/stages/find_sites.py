@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 
 from torch import fx, nn
@@ -15,6 +15,7 @@ from normswap.graph.code_reads import reads_in_code
 from normswap.graph.dataflow import Dataflow
 from normswap.graph.first_layers import reads_input
 from normswap.graph.reading import reader_of
+from normswap.graph.residual import residual_branches
 from normswap.nn import FilterLayout
 from normswap.nn.kinds import class_of
 from normswap.norms import is_convertible, norm_of
@@ -58,7 +59,8 @@ def find_sites(flow: Dataflow, example_inputs: Inputs | None = None, *, has_data
     """
     capture = flow.capture
     sites, skips, sources = _norms(flow)
-    found = [_with_layer(flow, _with_reader(flow, site), has_data) for site in sites]
+    ends = {end for branch in residual_branches(capture, through_norms=True) for end in branch.ends}
+    found = [_with_layer(flow, _with_reader(flow, site), has_data, ends) for site in sites]
     gaps = {one.site.norm: one.gap for one in found if one.gap}
     refused: dict[str, str] = {}
     for one in found:
@@ -124,7 +126,7 @@ def _with_reader(flow: Dataflow, site: Site) -> Site:
     return replace(site, readers=(found.layer,) if found.layer and not found.reason else (), unread=found.reason)
 
 
-def _with_layer(flow: Dataflow, site: Site, has_data: bool) -> _Placed:
+def _with_layer(flow: Dataflow, site: Site, has_data: bool, ends: Set[str]) -> _Placed:
     if not (site.has_statistics or has_data):
         return _Placed(replace(site, reason="the norm stores no statistics"))
     found = flow.layer_feeding(site.norm, site.num_features, site.rank)
@@ -143,6 +145,7 @@ def _with_layer(flow: Dataflow, site: Site, has_data: bool) -> _Placed:
         proof=Proof.PROVEN,
         axis=found.axis,
         reads_input=reads_input(flow, found.layer),
+        ends_branch=found.layer in ends,
     )
     return _Placed(site, found.gap)
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from normswap.errors import InputError
 from normswap.nn import FilterLayout
@@ -161,8 +160,8 @@ def _weight_and_gamma(
 ) -> tuple[Tensor, Tensor]:
     """Return W and γ with ``γ/σ·W`` the converted layer's weight."""
     layout = FilterLayout.of(layer)
-    if parametrize.is_parametrized(layer, "weight"):
-        g, v = _length_and_direction(layer, step)
+    if isinstance(step.weight, WeightNorm):
+        g, v = _length_and_direction(layer, step.weight)
         factor = g * sigma / layout.flatten(v).norm(dim=1)
         if "norm.weight" in old.names:
             return v, factor
@@ -221,8 +220,7 @@ def _running_mean(module: nn.Module) -> Tensor | None:
     return None if mean is None else mean.detach().double()
 
 
-def _length_and_direction(layer: nn.Module, step: BoundStep) -> tuple[Tensor, Tensor]:
+def _length_and_direction(layer: nn.Module, form: WeightNorm) -> tuple[Tensor, Tensor]:
     """Return g and v of a layer's weight normalization."""
-    assert isinstance(step.weight, WeightNorm)
     g, v = (layer.get_parameter(f"parametrizations.weight.original{i}").detach().double() for i in (0, 1))
-    return step.weight.lengths(g.flatten()), v
+    return form.lengths(g.flatten()), v

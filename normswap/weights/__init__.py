@@ -2,7 +2,8 @@
 
 from normswap.weights.base import Weight, WeightEncoding
 from normswap.weights.plain import PlainWeight
+from normswap.weights.scaled import ScaledWeight
 from normswap.weights.weight_norm import WeightNorm
 from normswap.weights.weight_standardization import WeightStd
 
-__all__ = ["PlainWeight", "Weight", "WeightEncoding", "WeightNorm", "WeightStd"]
+__all__ = ["PlainWeight", "ScaledWeight", "Weight", "WeightEncoding", "WeightNorm", "WeightStd"]
