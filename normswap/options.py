@@ -106,8 +106,8 @@ class Options:
             metavar="HOW",
             note=f". absorb: keep what the BatchNorms know, at the statistics of {argument('calibration')} where that "
             f"is given; match: then fit each site to it (the default with {argument('calibration')}); tune: then take "
-            "gradient steps, without labels; fresh: new norms as torch starts them; fixup: draw a residual network that "
-            "is left without norms anew",
+            "gradient steps, without labels; fresh: new norms as torch starts them; fixup: draw a residual network "
+            "that is left without norms anew",
         ),
     )
     scale: bool = option(

@@ -37,6 +37,10 @@ def two(n: Net, x: Tensor) -> Tensor:
     return n.b(F.relu(n.a(x)))
 
 
+def gated(n: Net, y: Tensor) -> Tensor:
+    return y * torch.sigmoid(n.d(y.mean((2, 3), keepdim=True)))
+
+
 BRANCHES: dict[str, tuple[Forward, list[tuple[str, str]]]] = {
     # what is added: the layers of each branch, and its ends
     "identity": (lambda n, x: x + two(n, x), [("ab", "b")]),
@@ -50,6 +54,11 @@ BRANCHES: dict[str, tuple[Forward, list[tuple[str, str]]]] = {
     "two in a row": (lambda n, x: (y := x + two(n, x)) + n.d(F.relu(n.c(y))), [("ab", "b"), ("cd", "d")]),
     "side by side": (lambda n, x: x + n.b(F.relu(n.a(x))) + n.d(F.relu(n.c(x))), [("ab", "b"), ("cd", "d")]),
     "a sum in the branch": (lambda n, x: x + (n.b(n.a(x)) + n.d(n.c(x))), [("abcd", "bd")]),
+    "a gate of its own": (lambda n, x: x + gated(n, two(n, x)), [("abd", "b")]),
+    "moved axes": (
+        lambda n, x: x + two(n, x.transpose(2, 3)).transpose(2, 3) * n.gamma.reshape(4, 1, 1),
+        [("ab", "b")],
+    ),
     # and nothing
     "a norm that divides": (lambda n, x: x + n.norm(two(n, x)), []),
     "a sum of equals": (lambda n, x: n.a(x) + n.b(x), []),
@@ -65,7 +74,8 @@ BRANCHES: dict[str, tuple[Forward, list[tuple[str, str]]]] = {
 def test_a_branch_is_the_addend_with_more_layers_since_the_fork(name: str) -> None:
     forward, expected = BRANCHES[name]
     model, x = Net(forward).eval(), torch.randn(2, 4, 6, 6)
-    branches = tuple(Branch(tuple(layers), tuple(ends)) for layers, ends in expected)
+    depth = 1 if "one layer" in name else 2
+    branches = tuple(Branch(tuple(layers), tuple(ends), depth) for layers, ends in expected)
     symbolic = capture_symbolic(model, (False,))
     assert not symbolic.opaque
     assert residual_branches(symbolic) == branches

@@ -33,11 +33,13 @@ class Branch:
     Args:
         layers: The convolutions and linear layers in it, by fqn, in the order of their calls.
         ends: Those of them whose outputs go into the sum and nowhere else, through nothing but functions of single
-            values and norms that divide by nothing.
+            values, moves of axes, gates computed from the output itself, and norms that divide by nothing.
+        depth: How many layers its shortest way leads through.
     """
 
     layers: tuple[str, ...]
     ends: tuple[str, ...]
+    depth: int
 
 
 def residual_branches(capture: Capture, *, through_norms: bool = False) -> tuple[Branch, ...]:
@@ -93,13 +95,15 @@ class _Reader:
                 own = self.above[end] & ~self.above[shortcut]
                 inside = (one for one in fewest if own >> self.place[one] & 1)
                 layers = [name for one in inside if (name := self._layer(one)) is not None]
-                yield Branch(tuple(dict.fromkeys(layers)), tuple(dict.fromkeys(name for name in ends if name)))
+                yield Branch(tuple(dict.fromkeys(layers)), tuple(dict.fromkeys(n for n in ends if n)), fewest[end])
 
     def returned(self) -> Iterator[str]:
         """Yield the layers at the ends of all that the graph returns."""
         output = self.nodes[-1]
+        given = sum(1 << self.place[node] for node in self.nodes if node.op == "placeholder")
+        inside = {node: 0 for node in self.nodes if self.above[node] & given}
         for value in output.all_input_nodes:
-            yield from (name for name in self._ends(value, output, self.place) if name)
+            yield from (name for name in self._ends(value, output, inside) if name)
 
     def _fewest_layers(self, p: fx.Node, q: fx.Node) -> Mapping[fx.Node, int]:
         """Return the fewest layers on a way from the fork of p and q to each value, where there is a way."""
@@ -119,26 +123,30 @@ class _Reader:
 
     def _ends(self, node: fx.Node, reader: fx.Node, inside: Mapping[fx.Node, int]) -> Iterator[str | None]:
         """Yield the layers whose outputs make up what ``reader`` reads of a branch, None for what is none of them."""
-        if set(node.users) != {reader} or node not in inside:
+        if node not in inside or not all(self.above[reader] >> self.place[user] & 1 for user in node.users):
             yield None
         elif name := self._layer(node):
             yield name
-        elif (sources := self._scaled(node)) is None:
-            yield None
         else:
-            for source in sources:
-                if source.op != "get_attr":
-                    yield from self._ends(source, node, inside)
+            sources = [source for source in node.all_input_nodes if source in inside]
+            passed = self._passed_on(node, sources)
+            for source in passed:
+                yield from self._ends(source, node, inside)
+            if not passed:
+                yield None
 
-    def _scaled(self, node: fx.Node) -> list[fx.Node] | None:
-        """Return the values that ``node`` adds up or is an elementwise function of, else None."""
-        module, operation, sources = self.capture.module_of(self.trace, node), of_call(node), node.all_input_nodes
+    def _passed_on(self, node: fx.Node, sources: list[fx.Node]) -> list[fx.Node]:
+        """Return those of ``sources`` that ``node`` adds up or passes on value for value; none where it mixes them."""
+        module, operation = self.capture.module_of(self.trace, node), of_call(node)
         if module is not None:
             norm, operation = norm_of(module), of_module(module)
-            keeps = norm is not None and (norm.takes is Takes.AFFINE or (self.through_norms and norm.converts))
-            return sources if keeps or passes_through(node, module) or (operation and operation.elementwise) else None
-        if operation is _ADD or passes_through(node, None):
+            if norm is not None and (norm.takes is Takes.AFFINE or (self.through_norms and norm.converts)):
+                return sources
+        if operation is _ADD or passes_through(node, module):
             return sources
-        values = [source for source in sources if source.op != "get_attr"]
-        scales = len(values) == 1 and (operation in _SCALINGS or (self.through_norms and operation is _BATCH_NORM))
-        return values if scales or (operation is not None and operation.elementwise) else None
+        if operation in _SCALINGS and len(sources) == 2:  # a gate: what it opens is what it was computed from
+            a, b = sorted(sources, key=self.place.__getitem__)
+            return [a] if self.above[b] >> self.place[a] & 1 else []
+        normalizes = self.through_norms and operation is _BATCH_NORM
+        alike = operation is not None and (operation.elementwise or operation.order is not None)
+        return sources if len(sources) == 1 and (alike or normalizes or operation in _SCALINGS) else []

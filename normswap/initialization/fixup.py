@@ -91,8 +91,8 @@ def _rules(work: Work) -> tuple[Mapping[str, str], Mapping[str, float]]:
     last |= {name: "0: ends the network" for name in heads if name not in last}
     factors: dict[str, float] = {}
     for branch in branches:
-        if len(branch.layers) > 1:
-            factor = len(branches) ** (-1 / (2 * len(branch.layers) - 2))
+        if branch.depth > 1:
+            factor = len(branches) ** (-1 / (2 * branch.depth - 2))
             factors |= {name: min(factor, factors.get(name, 1.0)) for name in branch.layers if name not in last}
     return last, factors
 
