@@ -127,9 +127,24 @@ def test_it_exports(tmp_path: Path) -> None:
     assert ns.verify(converted, tmp_path / "m.onnx", (X.float(),)).ok
 
 
-def test_group_counts_are_not_left_to_a_match_that_fits_no_site() -> None:
-    with pytest.raises(ns.NormswapError, match="it fits none of 'bcn'"):
-        ns.plan(network(), "bcn", num_groups="auto")
+def test_a_match_fits_the_layer_and_lets_the_estimates_follow_it() -> None:
+    model = network().float()
+    x = torch.randn(40, 3, 9, 9, generator=torch.Generator().manual_seed(2))
+    absorbed, matched = (
+        ns.convert(model, "bcn", calibration=x, init=init, num_groups=1) for init in ("absorb", "match")
+    )
+    rows = {row.name: row for row in matched.init.rows}
+    assert rows["1"].method == rows["5"].method == "matched"
+    errors = [one.model(x).sub(model(x)).norm() / model(x).norm() for one in (absorbed, matched)]
+    assert errors[1] < 0.7 * errors[0]
+    for layer, norm in ((0, 1), (4, 5)):
+        reaches = nn.Sequential(*list(matched.model)[: layer + 1])(x)
+        estimates = matched.model[norm].front
+        # The statistics of the training part, four fifths of the samples: within their sampling error.
+        assert torch.allclose(estimates.running_mean, reaches.mean((0, 2, 3)), atol=0.05)
+        assert torch.allclose(estimates.running_var, reaches.var((0, 2, 3)), rtol=0.1)
+    choosing = ns.convert(model, "bcn", calibration=x, num_groups="auto")
+    assert all(step.num_groups in (1, 2, 3, 4) for step in choosing.plan.steps)
 
 
 def test_training_follows_the_batches_and_frozen_norms_stay() -> None:

@@ -9,7 +9,6 @@ from torch import nn
 from normswap.errors import Text, argument
 from normswap.initialization.moments import Moments, input_moments
 from normswap.initialization.noise import noises_like
-from normswap.norms import Takes
 from normswap.runs.calling import Batch
 from normswap.runs.inputs import Inputs, make_up_inputs
 from normswap.stages.bound import BoundPlan, BoundStep
@@ -41,7 +40,7 @@ def moments_for(
         example: Inputs of the model.
         fitted: Whether the sites are fitted to the data afterwards: a fit measures its own.
     """
-    layers = [layer for layer, step in centred_layers(bound) if not (fitted and step.norm.takes is Takes.NORMALIZATION)]
+    layers = [layer for layer, step in centred_layers(bound) if not (fitted and step.norm.is_fitted)]
     if not layers or any(p.is_meta for p in model.parameters()):
         return {}, ""
     if batches is not None:

@@ -217,6 +217,8 @@ class SiteRegression:
         """
         if candidate is not None:
             self.values.load(candidate)
+            if self.placed is not None and self.site.front is not None:
+                self.placed.bound.norm.follow(self.site.front, *self._units())
             self.values.set_affine(torch.ones_like(self.target.gain), torch.zeros_like(self.target.gain))
         sample = self.sampling.outputs(self.site.output)
         judging = sample.validation

@@ -19,7 +19,6 @@ from normswap.initialization.base import Outcome, Work
 from normswap.initialization.fitting import SiteRegression
 from normswap.initialization.heads import find_heads
 from normswap.initialization.targets import RegressionTarget
-from normswap.norms import Takes
 from normswap.records import Agreement, InitRow, NormKind
 from normswap.runs.data import few_samples
 from normswap.runs.paired_sites import PairedSite, SiteBatch
@@ -84,14 +83,14 @@ def _paired(original: nn.Module, placed: Sequence[Placed]) -> list[PairedSite]:
     sites = []
     for one in placed:
         source, name = one.source, one.name
-        if one.bound.norm.takes is not Takes.NORMALIZATION or source is None or one.norm is None:
+        if not one.bound.norm.is_fitted or source is None or one.norm is None:
             continue
         owner, _, buffer = name.partition(":")
         module = original.get_submodule(owner)
         if one.bound.site.kind == NormKind.MODULE:
-            sites.append(PairedSite(name, source, one.norm, module, moved=one.bound.site.axis == -1))
+            sites.append(PairedSite(name, source, one.norm, module, moved=one.bound.site.axis == -1, front=one.front))
         elif isinstance(mean := getattr(module, buffer or "running_mean", None), Tensor):
-            sites.append(PairedSite(name, source, one.norm, None, mean))
+            sites.append(PairedSite(name, source, one.norm, None, mean, front=one.front))
     return sites
 
 

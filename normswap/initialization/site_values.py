@@ -52,7 +52,8 @@ class SiteValues:
         self.site, self.target, self.placed = site, target, placed
         self.groups = None if placed is None else placed.bound.norm.groups
         norm = () if site.norm is None else site.norm.parameters()
-        self.parameters = (*site.source.parameters(), *norm)
+        estimates = () if site.front is None else [b for b in site.front.buffers() if b.is_floating_point()]
+        self.parameters = (*site.source.parameters(), *norm, *estimates)
 
     @property
     def channel_wise(self) -> bool:

@@ -121,6 +121,11 @@ class Norm:
         return None
 
     @property
+    def is_fitted(self) -> bool:
+        """Whether a match fits the layer in front of it and its affine: there is one, and something is divided by."""
+        return self.takes is not Takes.AFFINE and self.bias is not Bias.KEPT
+
+    @property
     def is_batch_norm(self) -> bool:
         """Whether code that looks for BatchNorms by their class finds it."""
         return any(issubclass(kind, _BatchNorm) for kind in self.modules)
@@ -151,8 +156,14 @@ class Norm:
         """Give the module, which :meth:`build` made, another number of groups."""
         module.__dict__["num_groups"] = count
 
+    def follow(self, front: nn.Module, means: Tensor, squares: Tensor) -> None:
+        """Give what stands in front the statistics of what reaches it: each sample's per channel, ``(n, C)`` each."""
+
     def divisor(self, means: Tensor, squares: Tensor) -> Tensor:
-        """Return what it divides by, about, given each sample's mean and mean square per channel, ``(n, C)`` each."""
+        """Return what it divides by, about, given each sample's mean and mean square per channel, ``(n, C)`` each.
+
+        One number, or one per channel.
+        """
         about = means.mean(0).square() if self.removes_mean else 0
         return (squares.mean(0) - about).clamp(min=0).mean().double().sqrt()
 

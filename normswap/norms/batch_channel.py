@@ -49,6 +49,7 @@ class BatchChannel(Groups):
 
     takes = Takes.NOTHING
     bias = Bias.REMOVED
+    removes_mean = False  # what is in front takes any offset that is chosen for a channel away again
 
     def in_front(self, site: Site, like: Tensor) -> nn.Module:
         return EstimatedStatistics(
@@ -75,6 +76,15 @@ class BatchChannel(Groups):
             estimates["num_batches_tracked"] = NewValue(state.batches)
         groups = replace(incoming, excess=remaining).normalized(self.num_groups, self.eps)
         return Encoding(groups.values, front=estimates)
+
+    def follow(self, front: nn.Module, means: Tensor, squares: Tensor) -> None:
+        assert isinstance(front, EstimatedStatistics)
+        mean = means.mean(0)
+        front.running_mean.copy_(mean)
+        front.running_var.copy_(squares.mean(0) - mean.square())
+
+    def divisor(self, means: Tensor, squares: Tensor) -> Tensor:
+        return (squares.mean(0) - means.mean(0).square()).clamp(min=0).double().sqrt()
 
     def __str__(self) -> str:
         return f"estimated batch statistics, {super().__str__()}"

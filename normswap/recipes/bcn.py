@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from normswap.errors import InputError, argument, parameter
 from normswap.norms import Norm
 from normswap.norms.batch_channel import BatchChannel
-from normswap.recipes.base import AUTO_GROUPS
 from normswap.recipes.gn_ws import GroupNormalizationWeightStandardization
 from normswap.records import Site
 
@@ -20,8 +18,7 @@ class BatchChannelNormalization(GroupNormalizationWeightStandardization):
 
     ``t = (x − μ̂)/sqrt(σ̂² + eps)``, ``y = γ (t − mean_g t)/sqrt(var_g t + eps) + β``, with the estimates μ̂ and σ̂² of
     what reaches the norm in training, for batches of a few samples. Up to the group normalization the swap is exact
-    where the weights are not standardized; a BatchNorm that is frozen becomes that of ``gn+ws``. Matching fits no
-    layer's weight here: data serves the centring and the expected statistics.
+    where the weights are not standardized; a BatchNorm that is frozen becomes that of ``gn+ws``.
 
     Source: S. Qiao et al., *Micro-Batch Training with Batch-Channel Normalization and Weight Standardization*, 2019.
     """
@@ -30,15 +27,6 @@ class BatchChannelNormalization(GroupNormalizationWeightStandardization):
     equation = "W as gn+ws, (x − μ̂)/sqrt(σ̂² + eps) by estimates, then gn"
     paper = "Qiao et al. 2019"
     exact = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.num_groups == AUTO_GROUPS:
-            raise InputError(
-                f"{argument('num_groups', AUTO_GROUPS)} chooses where a match fits sites, and it fits none of 'bcn'",
-                code="group-options",
-                hint=f"give a number, or {parameter('group_size')}",
-            )
 
     def norm(self, site: Site, num_groups: int | None) -> Norm:
         assert num_groups is not None

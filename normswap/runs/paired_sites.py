@@ -24,6 +24,7 @@ class PairedSite:
         original: The original's norm module, or the layer where it is fitted alone; None for a functional norm.
         running_mean: The functional norm's buffer, by which its calls are known.
         moved: Whether the last axis of the source's output is moved to the norm's axis 1.
+        front: What stands between the source and the norm, if anything.
     """
 
     name: str
@@ -32,6 +33,7 @@ class PairedSite:
     original: nn.Module | None
     running_mean: Tensor | None = None
     moved: bool = False
+    front: nn.Module | None = None
 
     @property
     def end(self) -> nn.Module:
@@ -39,13 +41,14 @@ class PairedSite:
         return self.source if self.norm is None else self.norm
 
     def channels(self, x: Tensor) -> Tensor:
-        """Return what reaches the norm, or the source's output where there is none, for the source's input ``x``."""
+        """Return what reaches the norm, or what is in front of it; the source's output where there is neither."""
         y: Tensor = self.source(x)
         return y.movedim(-1, 1) if self.moved else y
 
     def output(self, x: Tensor) -> Tensor:
         """Return what the converted network gives here for the source's input ``x``."""
         y = self.channels(x)
+        y = y if self.front is None else self.front(y)
         return y if self.norm is None else self.norm(y)
 
 
