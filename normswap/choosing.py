@@ -40,6 +40,7 @@ from normswap.runs.calling import Batch
 from normswap.runs.data import Data
 from normswap.runs.gradients import OutputGradients, output_gradients
 from normswap.runs.paired_sites import PairedSite, SiteBatch
+from normswap.runs.processes import offsets, summed_by_name, together
 from normswap.runs.wrappers import unwrapped
 from normswap.stages.opened import opened
 
@@ -74,7 +75,8 @@ def choose_recipes(
     model, _ = unwrapped(model)
     refuse_wrappers(model)
     refuse_unfit(model)
-    return choose(model, recipe, chosen, Data.of(model, example_inputs, calibration, forward_fn), progress)[1]
+    with together(chosen.processes):
+        return choose(model, recipe, chosen, Data.of(model, example_inputs, calibration, forward_fn), progress)[1]
 
 
 def choose(
@@ -136,10 +138,11 @@ def _measured(
     work = dataclasses.replace(prepared(model, part, options, data, None, initializer=Match), progress=progress)
     effects = _Effects.of(work)
     rows = each_alone(work, effects.fitted)
+    found = effects.over_processes()
     known = [
-        effects.found[name] / row.fit.noise_after
+        found[name] / row.fit.noise_after
         for name, row in rows.items()
-        if row.fit and name in effects.found and row.fit.noise_after > 0
+        if row.fit and name in found and row.fit.noise_after > 0
     ]
     usual = statistics.median(known) if known else 1 / max(len(work.bound.steps), 1)
     measured = {}
@@ -147,8 +150,8 @@ def _measured(
         name = step.site.norm
         row = rows.get(name)
         if row is not None and row.fit is not None:
-            at_output = name in effects.found
-            energy = effects.found[name] if at_output else usual * row.fit.noise_after
+            at_output = name in found
+            energy = found[name] if at_output else usual * row.fit.noise_after
             measured[name] = _Measured(energy, row.fit.num_groups if step.recipe.least_group else None, at_output)
     return measured
 
@@ -198,16 +201,21 @@ class _Effects:
             energy += at_output
         self.found[site.name] = energy / size
 
+    def over_processes(self) -> dict[str, float]:
+        """Return the mean of what all processes have found, each on samples of its own."""
+        values = {name: [torch.tensor([energy, 1.0], dtype=torch.float64)] for name, energy in self.found.items()}
+        sums = summed_by_name("the effects of errors", values)
+        return {name: float(energy / count) for name, ((energy, count),) in sums.items()}
+
 
 def _some_held(batches: Sequence[Batch]) -> list[tuple[int, Tensor, Batch]]:
     """Return some held-out samples: the batch that they are of, which of its samples they are, and their inputs."""
-    few = sum(map(sample_count, batches)) < LEAST_SAMPLES
+    counts = [sample_count(batch) for batch in batches]
+    firsts, samples = offsets("samples", counts)
     found: list[tuple[int, Tensor, Batch]] = []
-    before = wanted = 0
-    for i, batch in enumerate(batches):
-        count = sample_count(batch)
-        rows = torch.ones(count, dtype=torch.bool) if few else held_out(count, before)
-        before += count
+    wanted = 0
+    for i, (batch, count, first) in enumerate(zip(batches, counts, firsts, strict=True)):
+        rows = torch.ones(count, dtype=torch.bool) if samples < LEAST_SAMPLES else held_out(count, first)
         rows &= rows.cumsum(0) <= _SAMPLES - wanted
         part = take(batch, rows)
         if part is not None and bool(rows.any()):

@@ -84,6 +84,9 @@ class Options:
             layer-normalized. ``{"recipe": "ln", "spread": 30}`` gives one options of its own.
         check: Verify that an exact recipe has kept the model's output; the inputs are the example's, or made up.
         inplace: Convert the model itself, for models that fill the memory; a failed check leaves it converted.
+        processes: Let all processes of torch.distributed bring calibration data of their own, and give them the same
+            values, where there is a process group and such data: what is measured, fitted and chosen is that of all of
+            it. Every process must make the call; with False one works by itself (:mod:`normswap.runs.processes`).
 
     Raises:
         InputError: A value is not one that the option may have.
@@ -146,6 +149,11 @@ class Options:
         False,
         "Convert the model itself, for models that fill the memory",
         flag=Flag(commands=()),  # what a command has read from a file is nobody else's
+    )
+    processes: bool = option(
+        True,
+        "Let all processes of torch.distributed bring calibration data of their own, and give them the same values",
+        flag=Flag(commands=()),  # a command is one process
     )
 
     def __post_init__(self) -> None:

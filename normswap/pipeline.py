@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, cast
 
-import torch
 from torch import nn
 from typing_extensions import TypeVar
 
@@ -24,11 +23,12 @@ from normswap.preparation import asked, planned, prepared
 from normswap.recipes import Auto, To
 from normswap.records import Choice, InitReport, Plan
 from normswap.runs.data import Data
-from normswap.runs.guard import copy_of
+from normswap.runs.equal_models import make_equal
+from normswap.runs.processes import together
 from normswap.runs.wrappers import unwrapped
 from normswap.stages.moves import Recording
 from normswap.stages.opened import opened
-from normswap.stages.rewriting import rewrite
+from normswap.stages.rewriting import rewrite, take_values, target_for
 from normswap.storage.origin import Origin, remember, skeleton_of
 from normswap.training.held import notes_on_optimizers
 
@@ -132,8 +132,8 @@ def convert(
         plan: A plan to replay instead of making one.
         progress: Called by a match and by tuning with what is done, how much of it is, and how much there is.
         **options: The options of every conversion (:class:`normswap.options.Options`: ``include``, ``exclude``,
-            ``init``, ``scale``, ``spread``, ``tune_steps``, ``check``, ``inplace``) and those of the recipe
-            (``num_groups`` and others).
+            ``init``, ``scale``, ``spread``, ``tune_steps``, ``check``, ``inplace``, ``processes``) and those of the
+            recipe (``num_groups`` and others).
 
     Returns:
         The converted model with its plan and reports.
@@ -156,62 +156,39 @@ def convert(
     model, notes = cast("tuple[Model, tuple[str, ...]]", unwrapped(model))
     refuse_wrappers(model)
     refuse_unfit(model)
-    data = Data.of(model, example_inputs, calibration, forward_fn)
-    choice = None
-    if isinstance(recipe, Auto):
-        recipe, choice = choose(model, recipe, chosen, data, progress)
-        initializer = initializer_for(chosen.init, recipe, has_data)
-    skeleton = skeleton_of(model)
-    with opened(model) as norms:
-        work = prepared(model, recipe, chosen, data, plan, initializer=initializer)
-        work = dataclasses.replace(work, choose_groups=choose_groups, progress=progress)
-        exact = work.bound.exact and initializer.keeps_function
-        promise = Promise.of(model, work.bound.plan, data.example, exact=exact) if chosen.check else Promise()
+    with together(chosen.processes and has_data):
+        data = Data.of(model, example_inputs, calibration, forward_fn)
+        choice = None
+        if isinstance(recipe, Auto):
+            recipe, choice = choose(model, recipe, chosen, data, progress)
+            initializer = initializer_for(chosen.init, recipe, has_data)
+        skeleton = skeleton_of(model)
+        with opened(model) as norms:
+            work = prepared(model, recipe, chosen, data, plan, initializer=initializer)
+            work = dataclasses.replace(work, choose_groups=choose_groups, progress=progress)
+            exact = work.bound.exact and initializer.keeps_function
+            promise = Promise.of(model, work.bound.plan, data.example, exact=exact) if chosen.check else Promise()
+            target = target_for(model, work.source, inplace=chosen.inplace, apart=initializer.fits)
+            method = initializer(work)
+            recording = Recording(model, work.source, target, work.bound, method.values, work.factors)
+            placed = rewrite(target, work.bound, recording.values)
+            outcome = method.refine(target, placed)
+            make_equal(target)
+            moves = recording.moves(target, placed, outcome.rows)
+            bound = work.bound.with_groups(outcome.groups)
+            if chosen.inplace and target is not model:
+                rewrite(model, bound)
+                take_values(model, target)
+                target = model
+            norms.close(target)
+        remember(target, Origin(bound.plan, recipe, skeleton, moves))
+        check = promise.keep(target)
 
-        target = _target(model, work.source, inplace=chosen.inplace, apart=initializer.fits)
-        method = initializer(work)
-        recording = Recording(model, work.source, target, work.bound, method.values, work.factors)
-        placed = rewrite(target, work.bound, recording.values)
-        outcome = method.refine(target, placed)
-        moves = recording.moves(target, placed, outcome.rows)
-        bound = work.bound.with_groups(outcome.groups)
-        if chosen.inplace and target is not model:
-            rewrite(model, bound)
-            _take_values(model, target)
-            target = model
-
-        norms.close(target)
-
-    remember(target, Origin(bound.plan, recipe, skeleton, moves))
     scaled = (EQUALIZED,) if work.source is not model else ()
     report = InitReport(
         method.name,
         (*outcome.rows, *(one.row for one in bound.recurrent)),
-        (*notes, *data.all_notes, *scaled, *outcome.notes, *notes_on_optimizers(target)),
+        (*notes, *data.notes, *scaled, *outcome.notes, *notes_on_optimizers(target)),
         outcome.agreement,
     )
-    return Conversion(cast(Model, target), bound.plan, report, promise.keep(target), bound.exact, choice)
-
-
-def _target(model: nn.Module, source: nn.Module, *, inplace: bool, apart: bool) -> nn.Module:
-    """Return the model to rewrite: ``model`` itself or a copy, and where the original must stay beside it, a copy."""
-    if inplace and not apart:
-        if source is not model:
-            _take_values(model, source)
-        return model
-    try:
-        return copy_of(source)
-    except Exception as cause:
-        raise InputError(
-            f"the model cannot be copied: {type(cause).__name__}: {cause}",
-            code="not-copyable",
-            hint=f"convert it in place ({argument('inplace', True)}), after saving its state dict",
-        ) from cause
-
-
-def _take_values(model: nn.Module, source: nn.Module) -> None:
-    """Give ``model`` the values of ``source``, a model of the same structure; a state dict may be a user's own."""
-    with torch.no_grad():
-        for tensors in ((model.parameters(), source.parameters()), (model.buffers(), source.buffers())):
-            for mine, found in zip(*tensors, strict=True):
-                mine.copy_(found)
+    return Conversion(cast(Model, target), bound.plan, report, check, bound.exact, choice)

@@ -20,6 +20,7 @@ from normswap.recipes import Auto, Recipe, To, make_recipe, option_types
 from normswap.recipes.recurrent import make_recurrent
 from normswap.records import Plan
 from normswap.runs.data import Data
+from normswap.runs.equal_models import refuse_different, refuse_different_models
 from normswap.stages.bound import BoundPlan, bind
 from normswap.stages.find_sites import find_sites
 from normswap.stages.moves import Scale
@@ -52,7 +53,7 @@ def asked(to: To, plan: Plan | None, given: Mapping[str, Any], *, has_data: bool
 
 def planned(flow: Dataflow, recipe: Recipe, options: Options, data: Data) -> BoundPlan:
     """Return the plan for a model, bound to it."""
-    has_data = data.batches is not None
+    has_data = data.enough is not None
     found = find_sites(flow, data.example, has_data=has_data)
     recurrent = make_recurrent(options.recurrent)
     name = type(flow.capture.model).__name__
@@ -66,7 +67,10 @@ def prepared(
     flow = Dataflow(capture(model, data.example))
     bound = planned(flow, recipe, options, data) if plan is None else bind(plan, recipe, model)
     refuse_empty(bound.plan)
-    bound = bound.with_statistics(missing_statistics(model, bound, data.batches))
+    refuse_different_models(model)
+    refuse_different("plans", bound.plan.to_json(), "give the same example_inputs and options in all of them")
+    batches = list(data.batches) if initializer.revisits else data.batches
+    bound = bound.with_statistics(missing_statistics(model, bound, None if data.enough is None else batches))
     if initializer.keeps_function:
         bound = centred(bound, model, data.enough)
     source: nn.Module = model
@@ -75,4 +79,4 @@ def prepared(
     if options.scale and initializer.keeps_function:
         source, scales, factors = equalize(bound, flow, data.enough, data.example)
     bound = bound.with_scales(scales)
-    return Work(model, source, bound, options, data.example, data.batches, data.enough, scales, factors)
+    return Work(model, source, bound, options, data.example, data.enough, batches, scales, factors)

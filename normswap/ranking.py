@@ -18,6 +18,7 @@ from normswap.recipes import To, all_recipes
 from normswap.records import InitRow, SiteCost
 from normswap.runs.data import Data
 from normswap.runs.guard import copy_of
+from normswap.runs.processes import together
 from normswap.runs.wrappers import unwrapped
 from normswap.stages.opened import opened
 from normswap.stages.rewriting import rewrite
@@ -59,10 +60,11 @@ def rank_sites(
     model, _ = unwrapped(model)
     refuse_wrappers(model)
     refuse_unfit(model)
-    data = Data.of(model, example_inputs, calibration, forward_fn)
-    with opened(model):
-        work = prepared(model, recipe, chosen, data, None, initializer=Match)
-        rows = each_alone(dataclasses.replace(work, progress=progress))
+    with together(chosen.processes):
+        data = Data.of(model, example_inputs, calibration, forward_fn)
+        with opened(model):
+            work = prepared(model, recipe, chosen, data, None, initializer=Match)
+            rows = each_alone(dataclasses.replace(work, progress=progress))
     found = [(step.site, fit) for step in work.bound.steps if (row := rows.get(step.site.norm)) and (fit := row.fit)]
     total = sum(fit.noise_after for _, fit in found) or 1.0
     costs = (

@@ -70,7 +70,7 @@ def computed(model: nn.Module, recipe: Recipe, x: Any, calibration: Any = None) 
     flow = Dataflow(capture(model, data.example))
     found = find_sites(flow, data.example)
     bound = make_plan(type(model).__name__, found, recipe, Options())
-    work = Work(model, model, bound, Options(), data.example, data.batches, data.enough)
+    work = Work(model, model, bound, Options(), data.example, data.enough)
     method = Absorb(work)
     values = {step.site.norm: method.values(step) for step in bound.steps}
     return Case(model, bound, values, method.moments, method.data)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections.abc
 import copy
 import types
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -295,3 +296,41 @@ def test_a_model_of_such_norms_alone_is_refused_in_words() -> None:
 
     with pytest.raises(NothingToConvertError, match="the forward of Only asks for its class"):
         ns.convert(network(Only), "gn")
+
+
+class Criterion:
+    def __init__(self) -> None:
+        super().__init__()
+
+
+def parsed(layers: Sequence[nn.Module]) -> list[nn.Module]:
+    """As a detector's parser of descriptions does."""
+    return [nn.Sequential(layer) if isinstance(layer, nn.BatchNorm1d) else layer for layer in layers]
+
+
+class AsksWhenMade(nn.Module):
+    """Its forward makes an object, by whose constructor its own is no more called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(parsed([nn.Linear(6, 6), nn.BatchNorm1d(6)]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.criterion = Criterion()
+        Criterion.__init__(self.criterion)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class AsksAnew(AsksWhenMade):
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in parsed(list(self.layers)):
+            x = layer(x)
+        return x
+
+
+def test_what_a_constructor_asks_has_been_asked() -> None:
+    model = AsksWhenMade().eval()
+    assert [step.site.norm for step in ns.plan(model, "gn", example_inputs=VECTORS.float()).steps] == ["layers.1.0"]
+    assert not ns.plan(AsksAnew().eval(), "gn", example_inputs=VECTORS.float()).steps  # the control

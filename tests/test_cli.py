@@ -561,7 +561,7 @@ def test_a_state_dict_needs_its_architecture_and_takes_its_arguments(folder: Pat
             2,
             "error[unknown-option]: there is no option 'num_groups'\n"
             "  hint: the recipe's options are axes, eps; those of every conversion include, exclude, init, scale, "
-            "spread, tune_steps, recurrent, check, inplace\n",
+            "spread, tune_steps, recurrent, check, inplace, processes\n",
         ),
         (
             "inspect text.pt",

@@ -432,6 +432,7 @@ def test_a_sync_batch_norm_becomes_a_synchronized_mean_only_norm(recipe: str) ->
     norm = ns.swap_norms(model, recipe, example_inputs=images()).bn1
     assert isinstance(norm, MeanOnlyBatchNorm)
     assert norm.synchronized
+    assert "MeanOnlyBatchNorm, synchronized" in str(ns.plan(model, recipe))
 
 
 def test_no_norm_is_lost_to_convert_sync_batchnorm_after_other_recipes() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import threading
+import weakref
 from collections import UserDict
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -376,6 +377,44 @@ def test_progress_counts_sites_and_then_steps() -> None:
     assert [name for name, _, _ in seen[:6]] == ["1", "3.bn1", "3.bn2", "4.bn1", "4.bn2", "7"]
     assert [(done, total) for _, done, total in seen[:6]] == [(i, 6) for i in range(1, 7)]
     assert seen[6:] == [("gradient steps", i, 3) for i in (1, 2, 3)]
+
+
+# ------------------------------------------------------------------------------------------------ data in a stream
+
+
+def plain() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, C, 3), nn.BatchNorm2d(C)).eval()
+
+
+class Stream:
+    """A loader of 40 batches of 50 samples, which tells how many were asked for and how many are alive."""
+
+    def __init__(self) -> None:
+        self.asked, self.alive, self.most = 0, weakref.WeakSet[Tensor](), 0
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for seed in range(40):
+            self.asked += 1
+            batch = images(50, seed=seed)
+            self.alive.add(batch)
+            self.most = max(self.most, len(self.alive))
+            yield batch
+
+
+def test_a_loader_is_read_no_further_than_closed_forms_need() -> None:
+    loader = Stream()
+    result = ns.convert(plain(), "gn", calibration=loader)
+    assert loader.asked == 21  # one more than the 1,000 samples, to tell that there are more
+    assert "closed forms were fitted to the first 1000 samples" in str(result.init)
+
+
+def test_statistics_that_are_missing_are_measured_on_all_of_a_loader_that_is_not_held() -> None:
+    loader, model = Stream(), plain()
+    model[1].track_running_stats = False
+    model[1].running_mean = model[1].running_var = None
+    ns.convert(model, "gn", calibration=loader, init="absorb")
+    assert loader.asked == 40
+    assert loader.most < 25
 
 
 # ---------------------------------------------------------------------------------------------------- bad data

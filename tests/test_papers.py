@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import normswap
+from normswap.errors import InputError
 from normswap.nn import (
     ChannelAffine,
     ChannelLayerNorm,
@@ -547,6 +548,16 @@ def parametrized(request: pytest.FixtureRequest) -> tuple[Any, Tensor]:
 
 def expected_output(layer: Any, x: Tensor) -> Array:
     return oracle(layer, weight_by(layer))(array(x))
+
+
+def test_vmap_over_a_mean_only_norm_in_training_is_refused_in_words() -> None:
+    x = torch.randn(4, 2, 3, 5)
+    norm = MeanOnlyBatchNorm(3)
+    with pytest.raises(InputError, match="running mean"):
+        torch.func.vmap(norm)(x)
+    assert not norm.running_mean.any()
+    assert norm.num_batches_tracked == 0
+    torch.testing.assert_close(torch.func.vmap(norm.eval())(x), x)  # the control: it is the running mean alone
 
 
 # torch has no batching rule for its fused weight norm: vmap loops over it, and says so.

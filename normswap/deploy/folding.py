@@ -24,7 +24,7 @@ from normswap.runs.guard import copy_of
 from normswap.runs.inputs import Inputs, example_of, make_up_inputs
 from normswap.runs.modes import training_modules
 from normswap.runs.settings import settings_kept
-from normswap.runs.wrappers import unwrapped
+from normswap.runs.wrappers import refuse_sharded, unwrapped
 from normswap.stages.forwards import is_rewritten, trace_own_forward
 from normswap.stages.references import followed
 from normswap.storage.origin import forget
@@ -86,6 +86,7 @@ def fold_with_report(model: nn.Module, *, example_inputs: Any = None) -> Folding
             code="fold-train-mode",
             hint="call model.eval() before folding",
         )
+    refuse_sharded(model)
     refuse_unfit(model)
     folded = copy_of(model)
     inputs = example_of(model, example_inputs)

@@ -145,7 +145,12 @@ def _functions(function: FunctionType, name: str, names: frozenset[str]) -> list
 
 
 def _members(cls: type, name: str) -> list[tuple[Any, bool]]:
-    """Return the methods and properties called ``name`` of ``cls`` and its bases, which ``super()`` reaches."""
+    """Return the methods and properties called ``name`` of ``cls`` and its bases, which ``super()`` reaches.
+
+    But ``__init__``: it has run, whatever else is made while the forward runs.
+    """
+    if name == "__init__":
+        return []
     tables = (vars(base) for base in cls.__mro__ if not base.__module__.startswith(("torch.", "builtins")))
     found = [table[name] for table in tables if name in table]
     return [(getattr(one, "__func__", one), not isinstance(one, staticmethod)) for one in found]

@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from normswap.errors import InputError
 from normswap.nn.kinds import class_of
+from normswap.runs.wrappers import refuse_sharded
 
 __all__ = ["Capture", "Trace", "has_optional_arguments", "model_names", "refuse_wrappers"]
 
@@ -88,7 +89,8 @@ def has_optional_arguments(module: nn.Module) -> bool:
 
 
 def refuse_wrappers(model: nn.Module) -> None:
-    """Raise an error if ``model`` is a wrapper whose modules cannot be replaced."""
+    """Raise an error if ``model`` is a wrapper whose modules cannot be replaced, or sharded."""
+    refuse_sharded(model)
     if isinstance(model, torch._dynamo.OptimizedModule):
         what, hint = "a compiled model", "convert the model before torch.compile (here: model._orig_mod)"
     elif isinstance(model, torch.jit.ScriptModule):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import ClassVar
@@ -36,8 +36,8 @@ class Work:
         bound: What is done to it.
         options: How.
         example: Inputs of the model.
-        batches: Calibration data, all of it.
-        enough: Its first batches, which hold enough samples for closed forms.
+        enough: The first batches of the calibration data, which hold enough samples for closed forms.
+        batches: All of it; a list where the initializer :attr:`revisits` it.
         scales: Of the channels that norms of ``source`` give, by fqn, where they were scaled.
         factors: What each parameter of ``original`` was multiplied with for ``source``, by name, where it was.
         choose_groups: Whether the data chooses the group counts where a recipe leaves them to it.
@@ -50,8 +50,8 @@ class Work:
     bound: BoundPlan
     options: Options
     example: Inputs | None = None
-    batches: Sequence[Batch] | None = None
     enough: Sequence[Batch] | None = None
+    batches: Iterable[Batch] = ()
     scales: Mapping[str, Tensor] = field(default_factory=dict)
     factors: Mapping[str, Scale] = field(default_factory=dict)
     choose_groups: bool = False
@@ -89,6 +89,8 @@ class Initializer:
     """Whether the converted model is meant to compute what the original does."""
     fits: ClassVar[bool] = False
     """Whether it fits the converted network to the original's values on data, and so needs both side by side."""
+    revisits: ClassVar[bool] = False
+    """Whether it goes through all data, beyond what is enough for closed forms, again and again."""
 
     def __init__(self, work: Work) -> None:
         self.work = work

@@ -38,13 +38,16 @@ from normswap.graph import capture_recorded, capture_symbolic
 from normswap.graph.linearity import scales_with_its_parameters
 from normswap.graph.residual import output_layers, residual_branches
 from normswap.initialization.gains import Gains, gains_of
+from normswap.initialization.output_statistics import statistics_along
 from normswap.nn import EstimatedStatistics, FilterLayout, MeanOnlyBatchNorm
 from normswap.nn.kinds import is_layer
 from normswap.nn.recurrent import is_recurrent
 from normswap.records import InitReport, InitRow
 from normswap.runs.batches import bind_batches
 from normswap.runs.calling import Batch, run_on
+from normswap.runs.equal_models import make_equal, refuse_different, refuse_different_models
 from normswap.runs.guard import set_mode, untouched
+from normswap.runs.processes import objects, together
 from normswap.runs.writes import unwatched
 
 __all__ = ["initialize"]
@@ -62,6 +65,7 @@ def initialize(
     *,
     fresh: bool = False,
     seed: int = 0,
+    processes: bool = True,
 ) -> InitReport:
     """Initialize ``model`` in place from one minibatch, in one forward pass; converted or not.
 
@@ -76,6 +80,8 @@ def initialize(
         batch: A minibatch: a tensor, a tuple or dict of inputs, or an iterable of which the first is taken.
         fresh: Whether to draw the weights anew first, from N(0, 0.05²).
         seed: The seed of that draw.
+        processes: Whether all processes of an initialized ``torch.distributed`` group call this, each with a minibatch
+            of its own: the statistics are then those of all of them, and the values are the same. False works alone.
 
     Raises:
         InputError: The minibatch does not fit.
@@ -84,9 +90,18 @@ def initialize(
     Source: T. Salimans, D. Kingma, *Weight Normalization*, 2016, section 3; the 0.1: T. Salimans, A. Karpathy, X. Chen,
     D. Kingma, *PixelCNN++*, 2017, its code.
     """
+    with together(processes):
+        refuse_different_models(model)
+        report = _initialized(model, batch, fresh=fresh, seed=seed)
+        make_equal(model)
+    return report
+
+
+def _initialized(model: nn.Module, batch: Any, *, fresh: bool, seed: int) -> InitReport:
     inputs = next(bind_batches(model, batch))
     layers = {name: module for name, module in model.named_modules() if is_layer(module)}
     small, notes = _small_layers(model, inputs)
+    refuse_different("residual branches", str(sorted(small.items())), "give inputs that take the same way through it")
     run = _Pass(small)
     try:
         with untouched(model):
@@ -99,6 +114,7 @@ def initialize(
                     module.register_forward_pre_hook(run.adopt)
             set_mode(model, False)
             run_on(model, inputs)
+        objects("the new values", None)  # whatever has failed elsewhere, the model is as it was
     except BaseException as cause:
         run.undo()
         if isinstance(cause, InitializationError) or not isinstance(cause, Exception):
@@ -192,7 +208,7 @@ class _Pass:
             return out
         # The channels are the last axis of a linear layer's output and the first but for the batch of a convolution's.
         axis = out.ndim - (1 if isinstance(layer, nn.Linear) else weight.direction.ndim - 1)
-        mean, std, centred = _statistics(out, axis)
+        mean, std, centred = statistics_along(out, axis, name)
         if not isfinite((mean + std).sum(dtype=torch.float64)):
             raise InitializationError(
                 f"the output of '{name}' is not finite on this batch",
@@ -218,7 +234,7 @@ class _Pass:
             new = _scaled(centred, factor, new_mean, axis).to(out.dtype)
         else:
             new = layer.forward(*args)
-            deviation = _statistics(new, axis)[1]
+            deviation = statistics_along(new, axis, name)[1]
             if not bool(((deviation / wanted - 1).abs() < 1e-2).logical_or(constant).all()):
                 with self.changing(*changed):
                     for tensor, values in zip(changed, before, strict=True):
@@ -249,24 +265,13 @@ class _Pass:
         if known is not None and known[2] is not None:
             mean, var = known[2]
         else:
-            mean, std, _ = _statistics(x, 1)
+            mean, std, _ = statistics_along(x, 1, "a norm")
             var = std.square()
         new = [(running, mean), (getattr(norm, "running_var", None), var)]
         buffers = [(buffer, values) for buffer, values in new if isinstance(buffer, Tensor)]
         with self.changing(*(buffer for buffer, _ in buffers)):
             for buffer, values in buffers:
                 buffer.copy_(values)
-
-
-@unwatched()
-def _statistics(x: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return mean and deviation per channel and the centred values, several times faster than ``torch.std_mean``."""
-    values = x if x.dtype in (torch.float32, torch.float64) else x.float()
-    axes = [a for a in range(x.ndim) if a != axis]
-    mean = values.mean(axes, keepdim=True)
-    centred = values - mean
-    std = torch.linalg.vector_norm(centred, dim=axes) / (x.numel() / x.shape[axis]) ** 0.5
-    return mean.flatten(), std, centred
 
 
 @unwatched()

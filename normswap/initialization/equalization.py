@@ -31,6 +31,7 @@ from normswap.runs.batches import sample_count, some_samples
 from normswap.runs.calling import Batch
 from normswap.runs.guard import copy_of
 from normswap.runs.inputs import Inputs, make_up_inputs
+from normswap.runs.processes import everywhere, offsets, summed_by_name
 from normswap.runs.tensors import at_positions, tensors_of
 from normswap.runs.watching import watch_inputs
 from normswap.stages.bound import BoundPlan
@@ -84,7 +85,7 @@ def equalize(
         return model, {}, {}
     scale_channels(scaled, channels, scales)
     result = keeps_output(eval_output(model, inputs), scaled, inputs)
-    if result is not None and not result.ok:
+    if not everywhere("scaled channels", result is None or result.ok):
         return model, {}, {}
     given = {norm: scales[channels.outputs[norm]] for norm in norms if norm in channels.outputs}
     return scaled, given, _of_parameters(model, channels, scales)
@@ -118,14 +119,14 @@ def _gamma_sigma(bound: BoundPlan) -> Iterator[tuple[str, Tensor]]:
 
 def _first_samples(batches: Sequence[Batch]) -> Sequence[Batch]:
     """Return the first batches that hold as many samples as the choice of scales needs."""
-    samples = 0
-    for i, batch in enumerate(batches):
-        samples += sample_count(batch)
-        one = some_samples(batch, 1)
-        values = sum(value.numel() for value in tensors_of(one))
-        if samples >= (_LARGE_SAMPLES_TO_SCALE if values >= _LARGE else _SAMPLES_TO_SCALE):
-            return batches[: i + 1]
-    return batches
+    firsts, _ = offsets("samples", [sample_count(batch) for batch in batches])
+    chosen = []
+    for batch, first in zip(batches, firsts, strict=True):
+        values = sum(value.numel() for value in tensors_of(some_samples(batch, 1)))
+        if first >= (_LARGE_SAMPLES_TO_SCALE if values >= _LARGE else _SAMPLES_TO_SCALE):
+            break
+        chosen.append(batch)
+    return chosen
 
 
 def choose_scales(
@@ -156,7 +157,7 @@ def choose_scales(
     with shaped_by_statistics(model) if shaped else nullcontext():
         watch_inputs(model, layers, batches, see)
     costs: list[Cost] = []
-    for name, (n, first, second) in sums.items():
+    for name, (n, first, second) in summed_by_name("sums over patches", sums).items():
         mean = first / n
         covariance = second / n - mean[:, :, None] * mean[:, None]
         if not bool(covariance.isfinite().all()):

@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from normswap.errors import InitializationError
 from normswap.initialization.absorb import absorb
 from normswap.initialization.moments import moments_of_covariance
 from normswap.initialization.regression import Covariances, SecondMoments, Solution, solve, surrogate_target
@@ -34,6 +35,14 @@ from normswap.initialization.targets import RegressionTarget
 from normswap.norms import apply
 from normswap.records import Fit, InitRow
 from normswap.runs.paired_sites import PairedSite, SiteBatch
+from normswap.runs.processes import (
+    agreed,
+    everywhere,
+    gathered,
+    mean_over_rows,
+    objects,
+    variance_over_rows,
+)
 from normswap.stages.rewriting import Placed
 
 __all__ = ["SiteRegression"]
@@ -76,6 +85,13 @@ class SiteRegression:
         self.least_group, self.spread = least_group, spread
         self.values = SiteValues(site, target, placed)
         self.batches = [batch for batch in batches if batch.x.numel() and batch.reference.numel()]
+        reached = objects(f"'{site.name}'", bool(self.batches))
+        if any(reached) and not all(reached):
+            raise InitializationError(
+                f"the data of process {reached.index(False)} never reaches '{site.name}', that of others does",
+                code="processes-differ",
+                hint="give each process data that reaches the same modules",
+            )
         layout = self.values.layout
         self.sampling = Sampling(self.batches, target, layout.groups * layout.fan_in(self.values.weight))
 
@@ -84,7 +100,7 @@ class SiteRegression:
         name = self.site.name
         if not self.batches:
             return InitRow(name, "absorbed", ("no sample reaches it: not fitted",))
-        if not all(self._agrees(batch) for batch in self.batches):
+        if not everywhere("shapes", all(self._agrees(batch) for batch in self.batches)):
             return InitRow(name, "absorbed", ("the networks' shapes differ here: not fitted",))
         sample = self.sampling.patches(self.values.patches)
         fit, held = _moments(sample.train), _moments(sample.validation)
@@ -145,7 +161,7 @@ class SiteRegression:
         # Where no sample is held out a weaker ridge would always seem better.
         for ridge in _RIDGES if self.sampling.holds_out else _RIDGES[:2]:
             found = solve(fit, anchor, ridge, zero_sum=zero_sum, like=solution)
-            error = float((held.error(found) * importance).sum())
+            error = agreed("a ridge", float((held.error(found) * importance).sum()))
             if error >= least:
                 break
             solution, least = found, error
@@ -154,7 +170,7 @@ class SiteRegression:
         best, least = solution, math.inf
         judging, fitting = sample.validation, sample.train
         for _ in range(_ROUNDS + 1):
-            error = float(judging.error(self._predicted(solution, judging)).sum())
+            error = agreed("a round", float(judging.error(self._predicted(solution, judging)).sum()))
             if not error < least:
                 break
             worth, best, least = error < (1 - _WORTH) * least, solution, error
@@ -195,15 +211,15 @@ class SiteRegression:
     def _units(self) -> tuple[Tensor, Tensor]:
         """Return the mean and the mean square, per channel, of all that the norm takes one mean over. ``(n, C)``"""
         if self.placed is not None and self.placed.bound.norm.per_position:
-            z = self.sampling.outputs(self.site.channels).train.values
+            z = gathered("outputs", self.sampling.outputs(self.site.channels).train.values)
             return z, z.square()
         means, squares = [], []
-        for chunk, held in self.sampling.chunks():
+        for chunk, held, _ in self.sampling.chunks():
             z = self.site.channels(chunk.x)[~held].float()
             z = z.flatten(2) if z.ndim > 2 else z[..., None]
             means.append(z.mean(2))
             squares.append(z.square().mean(2))
-        return torch.cat(means), torch.cat(squares)
+        return gathered("means", torch.cat(means)), gathered("mean squares", torch.cat(squares))
 
     def _group_counts(self) -> list[int | None]:
         if self.placed is None or self.least_group is None:
@@ -231,7 +247,7 @@ class SiteRegression:
         mean, std = _mean_and_std(outputs * unit)
         error, size = ((v * unit.square()).double().sum() for v in (judging.error(outputs), judging.size))
         return _Result(
-            noise=float(error / size.clamp(min=1e-30)),
+            noise=agreed("an error", float(error / size.clamp(min=1e-30))),
             mean=mean,
             std=std,
             target=_mean_and_std(judging.y * unit),
@@ -245,21 +261,22 @@ def _moments(rows: Rows) -> Covariances:
     moments = SecondMoments()
     for u, t in zip(rows.values.split(2**16), rows.t.split(2**16), strict=True):
         moments.add(u, t)
-    return moments.read()
+    own = moments.read() if len(rows.t) else Covariances.of_nothing(rows.values, rows.t)
+    return own.over_processes()
 
 
 def _affine(rows: Rows, prior: Tensor) -> tuple[Tensor, Tensor]:
     """Return γ' and β' by least squares; a channel that hardly varies keeps the gain that ``prior`` gives."""
-    mean = rows.values.mean(0)
+    mean = mean_over_rows("outputs", rows.values)
     h = rows.values - mean
-    variance = h.square().mean(0)
+    variance = mean_over_rows("variances", h.square())
     whole = variance.mean().clamp(min=1e-30)
     floor, prior = _FLOOR * whole, prior / whole.sqrt()
-    centre = rows.y.mean(0)
-    gain = ((h * (rows.y - centre)).mean(0) + floor * prior) / (variance + floor)
+    centre = mean_over_rows("targets", rows.y)
+    gain = (mean_over_rows("covariances", h * (rows.y - centre)) + floor * prior) / (variance + floor)
     return gain, centre - gain * mean
 
 
 def _mean_and_std(value: Tensor) -> tuple[float, float]:
-    value = value.double()
-    return float(value.mean()), float(value.std(correction=0))
+    value = value.double().flatten()
+    return float(mean_over_rows("outputs", value)), float(variance_over_rows("outputs", value).sqrt())

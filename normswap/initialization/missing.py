@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
@@ -14,7 +14,7 @@ from normswap.stages.bound import BoundPlan
 __all__ = ["missing_statistics"]
 
 
-def missing_statistics(model: nn.Module, bound: BoundPlan, batches: Sequence[Batch] | None) -> Mapping[str, Statistics]:
+def missing_statistics(model: nn.Module, bound: BoundPlan, batches: Iterable[Batch] | None) -> Mapping[str, Statistics]:
     """Return the statistics of the norms that store none, by fqn, measured on all batches.
 
     Raises:

@@ -13,6 +13,7 @@ from normswap.initialization.noise import shaped_by_statistics
 from normswap.initialization.patches import random_patches
 from normswap.nn import FilterLayout
 from normswap.runs.calling import Batch
+from normswap.runs.processes import alone, gathered
 from normswap.runs.watching import not_finite, watch_inputs
 
 __all__ = ["Moments", "centre", "input_moments", "moments_of", "moments_of_covariance"]
@@ -129,4 +130,15 @@ def input_moments(
 
     with shaped_by_statistics(model) if shaped else nullcontext():
         watch_inputs(model, layers, batches, collect)
-    return {name: moments_of(torch.cat(rows), shaped) for name, rows in kept.items() if sum(map(len, rows)) > 1}
+    patches = {name: torch.cat(rows) for name, rows in kept.items() if rows}
+    if not alone():
+        patches = {
+            name: gathered(f"patches of '{name}'", patches.get(name, _no_patches(model.get_submodule(name))))
+            for name in layers
+        }
+    return {name: moments_of(rows, shaped) for name, rows in patches.items() if len(rows) > 1}
+
+
+def _no_patches(layer: nn.Module) -> Tensor:
+    layout, weight = FilterLayout.of(layer), FilterLayout.weight(layer).detach()
+    return weight.new_empty(0, layout.groups, layout.fan_in(weight))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from normswap.nn import FilterLayout
 from normswap.nn.kinds import class_of
+from normswap.runs.processes import share
 
 __all__ = ["patches", "patches_at", "random_patches", "with_filters"]
 
@@ -70,6 +71,8 @@ def _is_plain(layer: nn.Module, x: Tensor) -> TypeGuard[nn.Conv2d]:
 def random_patches(layer: nn.Module, x: Tensor, already: int, generator: torch.Generator) -> Tensor:
     """Return a random choice of the patches of ``x``, as many as are still wanted. ``(samples, groups, fan_in)``
 
+    Each of many processes takes its share of them.
+
     Args:
         layer: The layer.
         x: Its input.
@@ -79,16 +82,16 @@ def random_patches(layer: nn.Module, x: Tensor, already: int, generator: torch.G
     layout = FilterLayout.of(layer)
     weight = layout.weight(layer)
     width = layout.groups * layout.fan_in(weight)
-    limit = min(_MAX_SAMPLES, max(64, _MAX_VALUES // width))
+    limit = share(min(_MAX_SAMPLES, max(64, _MAX_VALUES // width)))
     wanted = limit - already
     if wanted <= 0:
         return x.new_empty(0, layout.groups, layout.fan_in(weight))
     rows = []
     for one in x.split(max(1, _MAX_VALUES // (4 * width * max(1, x[:1].numel() // max(1, x.shape[1]))))):
         found = patches(layer, one)
-        share = max(1, -(-limit * len(one) // len(x)))
-        if len(found) > share:
-            found = found[torch.randperm(len(found), generator=generator)[:share].to(found.device)]
+        some = max(1, -(-limit * len(one) // len(x)))
+        if len(found) > some:
+            found = found[torch.randperm(len(found), generator=generator)[:some].to(found.device)]
         rows.append(found)
         wanted -= len(found)
         if wanted <= 0:

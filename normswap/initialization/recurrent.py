@@ -26,6 +26,7 @@ from normswap.initialization.null_space import offsets
 from normswap.nn.recurrent import ROWS
 from normswap.runs.calling import Batch, run_on_data
 from normswap.runs.guard import set_mode, untouched
+from normswap.runs.processes import summed_by_name
 from normswap.stages.bound import BoundPlan
 from normswap.stages.recurrent import BoundRecurrent
 
@@ -153,7 +154,15 @@ def _watch(model: nn.Module, names: Sequence[str], batches: Sequence[Batch]) -> 
         finally:
             for handle in handles:
                 handle.remove()
-    return seen
+    return {name: _over_processes(name, own) for name, own in seen.items()}
+
+
+def _over_processes(layer: str, seen: Mapping[str, _Sums]) -> dict[str, _Sums]:
+    sums = {name: [one.total.new_tensor(float(one.count)), one.total, one.products] for name, one in seen.items()}
+    return {
+        name: _Sums(int(count), total, products)
+        for name, (count, total, products) in summed_by_name(f"'{layer}'", sums).items()
+    }
 
 
 def _multiplied(module: nn.Module, x: Any, hx: Any) -> Iterator[tuple[str, Tensor]]:

@@ -25,6 +25,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from normswap.runs.processes import alone, mean_over_rows, summed
+
 __all__ = ["Covariances", "SecondMoments", "Solution", "clamped", "solve", "surrogate_target"]
 
 
@@ -102,6 +104,30 @@ class Covariances:
     cross: Tensor
     targets: Tensor
 
+    @classmethod
+    def of_nothing(cls, patches: Tensor, target: Tensor) -> Covariances:
+        """Return those of no patch, shaped as those of such patches and targets would be."""
+        groups, fan_in = patches.shape[1:]
+        u = patches.new_zeros(groups, fan_in, dtype=torch.float64)
+        t = u.new_zeros(groups, target.shape[1] // groups)
+        return cls(0, u, t, u.new_zeros(groups, fan_in, fan_in), u.new_zeros(*t.shape, fan_in), t)
+
+    def over_processes(self) -> Covariances:
+        """Return the same of all processes' patches."""
+        if alone():
+            return self
+        own = self.input_mean.new_tensor(float(self.count))
+        count, u, t = summed("means of patches", own, own * self.input_mean, own * self.target_mean)
+        u, t = u / count, t / count
+        du, dt = self.input_mean - u, self.target_mean - t
+        inputs, cross, targets = summed(
+            "covariances of patches",
+            own * (self.inputs + du[:, :, None] * du[:, None]),
+            own * (self.cross + dt[:, :, None] * du[:, None]),
+            own * (self.targets + dt.square()),
+        )
+        return Covariances(int(count), u, t, inputs / count, cross / count, targets / count)
+
     @property
     def mean_variance(self) -> Tensor:
         """d, the mean variance of the inputs, a positive number. ``(G, 1, 1)``"""
@@ -110,15 +136,18 @@ class Covariances:
 
     def retargeted(self, patches: Tensor, target: Tensor) -> Covariances:
         """Return the same with other targets of the same patches, ``(n, G, p)`` and ``(n, C)``."""
-        mean = target.mean(0)
+        mean = mean_over_rows("means of targets", target)
         target = target - mean
         patches = patches - self.input_mean.to(patches.dtype)
         by_group = target.unflatten(1, self.target_mean.shape).transpose(0, 1)  # (G, n, o)
+        count, cross = summed(
+            "targets", self.target_mean.new_tensor(float(len(target))), (by_group.mT @ patches.transpose(0, 1)).double()
+        )
         return replace(
             self,
             target_mean=mean.double().view_as(self.target_mean),
-            cross=(by_group.mT @ patches.transpose(0, 1)).double() / len(target),
-            targets=target.square().mean(0).double().view_as(self.targets),
+            cross=cross / count,
+            targets=mean_over_rows("variances of targets", target.square()).double().view_as(self.targets),
         )
 
     def error(self, solution: Solution) -> Tensor:

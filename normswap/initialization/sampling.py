@@ -17,8 +17,9 @@ from normswap.initialization.regression import clamped
 from normswap.initialization.targets import RegressionTarget
 from normswap.runs.batches import LEAST_SAMPLES, held_out
 from normswap.runs.paired_sites import SiteBatch
+from normswap.runs.processes import mean_over_rows, objects, offsets, variance_over_rows
 from normswap.runs.tensors import at_positions
-from normswap.runs.watching import Statistics
+from normswap.runs.watching import Statistics, over_processes
 
 __all__ = ["Rows", "Sample", "Sampling"]
 
@@ -64,12 +65,14 @@ class Rows:
 
     def error(self, outputs: Tensor) -> Tensor:
         """Return the mean squared error of what is passed on, per channel."""
-        return (clamped(outputs, self.threshold) - clamped(self.y, self.threshold)).square().mean(0)
+        squared = (clamped(outputs, self.threshold) - clamped(self.y, self.threshold)).square()
+        return mean_over_rows("errors", squared)
 
     @property
     def size(self) -> Tensor:
         """The variance of what is passed on, per channel."""
-        return (self.y if self.threshold is None else (self.y - self.threshold).clamp(min=0)).var(0, correction=0)
+        passed_on = self.y if self.threshold is None else (self.y - self.threshold).clamp(min=0)
+        return variance_over_rows("what is passed on", passed_on)
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class Sample:
 
 
 class Sampling:
-    """Random choices of the positions of one site, the same each time.
+    """Random choices of the positions of one site, the same each time, whichever process has a sample.
 
     Args:
         batches: Each batch's activations there.
@@ -91,7 +94,8 @@ class Sampling:
 
     def __init__(self, batches: Sequence[SiteBatch], target: RegressionTarget, fan_in: int) -> None:
         self.batches, self.target, self.fan_in = batches, target, fan_in
-        self.samples = sum(len(batch.x) for batch in batches)
+        self._before, self.samples = offsets("samples", [len(batch.x) for batch in batches])
+        self._in_all: int = sum(objects("values", sum(batch.reference.numel() for batch in batches)))
         self.holds_out = self.samples >= LEAST_SAMPLES
 
     def patches(self, of: Callable[[Tensor, Tensor], Tensor]) -> Sample:
@@ -104,29 +108,26 @@ class Sampling:
 
     def statistics(self) -> Statistics:
         """Return the statistics of what reaches the original's norm at some positions, held-out samples left out."""
-        in_all = sum(batch.reference.numel() for batch in self.batches)
-        generator = torch.Generator().manual_seed(0)
         found = []
-        for batch, held in self._held():
+        for batch, held, before in self._held():
             x = batch.reference.flatten(2) if batch.reference.ndim > 2 else batch.reference[..., None]
-            some = max(1, round(min(1, _MOST_OUTPUTS / in_all) * x.shape[2]))
-            index = torch.randperm(x.shape[2], generator=generator)[:some].to(x.device)
+            some = max(1, round(min(1, _MOST_OUTPUTS / self._in_all) * x.shape[2]))
+            index = _random_order(x.shape[2], before)[:some].to(x.device)
             if not bool(held.all()):
                 found.append(Statistics.of(x[:, :, index][~held]))
-        return reduce(operator.add, found)
+        return over_processes({"": reduce(operator.add, found)} if found else {})[""]
 
-    def chunks(self) -> Iterator[tuple[SiteBatch, Tensor]]:
-        """Yield some samples at a time, and which of them are held out."""
-        for batch, held in self._held():
+    def chunks(self) -> Iterator[tuple[SiteBatch, Tensor, int]]:
+        """Yield some samples at a time, which of them are held out, and how many come before them."""
+        for batch, held, before in self._held():
             positions = max(1, batch.reference[:1].numel() // batch.reference.shape[1])
             size = max(1, _MOST_PATCHES // (positions * self.fan_in))
-            yield from zip(batch.split(size), held.split(size), strict=True)
+            firsts = range(before, before + len(batch.x), size)
+            yield from zip(batch.split(size), held.split(size), firsts, strict=True)
 
-    def _held(self) -> Iterator[tuple[SiteBatch, Tensor]]:
-        before = 0
-        for batch in self.batches:
-            yield batch, held_out(len(batch.x), before).to(batch.x.device) & self.holds_out
-            before += len(batch.x)
+    def _held(self) -> Iterator[tuple[SiteBatch, Tensor, int]]:
+        for batch, before in zip(self.batches, self._before, strict=True):
+            yield batch, held_out(len(batch.x), before).to(batch.x.device) & self.holds_out, before
 
     def _sample(self, values: Callable[[Tensor, Tensor], Tensor], width: int, most: int) -> Sample:
         """Return a random choice of the positions.
@@ -137,15 +138,13 @@ class Sampling:
             most: How many values are wanted at the most.
         """
         channels = len(self.target.gain)
-        in_all = sum(batch.reference.numel() for batch in self.batches) // channels
-        share = max(most // max(width, channels), _LEAST_ROWS) / in_all
-        generator = torch.Generator().manual_seed(0)
+        share = max(most // max(width, channels), _LEAST_ROWS) / (self._in_all // channels)
         parts = []
-        for chunk, held in self.chunks():
+        for chunk, held, before in self.chunks():
             positions = chunk.reference[0, 0].numel()
             index = torch.arange(len(chunk.x) * positions)
             if share < 1:
-                some = torch.randperm(len(index), generator=generator)[: max(1, round(share * len(index)))]
+                some = _random_order(len(index), before)[: max(1, round(share * len(index)))]
                 index = some.sort().values
             index = index.to(chunk.x.device)
             apart = held[index // positions]
@@ -156,4 +155,9 @@ class Sampling:
             rows = Rows(values(chunk.x, index).to(y.dtype), t, y, threshold)
             parts.append(rows.split(len(index) - int(apart.sum())))
         train, validation = (Rows.joined(several) for several in zip(*parts, strict=True))
-        return Sample(train, validation if len(validation.y) else train)
+        return Sample(train, validation if sum(objects("held-out rows", len(validation.y))) else train)
+
+
+def _random_order(count: int, before: int) -> Tensor:
+    """Return a random order of so many positions, of samples that come after ``before`` others."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(before))

@@ -22,6 +22,7 @@ from normswap.initialization.match import Match
 from normswap.records import InitRow
 from normswap.runs.calling import Batch, call
 from normswap.runs.guard import set_mode, untouched
+from normswap.runs.processes import alone, objects, summed
 from normswap.runs.tensors import tensors_of
 from normswap.runs.uses import ADDITIONS, find_uses
 from normswap.runs.writes import kept
@@ -46,6 +47,7 @@ def tune_to(
     """Take ``steps`` Adam steps on ``parameters``, one batch each, with the rate falling to zero along a cosine.
 
     Every fifth batch is held out, where there are five; if the loss there has not become less, nothing is changed.
+    Of many processes each takes a batch of its own for a step, and all step along the mean of their gradients.
 
     Args:
         original: The original; left as it is.
@@ -74,7 +76,8 @@ def tune_to(
         converted.requires_grad_(False)
         for parameter in parameters:
             parameter.requires_grad_(True)
-        before = _mean_loss(features, held or train)
+        judging = held if sum(objects("held-out batches", len(held))) else train
+        before = _mean_loss(features, judging)
         optimizer = torch.optim.Adam(parameters, lr=_RATE)
         order = torch.Generator().manual_seed(0)
         chosen: list[int] = []
@@ -91,11 +94,12 @@ def tune_to(
                 )
             optimizer.zero_grad()
             loss.backward()
+            _average_gradients(parameters)
             with kept():
                 optimizer.step()
             if progress is not None:
                 progress("gradient steps", step + 1, steps)
-        after = _mean_loss(features, held or train)
+        after = _mean_loss(features, judging)
     if not after < before:
         with torch.no_grad():
             for parameter, value in zip(parameters, before_values, strict=True):
@@ -105,7 +109,19 @@ def tune_to(
 
 def _mean_loss(features: _Features, batches: Sequence[Batch]) -> float:
     with torch.no_grad():
-        return sum(float(features.loss(batch)) for batch in batches) / len(batches)
+        found = torch.tensor([[float(features.loss(batch)), 1.0] for batch in batches], dtype=torch.float64).view(-1, 2)
+    ((loss, count),) = summed("a loss", found.sum(0))
+    return float(loss / count)
+
+
+def _average_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Give each parameter the mean of its gradients in all processes."""
+    if alone():
+        return
+    own = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    share = 1 / len(objects("a gradient step", None))
+    for parameter, total in zip(parameters, summed("gradients", *own), strict=True):
+        parameter.grad = total * share
 
 
 class _Features:
@@ -186,11 +202,12 @@ class Tune(Match):
     """Take gradient steps towards the original's own values, without labels, from what :class:`Match` gives."""
 
     name = "tune"
+    revisits = True
 
     def further(self, target: nn.Module, placed: Sequence[Placed], fitted: Mapping[str, InitRow]) -> tuple[str, ...]:
         """Tune all parameters that the swap has touched."""
         work, steps = self.work, self.work.options.tune_steps
-        assert work.batches is not None
+        assert isinstance(work.batches, list)
         heads = [target.get_submodule(name) for name in fitted.keys() - {one.name for one in placed}]
         parts = [part for one in placed for part in one.parts]
         parameters = {id(p): p for part in (*parts, *heads) for p in part.parameters()}

@@ -162,10 +162,20 @@ class MeanOnlyBatchNorm(_BatchNorm):
 
     @torch.no_grad()
     def _follow(self, mean: Tensor) -> None:
-        self.num_batches_tracked.add_(1)
-        count = self.num_batches_tracked.to(self.running_mean.dtype)
+        count = (self.num_batches_tracked + 1).to(self.running_mean.dtype)
         momentum = 1.0 / count if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+        try:
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+        except RuntimeError as cause:
+            if "vmap" not in str(cause):
+                raise
+            raise InputError(
+                "a mean-only BatchNorm got a batched tensor from vmap, while its running mean, which would follow it, "
+                "is not batched",
+                code="vmap-running-mean",
+                hint="call eval(), set track_running_stats = False on it, or give vmap its buffers, too",
+            ) from cause
+        self.num_batches_tracked.add_(1)
 
     def _batch_mean(self, x: Tensor) -> Tensor:
         axes = [0, *range(2, x.ndim)]
@@ -173,10 +183,8 @@ class MeanOnlyBatchNorm(_BatchNorm):
             # The gradient of a sum is one number per channel, that of a mean is written out at the size of x. The sum
             # of a half-precision x may overflow.
             return x.sum(axes) / (x.numel() // x.shape[1]) if x.dtype in _WIDE else x.mean(axes)
-        from torch.distributed.nn.functional import all_reduce  # differentiable
-
         total = torch.cat([x.sum(axes), x.new_tensor([float(x.numel() // x.shape[1])])])
-        total = all_reduce(total)
+        total = _SumOverProcesses.apply(total)  # type: ignore[no-untyped-call]
         mean: Tensor = total[:-1] / total[-1]
         return mean
 
@@ -201,6 +209,22 @@ class MeanOnlyBatchNorm(_BatchNorm):
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, momentum={self.momentum}"
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """The sum over all processes of the default group; each has a loss of its own, whose gradients add up."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].clone()
+        dist.all_reduce(total)
+        return total
 
 
 _SYNCHRONIZES = nn.SyncBatchNorm.convert_sync_batchnorm.__func__.__code__  # type: ignore[attr-defined]

@@ -75,6 +75,11 @@ class Norm:
         return False
 
     @classmethod
+    def synchronizes(cls, module: nn.Module) -> bool:
+        """Tell whether such a norm's statistics of a batch are those of all processes' batches."""
+        return False
+
+    @classmethod
     def only_normalizes(cls, module: nn.Module) -> bool:
         """Tell whether the module's forward is known to normalize and to do nothing else."""
         return True

@@ -56,13 +56,17 @@ class BatchNormalization(Norm):
             eps=float(getattr(module, "eps", 1e-5)),
             momentum=getattr(module, "momentum", 0.1),
             frozen=cls.frozen(module),
-            synchronized=isinstance(module, nn.SyncBatchNorm),
+            synchronized=cls.synchronizes(module),
             batches=getattr(module, "num_batches_tracked", None),
         )
 
     @classmethod
     def frozen(cls, module: nn.Module) -> bool:
         return not isinstance(module, _BatchNorm)
+
+    @classmethod
+    def synchronizes(cls, module: nn.Module) -> bool:
+        return isinstance(module, nn.SyncBatchNorm)
 
     @classmethod
     def only_normalizes(cls, module: nn.Module) -> bool:

@@ -40,6 +40,10 @@ class MeanOnly(Norm):
         return "it is a mean-only BatchNorm already, from an earlier conversion"
 
     @classmethod
+    def synchronizes(cls, module: nn.Module) -> bool:
+        return _mean_only(module).synchronized
+
+    @classmethod
     def deployed(cls, module: nn.Module) -> Affine | Stays | nn.Module:
         norm = _mean_only(module)
         shift = norm.bias.detach().double() - norm.running_mean.double()
@@ -66,7 +70,7 @@ class MeanOnly(Norm):
         return Encoding(values)
 
     def __str__(self) -> str:
-        return "MeanOnlyBatchNorm"
+        return "MeanOnlyBatchNorm" + ", synchronized" * self.synchronized
 
 
 def _mean_only(module: nn.Module) -> MeanOnlyBatchNorm:

@@ -19,8 +19,14 @@ class MeanOnlyBatchNormalization(Recipe):
 
     ``y = x − mean + β``. A frozen BatchNorm takes no mean of its batch: there the rest goes into the layer's bias.
 
+    Args:
+        synchronized: Whether the mean is that of all processes' batches, as in SyncBatchNorm, in whose place it always
+            is.
+
     Source: T. Salimans, D. Kingma, *Weight Normalization*, 2016, section 3.
     """
+
+    synchronized: bool = False
 
     name = "mobn"
     equation = "x − mean + β"
@@ -28,7 +34,7 @@ class MeanOnlyBatchNormalization(Recipe):
     exact = True
 
     def norm(self, site: Site, num_groups: int | None) -> Norm:
-        return Nothing() if site.frozen else MeanOnly(site.momentum, site.synchronized)
+        return Nothing() if site.frozen else MeanOnly(site.momentum, self.synchronized or site.synchronized)
 
     def notes(self, site: Site) -> tuple[str, ...]:
         if not site.frozen:

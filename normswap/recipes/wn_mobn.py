@@ -19,6 +19,8 @@ class WeightNormMeanOnlyBatchNorm(MeanOnlyBatchNormalization):
     ``γ(μ − b)/σ``, bias β.
 
     Args:
+        synchronized: Whether the mean is that of all processes' batches, as in SyncBatchNorm, in whose place it always
+            is.
         log_gain: Whether the logarithm of g is the parameter, as in ``wn``; the sign is v's then.
 
     Source: T. Salimans, D. Kingma, *Weight Normalization*, 2016, eq. 2, sections 2.1 and 3.

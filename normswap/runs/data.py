@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from torch import nn
@@ -13,6 +14,7 @@ from normswap.runs.batches import bind_batches, sample_count, some_samples
 from normswap.runs.calling import Batch, run_on_data
 from normswap.runs.guard import set_mode, untouched
 from normswap.runs.inputs import Inputs, example_of
+from normswap.runs.processes import objects, share
 
 __all__ = ["ENOUGH_SAMPLES", "Data", "few_samples"]
 
@@ -39,12 +41,15 @@ class Data:
 
     Args:
         example: One call's inputs; None where none were given and the data shows none.
-        batches: Calibration data, bound to the model's forward; None without.
-        notes: What was left out of it.
+        enough: The first calibration batches, bound to the model's forward, that hold enough samples for closed forms,
+            which have few parameters to find; None without data.
+        batches: All of them: those, and then the others, which are read once, as they are asked for.
+        notes: What was left out of the data, and how much of it closed forms take.
     """
 
     example: Inputs | None = None
-    batches: Sequence[Batch] | None = None
+    enough: Sequence[Batch] | None = None
+    batches: Iterable[Batch] = ()
     notes: tuple[str, ...] = ()
 
     @classmethod
@@ -57,15 +62,32 @@ class Data:
     ) -> Data:
         """Bind what a user gave to ``model``; the arguments are those of ``convert``.
 
+        Of many processes each brings its share of what is enough (:mod:`normswap.runs.processes`).
+
         Raises:
             InputError: It does not fit, or holds no sample.
         """
-        notes: list[str] = []
-        batches = None if calibration is None else list(bind_batches(model, calibration, notes, forward_fn))
         example = example_of(model, example_inputs)
-        if example is None and batches is not None:
-            example = some_samples(batches[0])
-        return cls(example, batches, tuple(notes))
+        if calibration is None:
+            return cls(example)
+        notes: list[str] = []
+        stream = bind_batches(model, calibration, notes, forward_fn)
+        enough: list[Batch] = []
+        rest: list[Batch] = []
+        samples = 0
+        for batch in stream:
+            if samples >= share(ENOUGH_SAMPLES):
+                rest.append(batch)
+                break
+            enough.append(batch)
+            samples += sample_count(batch)
+        counts, more = zip(*objects("the calibration data", (samples, bool(rest))), strict=True)
+        if len(counts) > 1:
+            notes.append(f"the data of {len(counts)} processes, {sum(counts)} samples, was put together")
+        if any(more):
+            notes.append(f"closed forms were fitted to the first {sum(counts)} samples")
+        example = some_samples(enough[0]) if example is None else example
+        return cls(example, enough, chain(enough, rest, stream), tuple(notes))
 
     @classmethod
     def to_plan(cls, model: nn.Module, example_inputs: Any, calibration: Any) -> Data:
@@ -76,24 +98,3 @@ class Data:
         if example is None:
             example = some_samples(next(bind_batches(model, calibration)))
         return cls(example, ())
-
-    @property
-    def enough(self) -> Sequence[Batch] | None:
-        """The first batches that hold enough samples for closed forms, which have few parameters to find."""
-        if self.batches is None:
-            return None
-        samples = 0
-        for i, batch in enumerate(self.batches):
-            if samples >= ENOUGH_SAMPLES:
-                return self.batches[:i]
-            samples += sample_count(batch)
-        return self.batches
-
-    @property
-    def all_notes(self) -> tuple[str, ...]:
-        """What was left out of the data, and how much of it closed forms take."""
-        enough = self.enough
-        if enough is None or self.batches is None or len(enough) == len(self.batches):
-            return self.notes
-        samples = sum(map(sample_count, enough))
-        return (*self.notes, f"closed forms were fitted to the first {samples} samples")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from normswap.errors import InitializationError
 from normswap.runs.calling import Batch, first_input, run_on_data
 from normswap.runs.guard import set_mode, untouched
+from normswap.runs.processes import alone, summed_by_name
 
-__all__ = ["Statistics", "measure_statistics", "not_finite", "watch_inputs"]
+__all__ = ["Statistics", "measure_statistics", "not_finite", "over_processes", "watch_inputs"]
 
 
 def watch_inputs(
@@ -71,6 +72,27 @@ class Statistics:
         return Statistics(self.mean + share * step, var, values, self.samples + other.samples)
 
 
+def over_processes(found: Mapping[str, Statistics]) -> dict[str, Statistics]:
+    """Return the statistics of what all processes have found, by name."""
+    if alone():
+        return dict(found)
+
+    def weighed(one: Statistics, value: Tensor) -> list[Tensor]:
+        counts = one.mean.new_tensor([one.values, one.samples])
+        return [counts, one.values * value]
+
+    firsts = summed_by_name("means", {name: weighed(one, one.mean) for name, one in found.items()})
+    means = {name: first / counts[0].clamp(min=1) for name, (counts, first) in firsts.items()}
+    spreads = {
+        name: weighed(one, one.var + (one.mean - means[name].to(one.mean)).square()) for name, one in found.items()
+    }
+    merged = {}
+    for name, (counts, spread) in summed_by_name("variances", spreads).items():
+        values, samples = (int(count) for count in counts)
+        merged[name] = Statistics(means[name], spread / max(values, 1), values, samples)
+    return merged
+
+
 def measure_statistics(model: nn.Module, norms: Sequence[str], batches: Iterable[Batch]) -> dict[str, Statistics]:
     """Return the statistics at the inputs of ``norms`` over all batches, by fqn; read-only.
 
@@ -84,6 +106,7 @@ def measure_statistics(model: nn.Module, norms: Sequence[str], batches: Iterable
             found[name] = found[name] + Statistics.of(x) if name in found else Statistics.of(x)
 
     watch_inputs(model, norms, batches, add)
+    found = over_processes(found)
     for name, one in found.items():
         if not bool((one.mean + one.var).isfinite().all()):
             raise not_finite(f"'{name}'")

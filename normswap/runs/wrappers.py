@@ -9,7 +9,9 @@ from typing import Any
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-__all__ = ["entry_of", "unwrapped"]
+from normswap.errors import InputError
+
+__all__ = ["entry_of", "refuse_sharded", "unwrapped"]
 
 logger = logging.getLogger(__name__)
 
@@ -71,3 +73,16 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
     text = f"the {type(model).__name__} was taken off: what follows is about its module, a {type(found).__name__}"
     logger.info(text)
     return found, (text,)
+
+
+def refuse_sharded(model: nn.Module) -> None:
+    """Raise InputError for a model whose parameters are spread over processes."""
+    for name, parameter in model.named_parameters():
+        if type(parameter.data).__name__ == "DTensor":
+            raise InputError(
+                f"the parameter '{name}' is sharded over processes (a DTensor)",
+                code="sharded-model",
+                hint="convert first and shard afterwards; to fold, store or export gather it: load "
+                "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)), of "
+                "torch.distributed.checkpoint.state_dict, into the converted model as it was before",
+            )

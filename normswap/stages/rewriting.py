@@ -10,20 +10,22 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
-from normswap.errors import PlanError
+from normswap.errors import InputError, argument
 from normswap.nn import ChannelAffine, FilterLayout, RankCheck
 from normswap.nn.kinds import is_layer
 from normswap.norms import Assignment, Bias, Takes, apply, tensor_in
 from normswap.records import NormKind, Plan
+from normswap.runs.guard import copy_of
 from normswap.stages.bound import BoundPlan, BoundStep
 from normswap.stages.forwards import replace_functional_norms
 from normswap.stages.misfits import submodule
 from normswap.stages.recurrent import carry_out
 from normswap.stages.references import exchange
 
-__all__ = ["Placed", "rewrite"]
+__all__ = ["Placed", "rewrite", "take_values", "target_for"]
 
 
 @dataclass(frozen=True)
@@ -88,9 +90,8 @@ def rewrite(
             new parts are as torch starts them.
 
     Raises:
-        PlanError: The model is of another architecture, or sharded.
+        PlanError: The model is of another architecture.
     """
-    _refuse_distributed(model)
     plan = bound.plan
     placed: list[Placed] = []
     functional: dict[str, list[tuple[BoundStep, nn.Module]]] = defaultdict(list)
@@ -197,6 +198,30 @@ def _chain(placed: Placed, after: tuple[nn.Module, ...]) -> nn.Module:
     return next(iter(parts.values())) if len(parts) == 1 and not after else nn.Sequential(parts)
 
 
+def target_for(model: nn.Module, source: nn.Module, *, inplace: bool, apart: bool) -> nn.Module:
+    """Return the model to rewrite: ``model`` itself or a copy, and where the original must stay beside it, a copy."""
+    if inplace and not apart:
+        if source is not model:
+            take_values(model, source)
+        return model
+    try:
+        return copy_of(source)
+    except Exception as cause:
+        raise InputError(
+            f"the model cannot be copied: {type(cause).__name__}: {cause}",
+            code="not-copyable",
+            hint=f"convert it in place ({argument('inplace', True)}), after saving its state dict",
+        ) from cause
+
+
+def take_values(model: nn.Module, source: nn.Module) -> None:
+    """Give ``model`` the values of ``source``, a model of the same structure; a state dict may be a user's own."""
+    with torch.no_grad():
+        for tensors in ((model.parameters(), source.parameters()), (model.buffers(), source.buffers())):
+            for mine, found in zip(*tensors, strict=True):
+                mine.copy_(found)
+
+
 _NORM_FIELDS = {*vars(nn.SyncBatchNorm(1)), "training"}
 
 
@@ -213,13 +238,3 @@ def _carry_over(old: nn.Module, new: nn.Module) -> None:
             vars(new)[name].update(value)
         elif name not in _NORM_FIELDS and name not in vars(new):
             vars(new)[name] = value
-
-
-def _refuse_distributed(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if type(parameter.data).__name__ == "DTensor":
-            raise PlanError(
-                f"the parameter '{name}' is sharded (a DTensor)",
-                code="sharded-model",
-                hint="convert first, shard afterwards",
-            )

@@ -28,6 +28,7 @@ from normswap.loading.files import expect_kind, kind_of, open_file
 from normswap.loading.readable import why_unreadable
 from normswap.loading.trust import Trust
 from normswap.recipes import Recipe
+from normswap.runs.wrappers import refuse_sharded
 from normswap.storage.contents import collect, give
 from normswap.storage.entries import (
     FORMAT_KEY,
@@ -61,6 +62,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     path = Path(path)
     check_target(path)
+    refuse_sharded(model)
     origins = history(model)
     skeleton = origins[0].skeleton
     replayed = None

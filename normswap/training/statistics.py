@@ -7,7 +7,7 @@ out how the batches' means vary: at batch size 2 that is about half of the varia
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,11 @@ from normswap.errors import InputError
 from normswap.norms import norm_of
 from normswap.runs.batches import bind_batches
 from normswap.runs.calling import first_input, run_on_data
+from normswap.runs.equal_models import make_equal, refuse_different_models
 from normswap.runs.guard import set_mode, untouched
 from normswap.runs.modes import held_modules
-from normswap.runs.watching import Statistics, not_finite
+from normswap.runs.processes import alone, in_step, objects, together
+from normswap.runs.watching import Statistics, not_finite, over_processes
 
 __all__ = ["StatisticsUpdate", "update_statistics"]
 
@@ -47,7 +49,11 @@ class StatisticsUpdate:
 
 
 def update_statistics(
-    model: nn.Module, loader: Any, *, forward_fn: Callable[[nn.Module, Any], Any] | None = None
+    model: nn.Module,
+    loader: Any,
+    *,
+    forward_fn: Callable[[nn.Module, Any], Any] | None = None,
+    processes: bool = True,
 ) -> StatisticsUpdate:
     """Give the BatchNorms and mean-only norms of ``model`` the exact statistics of a loader's data, in place.
 
@@ -60,6 +66,8 @@ def update_statistics(
         loader: Unlabelled data as for ``convert(calibration=…)``: a tensor, tuple or dict of inputs, or an iterable of
             those, such as a DataLoader. All of it is used.
         forward_fn: Called as ``forward_fn(model, batch)`` for each batch, for data that this does not fit.
+        processes: Whether all processes of an initialized ``torch.distributed`` group call this, each with data of its
+            own: the statistics are then those of all of it. False works alone.
 
     Returns:
         Which norms have new statistics, and why others were left: frozen, without statistics, or not reached.
@@ -68,6 +76,14 @@ def update_statistics(
         InputError: The data does not fit, or the model has no norm with running statistics.
         InitializationError: What reaches a norm is not finite. The model is as it was then.
     """
+    with together(processes):
+        refuse_different_models(model, buffers=False)
+        report = _updated(model, loader, forward_fn)
+        make_equal(model)
+    return report
+
+
+def _updated(model: nn.Module, loader: Any, forward_fn: Callable[[nn.Module, Any], Any] | None) -> StatisticsUpdate:
     tables, left = _tables(model)
     if not tables:
         raise InputError(
@@ -99,11 +115,15 @@ def update_statistics(
             module.__dict__["training"] = True
             handles.append(module.register_forward_pre_hook(watch(name), with_kwargs=True))
         try:
-            for batch in bind_batches(model, loader, notes, forward_fn):
+            batches = bind_batches(model, loader, notes, forward_fn)
+            for batch in in_step(batches) if not alone() and _any_synchronizes(model, tables) else batches:
                 run_on_data(model, batch)
         finally:
             for handle in handles:
                 handle.remove()
+    found = over_processes(found)
+    every = objects("calls", calls)
+    calls = {name: sum(one[name] for one in every) for name in tables}
     for name, one in found.items():
         if not bool((one.mean + one.var).isfinite().all()):
             raise not_finite(f"'{name}'")
@@ -113,6 +133,11 @@ def update_statistics(
             _write(tables[name], one, calls[name])
     samples = next((one.samples for one in found.values()), 0)
     return StatisticsUpdate(tuple(found), tuple(left), samples, tuple(notes))
+
+
+def _any_synchronizes(model: nn.Module, names: Iterable[str]) -> bool:
+    modules = [model.get_submodule(name) for name in names]
+    return any(norm.synchronizes(module) for module in modules if (norm := norm_of(module)) is not None)
 
 
 def _write(table: dict[str, Tensor], found: Statistics, batches: int) -> None:
