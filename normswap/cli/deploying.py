@@ -13,7 +13,7 @@ import typer
 
 import normswap as ns
 from normswap.cli.console import facts, note, print_json, say, table, working
-from normswap.cli.flags import OUTPUT, InputFlags, Json, Model, Opset, flattened
+from normswap.cli.flags import OUTPUT, InputFlags, Json, Model, Opset, flattened, output_flag
 from normswap.cli.inputs import example_inputs, required_inputs
 from normswap.cli.outputs import needing_normswap, save_whole
 from normswap.cli.reading import Reading
@@ -35,13 +35,9 @@ def fold_model(
     model: Model,
     output: Annotated[
         Path | None,
-        typer.Option(
-            "-o",
-            "--output",
-            metavar="FILE",
-            help="a .pt file, a .pt2 program, which needs no class, or a .safetensors file of the plain weights alone "
-            "(default: MODEL.folded.pt)",
-            rich_help_panel=OUTPUT,
+        output_flag(
+            "a .pt file, a .pt2 program, which needs no class, or a .safetensors file of the plain weights alone "
+            "(default: MODEL.folded.pt)"
         ),
     ] = None,
     given: InputFlags,
@@ -118,13 +114,7 @@ def export_model(
     model: Model,
     output: Annotated[
         Path | None,
-        typer.Option(
-            "-o",
-            "--output",
-            metavar="FILE",
-            help="an .onnx file (default: MODEL.onnx)",
-            rich_help_panel=OUTPUT,
-        ),
+        output_flag("an .onnx file (default: MODEL.onnx)"),
     ] = None,
     given: InputFlags,
     opset: Opset = 18,

@@ -35,6 +35,7 @@ __all__ = [
     "To",
     "flattened",
     "option_flags",
+    "output_flag",
 ]
 
 # A further heading under which `--help` shows the flags on a terminal.
@@ -74,6 +75,13 @@ At = Annotated[
         rich_help_panel=WHICH_NORMS,
     ),
 ]
+
+
+def output_flag(text: str) -> Any:
+    """Return the flag that names the file to write."""
+    return typer.Option("-o", "--output", metavar="FILE", help=text, rich_help_panel=OUTPUT)
+
+
 Json = Annotated[
     bool, typer.Option("--json", help="print JSON on stdout, and nothing else there", rich_help_panel=OUTPUT)
 ]

@@ -10,7 +10,7 @@ import typer
 
 import normswap as ns
 from normswap.cli.console import facts, note, print_json, say, working
-from normswap.cli.flags import OUTPUT, Json, flattened
+from normswap.cli.flags import Json, flattened, output_flag
 from normswap.cli.outputs import save_weights
 from normswap.cli.reading import Reading
 from normswap.cli.reporting import written
@@ -39,13 +39,7 @@ def migrate_checkpoint(
     ],
     output: Annotated[
         Path | None,
-        typer.Option(
-            "-o",
-            "--output",
-            metavar="FILE",
-            help="a .safetensors file, or a .pt file for a state dict (default: beside OLD)",
-            rich_help_panel=OUTPUT,
-        ),
+        output_flag("a .safetensors file, or a .pt file for a state dict (default: beside OLD)"),
     ] = None,
     reading: Reading,
     as_json: Json = False,

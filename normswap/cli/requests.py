@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from normswap.cli.flags import OUTPUT, Chosen, Opset, RecipeFlags
+from normswap.cli.flags import OUTPUT, Chosen, Opset, RecipeFlags, output_flag
 from normswap.cli.outputs import read_text
 from normswap.cli.values import STAYS, Recipes, read_at
 from normswap.errors import InputError
@@ -44,13 +44,7 @@ class Writing:
 
     output: Annotated[
         Path | None,
-        typer.Option(
-            "-o",
-            "--output",
-            metavar="FILE",
-            help="a .safetensors file, with --fold a .pt; or a .pt2 program (default: MODEL.RECIPE.safetensors)",
-            rich_help_panel=OUTPUT,
-        ),
+        output_flag("a .safetensors file, with --fold a .pt; or a .pt2 program (default: MODEL.RECIPE.safetensors)"),
     ] = None
     fold: Annotated[
         bool, typer.Option("--fold", help="write plain weights, to deploy and not to train", rich_help_panel=OUTPUT)

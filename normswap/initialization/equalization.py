@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -149,8 +150,8 @@ def choose_scales(
     layers = [name for name in gamma_sigma if name in channels.inputs and bool((channels.inputs[name] != FIXED).any())]
     sums: dict[str, list[Tensor]] = {}
 
-    def see(name: str, layer: nn.Module, x: Tensor) -> None:
-        rows = _patch_sums(layer, x)
+    def see(name: str, layer: nn.Module, given: Sequence[Any]) -> None:
+        rows = _patch_sums(layer, given[0])
         found = [torch.tensor(float(rows.shape[1]), dtype=rows.dtype), rows.sum(1), rows.mT @ rows]
         sums[name] = [a + b for a, b in zip(sums[name], found, strict=True)] if name in sums else found
 

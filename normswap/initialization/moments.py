@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -125,8 +126,8 @@ def input_moments(
     kept: dict[str, list[Tensor]] = {name: [] for name in layers}
     generator = torch.Generator().manual_seed(0)
 
-    def collect(name: str, layer: nn.Module, x: Tensor) -> None:
-        kept[name].append(random_patches(layer, x, sum(map(len, kept[name])), generator))
+    def collect(name: str, layer: nn.Module, given: Sequence[Any]) -> None:
+        kept[name].append(random_patches(layer, given[0], sum(map(len, kept[name])), generator))
 
     with shaped_by_statistics(model) if shaped else nullcontext():
         watch_inputs(model, layers, batches, collect)

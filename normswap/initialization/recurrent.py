@@ -24,9 +24,9 @@ from normswap.errors import InitializationError, InputError, argument
 from normswap.initialization.moments import Moments, centre, moments_of_covariance
 from normswap.initialization.null_space import offsets
 from normswap.nn.recurrent import ROWS
-from normswap.runs.calling import Batch, run_on_data
-from normswap.runs.guard import set_mode, untouched
+from normswap.runs.calling import Batch
 from normswap.runs.processes import summed_by_name
+from normswap.runs.watching import watch_inputs
 from normswap.stages.bound import BoundPlan
 from normswap.stages.recurrent import BoundRecurrent
 
@@ -137,23 +137,12 @@ def _plain(module: nn.Module, name: str) -> Tensor:
 def _watch(model: nn.Module, names: Sequence[str], batches: Sequence[Batch]) -> dict[str, dict[str, _Sums]]:
     """Return what each matrix of the named layers multiplies, over all batches."""
     seen: dict[str, dict[str, _Sums]] = {name: {} for name in names}
-    with untouched(model), torch.no_grad():
-        set_mode(model, False)
-        handles = []
-        for name in names:
 
-            def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
-                given = [*args, *kwargs.values()]
-                for matrix, x in _multiplied(module, given[0], given[1] if len(given) > 1 else None):
-                    seen[name].setdefault(matrix, _Sums()).add(x)
+    def see(name: str, module: nn.Module, given: Sequence[Any]) -> None:
+        for matrix, x in _multiplied(module, given[0], given[1] if len(given) > 1 else None):
+            seen[name].setdefault(matrix, _Sums()).add(x)
 
-            handles.append(model.get_submodule(name).register_forward_pre_hook(see, with_kwargs=True))
-        try:
-            for inputs in batches:
-                run_on_data(model, inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
+    watch_inputs(model, names, batches, see)
     return {name: _over_processes(name, own) for name, own in seen.items()}
 
 

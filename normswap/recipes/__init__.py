@@ -75,15 +75,7 @@ def make_recipe(to: To, options: Mapping[str, Any] | None = None) -> Recipe:
                 hint=f"write {type(to).__name__}({', '.join(f'{k}=...' for k in options)})",
             )
         return to
-    kind = _type_of(to)
-    known = [f.name for f in fields(kind)]
-    if unknown := [name for name in options if name not in known]:
-        raise InputError(
-            f"recipe '{to}' has no option {unknown[0]!r}",
-            code="unknown-option",
-            hint=f"its options are {', '.join(known)}" if known else "it has no options",
-        )
-    return kind(**options)
+    return _type_of(to).of(options, f"recipe '{to}'")
 
 
 def _auto(options: Mapping[str, Any]) -> Recipe:

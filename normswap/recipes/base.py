@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from normswap.errors import InputError, Text, argument, parameter
 from normswap.norms import Norm
 from normswap.norms.group import Groups
+from normswap.recipes.described import Described
 from normswap.records import Site
 from normswap.weights import PlainWeight, Weight
 
@@ -28,7 +29,7 @@ AUTO_GROUPS = "auto"
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Described):
     """What replaces a Conv-BatchNorm site. A recipe is a frozen dataclass whose fields are its options.
 
     To add one, subclass this in a file of its own, set the class attributes, and implement :meth:`weight` and
@@ -36,26 +37,8 @@ class Recipe:
     this folder are found by name; a recipe elsewhere is passed as an instance.
     """
 
-    name: ClassVar[str]
-    equation: ClassVar[str]
-    paper: ClassVar[str]
-    exact: ClassVar[bool]
-    """Whether the swap is a reparameterization: the model's eval output stays the same up to rounding."""
-
     by_itself: ClassVar[bool] = True
     """Whether its name alone chooses it; else it needs options."""
-
-    def __post_init__(self) -> None:
-        eps = getattr(self, "eps", None)
-        if eps is not None and not eps > 0:
-            raise InputError(
-                f"{parameter('eps')} must be > 0, got {eps}", code="eps", hint="give a small number such as 1e-5"
-            )
-
-    def options(self) -> dict[str, Any]:
-        """Return the options that differ from their defaults."""
-        defaults = {f.name: f.default for f in fields(self)}
-        return {k: v for k, v in asdict(self).items() if v != defaults[k]}
 
     @property
     def patterns(self) -> tuple[str, ...]:

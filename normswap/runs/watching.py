@@ -21,16 +21,20 @@ def watch_inputs(
     model: nn.Module,
     names: Sequence[str],
     batches: Iterable[Batch],
-    see: Callable[[str, nn.Module, Tensor], None],
+    see: Callable[[str, nn.Module, Sequence[Any]], None],
 ) -> None:
-    """Run ``model`` in evaluation and call ``see(name, module, input)`` at each call of these; read-only."""
+    """Run ``model`` in evaluation and call ``see(name, module, inputs)`` at each call of these; read-only."""
     with untouched(model), torch.no_grad():
         set_mode(model, False)
         handles = []
         for name in names:
 
             def show(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
-                see(name, module, first_input(args, kwargs))
+                see(
+                    name,
+                    module,
+                    [first_input(args, kwargs), *args[1:], *(v for k, v in kwargs.items() if k != "input")],
+                )
 
             handles.append(model.get_submodule(name).register_forward_pre_hook(show, with_kwargs=True))
         try:
@@ -101,7 +105,8 @@ def measure_statistics(model: nn.Module, norms: Sequence[str], batches: Iterable
     """
     found: dict[str, Statistics] = {}
 
-    def add(name: str, _: nn.Module, x: Tensor) -> None:
+    def add(name: str, _: nn.Module, given: Sequence[Any]) -> None:
+        x: Tensor = given[0]
         if x.numel():
             found[name] = found[name] + Statistics.of(x) if name in found else Statistics.of(x)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import fields
 from functools import cache
 from typing import Any
 
@@ -43,12 +42,4 @@ def make_recurrent(
             code="unknown-recurrent",
             hint=f"choose from {', '.join(known)}",
         )
-    kind, given = known[asked], dict(options or {})
-    own = [f.name for f in fields(kind)]
-    if unknown := [name for name in given if name not in own]:
-        raise InputError(
-            f"the recipe '{asked}' for recurrent layers has no option {unknown[0]!r}",
-            code="unknown-option",
-            hint=f"its options are {', '.join(own)}" if own else "it has no options",
-        )
-    return kind(**given)
+    return known[asked].of(options or {}, f"the recipe '{asked}' for recurrent layers")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import nn
 
-from normswap.errors import InputError, parameter
+from normswap.recipes.described import Described
 from normswap.records import RecurrentSite
 from normswap.weights import Weight
 
@@ -15,7 +15,7 @@ __all__ = ["RecurrentRecipe"]
 
 
 @dataclass(frozen=True)
-class RecurrentRecipe:
+class RecurrentRecipe(Described):
     """How the matrices of recurrent layers are parametrized. A frozen dataclass whose fields are its options.
 
     Each row of a matrix (``weight_ih_l0``, ``weight_hh_l0``, the projection ``weight_hr_l0``, …) makes one value of one
@@ -25,26 +25,8 @@ class RecurrentRecipe:
     or :meth:`replacement` where another layer is to come in the layer's place.
     """
 
-    name: ClassVar[str]
-    equation: ClassVar[str]
-    paper: ClassVar[str]
     needs_data: ClassVar[bool] = False
     """Whether the layer gets its values from calibration data."""
-
-    exact: ClassVar[bool]
-    """Whether the swap is a reparameterization: the layer's output stays the same up to rounding."""
-
-    def __post_init__(self) -> None:
-        eps = getattr(self, "eps", None)
-        if eps is not None and not eps > 0:
-            raise InputError(
-                f"{parameter('eps')} must be > 0, got {eps}", code="eps", hint="give a small number such as 1e-5"
-            )
-
-    def options(self) -> dict[str, Any]:
-        """Return the options that differ from their defaults."""
-        defaults = {f.name: f.default for f in fields(self)}
-        return {k: v for k, v in asdict(self).items() if v != defaults[k]}
 
     def refuse(self, site: RecurrentSite) -> str | None:
         """Return why this recipe cannot be used at ``site``, or None."""
