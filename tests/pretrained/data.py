@@ -38,8 +38,8 @@ __all__ = [
 ]
 
 # The CIFAR ResNets were trained with ImageNet's statistics.
-_MEAN = torch.tensor((0.485, 0.456, 0.406)).view(1, 3, 1, 1)
-_STD = torch.tensor((0.229, 0.224, 0.225)).view(1, 3, 1, 1)
+IMAGENET_MEAN = torch.tensor((0.485, 0.456, 0.406)).view(1, 3, 1, 1)
+IMAGENET_STD = torch.tensor((0.229, 0.224, 0.225)).view(1, 3, 1, 1)
 
 _SQRT_HANN = torch.hann_window(512).sqrt()
 
@@ -93,13 +93,13 @@ def accuracy(model: torch.nn.Module, images: Tensor, labels: Tensor, batch: int 
 def cifar10_test(count: int | None = None) -> tuple[Tensor, Tensor]:
     """Normalised test images (N, 3, 32, 32) and labels; any prefix of 10n is balanced."""
     images, labels = cifar10_images("test", count)
-    return (images / 255 - _MEAN) / _STD, labels
+    return (images / 255 - IMAGENET_MEAN) / IMAGENET_STD, labels
 
 
 def cifar10_train(count: int | None = None) -> tuple[Tensor, Tensor]:
     """Normalised training images (N, 3, 32, 32) and labels: 2000 of each class."""
     images, labels = cifar10_images("train", count)
-    return (images / 255 - _MEAN) / _STD, labels
+    return (images / 255 - IMAGENET_MEAN) / IMAGENET_STD, labels
 
 
 def cifar10_images(part: str, count: int | None = None) -> tuple[Tensor, Tensor]:
