@@ -17,7 +17,7 @@ from normswap.graph.channels import FIXED, find_channels
 from normswap.graph.dataflow import Dataflow
 from normswap.initialization import equalization
 from normswap.initialization.equalization import choose_scales
-from normswap.initialization.equalization_cost import costs_of, least_cost
+from normswap.initialization.equalization_cost import Cost, costs_of, least_cost
 from normswap.initialization.moments import moments_of_covariance
 
 LAYERS = {
@@ -27,6 +27,11 @@ LAYERS = {
     "transposed": lambda: nn.ConvTranspose2d(4, 6, 3, groups=2),
     "linear": lambda: nn.Linear(5, 7),
 }
+
+
+def after(cost: Cost, index: int, step: float) -> float:
+    """The cost after one step of v at one index."""
+    return float(cost.after(index, np.array([2 * step]), np.array([step * step]))[0])
 
 
 def covariance(groups: int, n: int) -> Tensor:
@@ -71,10 +76,10 @@ def test_the_cost_is_the_least_variance_that_a_zero_sum_takes_away(kind: str) ->
             d = np.linalg.solve(conditions, np.r_[np.zeros(n), (v[:, None] * w[o]).sum()])[:n]
             total += (gamma[o] / sigma[o]) ** 2 * d @ matrix @ d
         expected = total / (gamma**2).sum()
-        assert float(cost.after(0, v[:1])[0]) == pytest.approx(expected, rel=1e-9)
-        moved = float(cost.after(n - 1, v[n - 1 :] + 1.0)[0])
+        assert after(cost, 0, 0.0) == pytest.approx(expected, rel=1e-9)
+        moved = after(cost, n - 1, 1.0)
         cost.put(n - 1, v[n - 1] + 1.0)
-        assert float(cost.after(0, v[:1])[0]) == pytest.approx(moved, rel=1e-9)
+        assert after(cost, 0, 0.0) == pytest.approx(moved, rel=1e-9)
 
 
 def test_no_single_step_betters_what_was_found_and_fixed_channels_stay() -> None:

@@ -50,17 +50,18 @@ class Cost:
     kept: Tensor
 
     def __post_init__(self) -> None:  # values are read and set one by one, which NumPy does faster than torch
-        self._forms = self.lost.numpy(), self.kept.numpy()
+        self._forms = np.stack((self.lost.numpy(), self.kept.numpy()))  # (2, n, n)
+        self._squares = self._forms.diagonal(axis1=1, axis2=2)
         self._v = np.ones(len(self.numbers))
-        self._products = [form @ self._v for form in self._forms]
+        self._products = np.stack([form @ self._v for form in self._forms])
+        self._totals = self._sums()
 
-    def after(self, index: int, values: Values) -> Values:
-        """Return the cost with each of ``values`` at one index of v."""
-        step = values - self._v[index]
-        lost, kept = (
-            self._v @ product + 2 * step * product[index] + step * step * form[index, index]
-            for form, product in zip(self._forms, self._products, strict=True)
-        )
+    def _sums(self) -> Values:
+        return np.array([[self._v @ product] for product in self._products])
+
+    def after(self, index: int, doubles: Values, squares: Values) -> Values:
+        """Return the cost after each of some steps of v at one index, of which twice and the square are given."""
+        lost, kept = self._totals + doubles * self._products[:, index, None] + squares * self._squares[:, index, None]
         found: Values = np.maximum(lost, 0) / np.maximum(kept, 1e-30)
         return found
 
@@ -68,8 +69,8 @@ class Cost:
         """Set v at one index."""
         step = value - self._v[index]
         self._v[index] = value
-        for form, product in zip(self._forms, self._products, strict=True):
-            product += step * form[index]
+        self._products += step * self._forms[:, index]
+        self._totals = self._sums()
 
 
 def costs_of(layer: nn.Module, gamma_sigma: Tensor, covariance: Tensor, numbers: Tensor) -> list[Cost]:
@@ -95,9 +96,14 @@ def costs_of(layer: nn.Module, gamma_sigma: Tensor, covariance: Tensor, numbers:
     for group, own in enumerate(numbers.view(layout.groups, -1)):
         unique, index = own.unique(return_inverse=True)
         if len(unique) > 1:  # a single channel's scale changes nothing
-            one_hot = torch.zeros(n, len(unique), dtype=lost.dtype).scatter_(1, index[:, None], 1.0)
-            found.append(Cost(unique, one_hot.T @ lost[group] @ one_hot, one_hot.T @ kept[group] @ one_hot))
+            found.append(Cost(unique, *(_joined(form[group], index, len(unique)) for form in (lost, kept))))
     return found
+
+
+def _joined(form: Tensor, index: Tensor, count: int) -> Tensor:
+    """Return a quadratic form of values that are one where ``index`` is, as a form of these. ``(count, count)``"""
+    rows = form.new_zeros(count, form.shape[1]).index_add_(0, index, form)
+    return form.new_zeros(count, count).index_add_(1, index, rows)
 
 
 def _kernel_means(layout: FilterLayout, weight: Tensor) -> Tensor:
@@ -118,7 +124,9 @@ def least_cost(costs: Sequence[Cost], count: int) -> Tensor:
         moved = False
         for number, uses in uses_of.items():
             values = np.concatenate([v[number : number + 1], _GRID])
-            found = sum(cost.after(index, values) for cost, index in uses)
+            step = values - v[number]
+            doubles, squares = 2 * step, step * step
+            found = sum(cost.after(index, doubles, squares) for cost, index in uses)
             assert isinstance(found, np.ndarray)
             best = int(found.argmin())
             if found[best] < (1 - _GAIN) * found[0]:
