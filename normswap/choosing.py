@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.checks.conversion import refuse_unfit
-from normswap.errors import NothingToConvertError
+from normswap.errors import InputError, NothingToConvertError, argument
 from normswap.graph import capture
 from normswap.graph.dataflow import Dataflow
 from normswap.graph.records import refuse_wrappers
@@ -34,20 +34,21 @@ from normswap.options import Options
 from normswap.preparation import asked, planned, prepared
 from normswap.ranking import each_alone
 from normswap.recipes import Auto, PerSite, Recipe
+from normswap.recipes.auto import pick
 from normswap.records import Choice, SiteChoice
 from normswap.runs.batches import LEAST_SAMPLES, held_out, sample_count, take
 from normswap.runs.calling import Batch
 from normswap.runs.data import Data
 from normswap.runs.gradients import OutputGradients, output_gradients
 from normswap.runs.paired_sites import PairedSite, SiteBatch
-from normswap.runs.processes import offsets, summed_by_name, together
+from normswap.runs.processes import offsets, share, summed_by_name, together
 from normswap.runs.wrappers import unwrapped
 from normswap.stages.opened import opened
 
-__all__ = ["choose", "choose_recipes", "pick"]
+__all__ = ["choose", "choose_recipes"]
 
+_ENOUGH = 128  # samples to choose by: recipes differ by more than they do from sample to sample
 _SAMPLES = 16  # whose errors are followed to the output
-_TIE = 1.05  # a recipe that stands earlier is taken where its error is larger by no more than this factor
 
 
 def choose_recipes(
@@ -72,6 +73,12 @@ def choose_recipes(
     """
     recipe, chosen = asked("auto", None, options)
     assert isinstance(recipe, Auto)
+    if calibration is None:
+        raise InputError(
+            "there is nothing to choose by",
+            code="no-calibration",
+            hint=f"give {argument('calibration')}, some hundred unlabelled samples",
+        )
     model, _ = unwrapped(model)
     refuse_wrappers(model)
     refuse_unfit(model)
@@ -84,8 +91,11 @@ def choose(
 ) -> tuple[Recipe, Choice]:
     """Return the recipe that was chosen for ``model``, which is only read, and how it was chosen."""
     options = dataclasses.replace(options, recurrent=None)
+    few = _first(data.enough or (), share(_ENOUGH))
+    data = dataclasses.replace(data, enough=few, batches=few)
     labels = _labels(recipe.recipes)
     found: dict[str, dict[str, _Measured]] = {}
+    faithful: dict[str, Recipe] = {}
     refusal: NothingToConvertError | None = None
     with opened(model):
         for i, part in enumerate(recipe.recipes):
@@ -95,22 +105,32 @@ def choose(
             except NothingToConvertError as cause:
                 refusal = cause
                 continue
+            faithful |= dict.fromkeys(measured, part)
             for norm, one in measured.items():
-                found.setdefault(norm, {})[labels[i]] = one
-    if not found and refusal is not None:
+                if one is not None:
+                    found.setdefault(norm, {})[labels[i]] = one
+    if not faithful and refusal is not None:
         raise refusal
     energies = {norm: {label: one.energy for label, one in by.items()} for norm, by in found.items()}
     picked = pick(energies, recipe)
     parts = dict(zip(labels, recipe.recipes, strict=True))
-    sites, chosen = [], []
+    unseen = {norm: part.without_data for norm, part in faithful.items() if norm not in found}
+    sites: list[SiteChoice] = []
+    chosen: list[tuple[str, Recipe | None]] = [*unseen.items()]
     for norm, label in picked.items():
         errors = {name: math.sqrt(energy) for name, energy in energies[norm].items()}
         groups = None if label is None else found[norm][label].num_groups
         sites.append(SiteChoice(norm, errors, label, groups))
         chosen.append((norm, None if label is None else _with_groups(parts[label], groups)))
-    made = _combined(chosen) if chosen else PerSite((("*", recipe.without_data),))
-    choice = Choice(tuple(labels), tuple(sites), made.options()["at"], _notes(found, recipe, sites))
-    return PerSite.combined(made.parts), choice
+    if not any(part for _, part in chosen):
+        raise InputError(
+            f"{argument('leave', recipe.leave)} leaves every norm: there are {len(chosen)}",
+            code="auto-leave",
+            hint="leave fewer",
+        )
+    made = _combined(chosen)
+    notes = _notes(found, unseen, recipe, sites, data)
+    return PerSite.combined(made.parts), Choice(tuple(labels), tuple(sites), made.options()["at"], notes)
 
 
 @dataclass(frozen=True)
@@ -130,8 +150,8 @@ class _Measured:
 
 def _measured(
     model: nn.Module, part: Recipe, options: Options, data: Data, progress: Progress | None
-) -> dict[str, _Measured]:
-    """Return what ``part`` does at each site that the data reaches, by the norms' names in the plan's order."""
+) -> dict[str, _Measured | None]:
+    """Return what ``part`` does at each site, by the norms' names in the plan's order; None where no data reaches."""
     if part.exact:
         bound = planned(Dataflow(capture(model, data.example)), part, options, data)
         return {step.site.norm: _Measured(0.0) for step in bound.steps}
@@ -145,10 +165,10 @@ def _measured(
         if row.fit and name in found and row.fit.noise_after > 0
     ]
     usual = statistics.median(known) if known else 1 / max(len(work.bound.steps), 1)
-    measured = {}
+    measured: dict[str, _Measured | None] = {}
     for step in work.bound.steps:
         name = step.site.norm
-        row = rows.get(name)
+        row, measured[name] = rows.get(name), None
         if row is not None and row.fit is not None:
             at_output = name in found
             energy = found[name] if at_output else usual * row.fit.noise_after
@@ -208,6 +228,17 @@ class _Effects:
         return {name: float(energy / count) for name, ((energy, count),) in sums.items()}
 
 
+def _first(batches: Sequence[Batch], count: int) -> list[Batch]:
+    """Return the first ``count`` samples, or a few more where a batch cannot be taken apart."""
+    found: list[Batch] = []
+    for batch in batches:
+        if count <= 0:
+            break
+        found.append(take(batch, slice(count)) or batch)
+        count -= sample_count(batch)
+    return found
+
+
 def _some_held(batches: Sequence[Batch]) -> list[tuple[int, Tensor, Batch]]:
     """Return some held-out samples: the batch that they are of, which of its samples they are, and their inputs."""
     counts = [sample_count(batch) for batch in batches]
@@ -226,37 +257,6 @@ def _some_held(batches: Sequence[Batch]) -> list[tuple[int, Tensor, Batch]]:
     return found
 
 
-def pick(energies: Mapping[str, Mapping[str, float]], recipe: Auto) -> dict[str, str | None]:
-    """Return the label of the recipe for each site, None where the norm stays.
-
-    Args:
-        energies: By site and label ``‖y' − y‖²/‖y‖²`` of the output, the labels in the order of the recipe's parts.
-        recipe: What is wanted.
-    """
-    best: dict[str, str] = {}
-    for norm, by in energies.items():
-        least = min(by.values())
-        best[norm] = next(label for label, energy in by.items() if energy <= least * _TIE**2)
-    picked: dict[str, str | None] = dict(best)
-    allowed = math.inf if recipe.max_error is None else recipe.max_error**2
-
-    def total() -> float:
-        return sum(energies[norm][label] for norm, label in picked.items() if label is not None)
-
-    if recipe.max_error is not None:
-        picked = {norm: next(iter(by)) for norm, by in energies.items()}
-        gains = {norm: by[next(iter(by))] - by[best[norm]] for norm, by in energies.items()}
-        for norm in sorted(gains, key=gains.__getitem__, reverse=True):
-            if total() <= allowed:
-                break
-            picked[norm] = best[norm]
-    costly = sorted(picked, key=lambda norm: energies[norm][picked[norm] or ""], reverse=True)
-    for norm in costly[: recipe.leave]:
-        if recipe.max_error is None or total() > allowed:
-            picked[norm] = None
-    return picked
-
-
 def _combined(chosen: Sequence[tuple[str, Recipe | None]]) -> PerSite:
     """Return the recipe that gives each norm its own, with the commonest one for all that are not named."""
     common = Counter(part for _, part in chosen if part is not None).most_common(1)
@@ -271,13 +271,28 @@ def _with_groups(part: Recipe, count: int | None) -> Recipe:
 def _labels(parts: Sequence[Recipe]) -> list[str]:
     """Return what each recipe is called: its name, with its options where another has the same name."""
     several = Counter(part.name for part in parts)
+    options = [", ".join(f"{k}={v}" for k, v in part.options().items()) for part in parts]
     return [
-        part.name if several[part.name] == 1 else f"{part.name} {part.options() or 'as it comes'}" for part in parts
+        part.name if several[part.name] == 1 else f"{part.name} {own}".strip()
+        for part, own in zip(parts, options, strict=True)
     ]
 
 
-def _notes(found: Mapping[str, Mapping[str, _Measured]], recipe: Auto, sites: Sequence[SiteChoice]) -> tuple[str, ...]:
+def _notes(
+    found: Mapping[str, Mapping[str, _Measured]],
+    unseen: Mapping[str, Recipe],
+    recipe: Auto,
+    sites: Sequence[SiteChoice],
+    data: Data,
+) -> tuple[str, ...]:
     notes = []
+    _, samples = offsets("samples", [sample_count(batch) for batch in data.batches])
+    if found and samples < LEAST_SAMPLES:
+        notes.append("too few samples to hold any out: the errors are on the samples that were fitted to, too small")
+    if unseen:
+        notes.append(
+            f"the data does not reach {', '.join(unseen)}: {', '.join({part.name for part in unseen.values()})} there"
+        )
     inner = [norm for norm, by in found.items() if not all(one.at_output for one in by.values())]
     if inner:
         notes.append(

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import normswap as ns
-from normswap.choosing import pick
 from normswap.cli import app
 from normswap.errors import InputError
 from normswap.recipes import Auto, make_recipe
+from normswap.recipes.auto import pick
 from normswap.records import Choice, Plan
 from normswap.runs.gradients import output_gradients
 
@@ -248,6 +248,11 @@ def test_without_data_the_last_recipe_is_taken() -> None:
         ({"max_error": 0.0}, "max_error must be > 0"),
         ({"max_error": math.inf}, "max_error must be > 0"),
         ({"leave": -1}, "leave must be ≥ 0"),
+        ({"leave": 3}, "leave=3 leaves every norm: there are 3"),
+        ({"leave": 1.0}, "leave must be a whole number, got 1.0"),
+        ({"leave": None}, "leave must be a whole number, got None"),
+        ({"max_error": "1"}, "max_error must be a number or None, got '1'"),
+        ({"recipes": None}, "recipes must be a tuple, got None"),
         ({"recipes": ("gm",)}, "there is no recipe 'gm'"),
         ({"max_eror": 0.1}, "did you mean 'max_error'"),
     ],
@@ -258,6 +263,8 @@ def test_what_does_not_fit_is_refused(options: dict[str, Any], words: str) -> No
 
 
 def test_a_plan_does_not_choose() -> None:
+    with pytest.raises(InputError, match="there is nothing to choose by"):
+        ns.choose_recipes(trained(), calibration=None)
     with pytest.raises(InputError, match="which a plan does not"):
         ns.plan(trained(), "auto", calibration=images(20))
     with pytest.raises(InputError, match="itself chooses between recipes"):
@@ -270,4 +277,78 @@ def test_options_go_to_the_recipes_that_have_them() -> None:
     assert [part.options() for part in made.recipes] == [{"num_groups": 4}, {"num_groups": 4}, {"axes": "channel"}]
     chosen = make_recipe("auto")
     assert isinstance(chosen, Auto)
-    assert [part.options() for part in chosen.recipes] == [{"num_groups": "auto"}, {"num_groups": "auto"}, {}]
+    assert [(part.name, part.options()) for part in chosen.recipes] == [
+        ("gn+ws", {}),
+        ("gn+ws", {"num_groups": 1}),
+        ("gn+aws", {}),
+        ("ln", {}),
+    ]
+
+
+class Reaching(Net):
+    """A network of which the data reaches two norms of three: the third stands in an auxiliary head."""
+
+    def forward(self, x: Tensor, auxiliary: bool = False) -> Tensor:
+        x = self.body(self.stem(x))
+        return self.fc((x + self.side(x) if auxiliary else x).mean((2, 3)))
+
+
+def test_a_norm_that_the_data_does_not_reach_gets_what_it_gets_without_data() -> None:
+    model = Reaching().eval()
+    model.load_state_dict(trained().state_dict())
+    result = ns.convert(model, "auto", calibration=images(120), recipes=["ln", "gn"], num_groups=2, leave=1)
+    steps = {step.site.norm: (step.recipe, step.num_groups) for step in result.plan.steps}
+    assert steps["side.1"] == ("gn", 2)
+    assert result.choice is not None
+    assert "the data does not reach side.1: gn there" in result.choice.notes
+    assert [site.norm for site in result.choice.sites] == ["stem.1", "body.1"]
+    assert not any("reach" in note for note in choice().notes)
+
+
+def test_group_counts_that_are_given_hold_without_data() -> None:
+    steps = ns.convert(trained(), "auto", recipes=["ln", "gn"], num_groups=4).plan.steps
+    assert {step.num_groups for step in steps} == {4}
+    steps = ns.convert(trained(), "auto", recipes=["ln", "gn"]).plan.steps
+    assert {step.num_groups for step in steps} != {4}
+
+
+def test_each_recipe_has_all_data_where_norms_store_no_statistics() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, track_running_stats=False), nn.ReLU()).eval()
+    found = ns.choose_recipes(model, calibration=[images(30)], recipes=["gn", "ln"])
+    assert [set(site.errors) for site in found.sites] == [{"gn", "ln"}]
+
+
+def test_a_gradient_that_is_no_number_is_not_followed() -> None:
+    class Root(nn.Module):
+        def __init__(self, power: int) -> None:
+            super().__init__()
+            self.net, self.power = trained(), power
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.net(x)
+            y = y * (y > y.mean())
+            return (y * y).sqrt() if self.power == 1 else y * y
+
+    (note,) = ns.choose_recipes(Root(1), calibration=images(40), recipes=["ln"]).notes
+    assert note.startswith("at 3 of 3 norms")
+    assert ns.choose_recipes(Root(2), calibration=images(40), recipes=["ln"]).notes == ()
+
+
+def test_an_output_that_no_norm_can_change_does_not_make_errors_small() -> None:
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = trained()
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.net(x), x.detach() * 1e3
+
+    beside = ns.choose_recipes(Beside(), calibration=images(40), recipes=["ln"])
+    alone = ns.choose_recipes(trained(), calibration=images(40), recipes=["ln"])
+    assert beside.expected_error == pytest.approx(alone.expected_error, rel=0.2)
+
+
+def test_errors_on_the_samples_that_were_fitted_to_are_told() -> None:
+    (note,) = ns.choose_recipes(trained(), calibration=images(9), recipes=["ln"]).notes
+    assert note.startswith("too few samples to hold any out")
+    assert ns.choose_recipes(trained(), calibration=images(10), recipes=["ln"]).notes == ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -80,6 +81,21 @@ def test_unknown_recipes_and_options_are_refused_with_what_there_is() -> None:
         make_recipe("ln", {"axes": "space"})
     with pytest.raises(ns.NormswapError, match="beside a recipe"):
         make_recipe(make_recipe("gn"), {"eps": 1e-3})
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "words"),
+    [
+        ("gn", {"num_groups": 2.0}, "num_groups must be a whole number or a text or None, got 2.0"),
+        ("gn", {"num_groups": True}, "num_groups must be a whole number or a text or None, got True"),
+        ("gn", {"group_size": "4"}, "group_size must be a whole number or None, got '4'"),
+        ("gn", {"eps": "small"}, "eps must be a number or None, got 'small'"),
+        ("wn", {"log_gain": "no"}, "log_gain must be True or False, got 'no'"),
+    ],
+)
+def test_a_value_that_is_not_of_its_options_type_is_refused(recipe: str, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ns.NormswapError, match=words):
+        make_recipe(recipe, options)
 
 
 def test_options_reach_the_model() -> None:

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 from normswap.discovery import classes_in
 from normswap.errors import InputError
 from normswap.recipes.auto import Auto
-from normswap.recipes.base import AUTO_GROUPS, Recipe
+from normswap.recipes.base import Recipe
 from normswap.recipes.per_site import PerSite
 from normswap.recipes.stays import Stays
 
@@ -41,7 +41,7 @@ def option_types(to: To) -> dict[str, str]:
         return {"at": "Mapping"}
     if to == Auto.name:
         own = {f.name: str(f.type) for f in fields(Auto)}
-        return own | {name: kind for part in Auto.defaults for name, kind in option_types(part).items()}
+        return own | {name: kind for part in Auto.defaults for name, kind in option_types(_split(part)[0]).items()}
     if isinstance(to, Mapping):
         return {name: kind for part in to.values() for name, kind in option_types(_split(part)[0]).items()}
     return {f.name: str(f.type) for f in fields(_type_of(to))}
@@ -56,7 +56,7 @@ def make_recipe(to: To, options: Mapping[str, Any] | None = None) -> Recipe:
     ``"auto"`` chooses from (``recipes``) are given the options in the same way.
 
     Raises:
-        InputError: There is no such recipe, or it has no such option.
+        InputError: There is no such recipe, it has no such option, or the option no such value.
     """
     options = dict(options or {})
     if to == PerSite.name and isinstance(options.get("at"), Mapping):
@@ -79,12 +79,15 @@ def make_recipe(to: To, options: Mapping[str, Any] | None = None) -> Recipe:
 
 
 def _auto(options: Mapping[str, Any]) -> Recipe:
-    """Return the recipe that chooses, with the group counts left to the data where they are not given."""
+    """Return the recipe that chooses, each of its parts with those of the options that it has."""
     own = {name: options[name] for name in ("max_error", "leave") if name in options}
-    parts = options.get("recipes", Auto.defaults)
-    of_parts = {"num_groups": AUTO_GROUPS} | {k: v for k, v in options.items() if k not in (*own, "recipes")}
-    if isinstance(parts, (str, Recipe)):
+    grouped = options.keys() & {"num_groups", "group_size"}
+    usual = [part for part in Auto.defaults if not (grouped and isinstance(part, Mapping))]
+    parts = options.get("recipes", usual)
+    of_parts = {k: v for k, v in options.items() if k not in (*own, "recipes")}
+    if isinstance(parts, (str, Recipe, Mapping)):
         parts = (parts,)
+    Auto.check_types({**own, "recipes": parts})
     made = (_part(part, of_parts) for part in parts)
     return Auto(tuple(part for part in made if part is not None), **own)
 

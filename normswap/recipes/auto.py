@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from normswap.errors import InputError, parameter
 from normswap.recipes.base import Recipe
 
-__all__ = ["Auto"]
+__all__ = ["Auto", "pick"]
+
+_TIE = 1.05  # a recipe that stands earlier is taken where its error is larger by no more than this factor
 
 
 @dataclass(frozen=True)
@@ -37,10 +40,10 @@ class Auto(Recipe):
     paper = ""
     exact = False
     by_itself = False
-    defaults: ClassVar[tuple[str, ...]] = ("gn+ws", "gn+aws", "ln")
+    defaults: ClassVar[tuple[Any, ...]] = ("gn+ws", {"recipe": "gn+ws", "num_groups": 1}, "gn+aws", "ln")
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "recipes", tuple(self.recipes))
+        object.__setattr__(self, "recipes", tuple(dict.fromkeys(self.recipes)))
         if not self.recipes or not all(part.by_itself for part in self.recipes):
             raise InputError(
                 f"{parameter('recipes')} must name one recipe or more, and none that itself chooses",
@@ -61,4 +64,35 @@ class Auto(Recipe):
     @property
     def without_data(self) -> Recipe:
         """The recipe that is taken where there is nothing to choose by."""
-        return self.recipes[-1].with_groups(None)
+        return self.recipes[-1].without_data
+
+
+def pick(energies: Mapping[str, Mapping[str, float]], recipe: Auto) -> dict[str, str | None]:
+    """Return the label of the recipe for each site, None where the norm stays.
+
+    Args:
+        energies: By site and label ``‖y' − y‖²/‖y‖²`` of the output, the labels in the order of the recipe's parts.
+        recipe: What is wanted.
+    """
+    best: dict[str, str] = {}
+    for norm, by in energies.items():
+        least = min(by.values())
+        best[norm] = next(label for label, energy in by.items() if energy <= least * _TIE**2)
+    picked: dict[str, str | None] = dict(best)
+    allowed = math.inf if recipe.max_error is None else recipe.max_error**2
+
+    def total() -> float:
+        return sum(energies[norm][label] for norm, label in picked.items() if label is not None)
+
+    if recipe.max_error is not None:
+        picked = {norm: next(iter(by)) for norm, by in energies.items()}
+        gains = {norm: by[next(iter(by))] - by[best[norm]] for norm, by in energies.items()}
+        for norm in sorted(gains, key=gains.__getitem__, reverse=True):
+            if total() <= allowed:
+                break
+            picked[norm] = best[norm]
+    costly = sorted(picked, key=lambda norm: energies[norm][picked[norm] or ""], reverse=True)
+    for norm in costly[: recipe.leave]:
+        if recipe.max_error is None or total() > allowed:
+            picked[norm] = None
+    return picked

@@ -70,6 +70,11 @@ class Recipe(Described):
         """Return the recipe with so many groups at each site, where its norm has groups; None for the default ones."""
         return self
 
+    @property
+    def without_data(self) -> Recipe:
+        """The recipe where there is no data: with the default group counts, where they are left to it."""
+        return self if self.least_group is None else self.with_groups(None)
+
     def norm(self, site: Site, num_groups: int | None) -> Norm:
         """Return what stands where the norm stood."""
         raise NotImplementedError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +26,7 @@ class OutputGradients:
     """How a model's output answers to what its norms give, on one batch.
 
     Args:
-        size: ``‖out‖²`` over all outputs.
+        size: ``‖out‖²`` over all outputs that depend on a norm.
         of: By a norm's name the gradients of ``u·out`` for random u of independent standard normal values, each shaped
             as what the norm gives.
     """
@@ -42,7 +43,8 @@ class OutputGradients:
         if drawn is None or drawn[0].shape != error.shape:
             return None
         along = [(g * error).flatten(1).sum(1, dtype=torch.float64).square().sum() for g in drawn]
-        return float(sum(along) / len(along))
+        found = float(sum(along) / len(along))
+        return found if math.isfinite(found) else None  # the root of 0 has no gradient
 
 
 @dataclass
@@ -84,6 +86,7 @@ def output_gradients(model: nn.Module, norms: Mapping[str, Tensor], batch: Batch
         try:
             with torch.enable_grad(), probing:
                 outputs = [out for out in tensors_of(call(model, batch)) if bool(out.isfinite().all())]
+            outputs = [out for out in outputs if out.requires_grad]
             drawn = _draw(outputs, probing.probes, torch.Generator().manual_seed(seed))
         except Exception:  # whatever a user's forward raises
             return OutputGradients(0.0, {})
@@ -94,12 +97,11 @@ def _draw(
     outputs: Sequence[Tensor], probes: Mapping[str, Tensor], generator: torch.Generator
 ) -> dict[str, tuple[Tensor, ...]]:
     """Return the gradients of random projections of the outputs with respect to those probes that reach them."""
-    reached = [out for out in outputs if out.requires_grad]
     found: dict[str, tuple[Tensor, ...]] = {}
-    for _ in range(_DRAWS if reached else 0):
-        directions = [torch.randn(out.shape, generator=generator).to(out) for out in reached]
+    for _ in range(_DRAWS if outputs and probes else 0):
+        directions = [torch.randn(out.shape, generator=generator).to(out) for out in outputs]
         gradients = torch.autograd.grad(
-            reached, list(probes.values()), directions, retain_graph=True, allow_unused=True
+            outputs, list(probes.values()), directions, retain_graph=True, allow_unused=True
         )
         for name, gradient in zip(probes, gradients, strict=True):
             if gradient is not None:
