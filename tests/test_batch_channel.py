@@ -13,7 +13,7 @@ from laws import distance
 from torch import Tensor, nn
 
 import normswap as ns
-from normswap.nn import EstimatedStatistics
+from normswap.nn import EstimatedStatistics, MeanOnlyBatchNorm
 
 Array = np.ndarray
 
@@ -58,6 +58,20 @@ def test_the_batchs_own_statistics_or_the_former_estimates_would_be_told_apart()
     assert np.abs(found - own).max() > 0.1
     former = x / np.sqrt(1 + 1e-5)
     assert np.abs(found - former).max() > 0.1
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("kind", [EstimatedStatistics, MeanOnlyBatchNorm])
+def test_a_batch_without_samples_leaves_the_statistics(kind: type[nn.Module], momentum: float | None) -> None:
+    """A detector's head gets one where nothing was proposed; a BatchNorm takes it, too."""
+    norm = kind(6, momentum=momentum)
+    norm(torch.randn(4, 6, 2, 2))
+    before = norm.running_mean.clone()
+    assert norm(torch.randn(0, 6, 2, 2)).shape == (0, 6, 2, 2)
+    assert torch.equal(norm.running_mean, before)
+    assert norm.running_var.isfinite().all()
+    norm(torch.randn(1, 6, 2, 2))
+    assert not torch.equal(norm.running_mean, before)
 
 
 def test_no_gradient_goes_through_the_estimates() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normswap.nn.norms import per_channel
+from normswap.nn.norms import any_sample, per_channel
 
 __all__ = ["EstimatedStatistics"]
 
@@ -69,8 +69,11 @@ class EstimatedStatistics(nn.Module):
         values, axes = x.to(self.running_mean.dtype), [0, *range(2, x.ndim)]
         self.num_batches_tracked.add_(1)
         rate = 1 / self.num_batches_tracked.to(values.dtype) if self.momentum is None else self.momentum
-        self.running_mean.add_(rate * (values.mean(axes) - self.running_mean))
+        some = any_sample(values)
+        mean = torch.where(some, values.mean(axes), self.running_mean)
+        self.running_mean.add_(rate * (mean - self.running_mean))
         square = (values - per_channel(self.running_mean, values)).square().mean(axes)
+        square = torch.where(some, square, self.running_var)
         self.running_var.add_(rate * (square - self.running_var))
 
     def extra_repr(self) -> str:

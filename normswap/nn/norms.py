@@ -15,9 +15,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from normswap.errors import InputError
 
-__all__ = ["ChannelAffine", "ChannelLayerNorm", "MeanOnlyBatchNorm", "per_channel"]
+__all__ = ["ChannelAffine", "ChannelLayerNorm", "MeanOnlyBatchNorm", "any_sample", "per_channel"]
 
 _WIDE = (torch.float32, torch.float64)
+
+
+def any_sample(x: Tensor) -> Tensor:
+    """Return whether a batch has a sample: the mean of none is NaN. A tensor, so that it can be traced. ``()``"""
+    return x.new_ones(x.shape[:1], dtype=torch.bool).any()
 
 
 def per_channel(values: Tensor, x: Tensor) -> Tensor:
@@ -157,7 +162,7 @@ class MeanOnlyBatchNorm(_BatchNorm):
             return x + per_channel(self.bias - self.running_mean, x)
         mean = self._batch_mean(x)
         if self.track_running_stats:
-            self._follow(mean)
+            self._follow(mean if self.synchronized else torch.where(any_sample(x), mean, self.running_mean))
         return x + per_channel(self.bias - mean, x)
 
     @torch.no_grad()
