@@ -406,6 +406,28 @@ def test_what_may_be_either_of_two_is_refused() -> None:
     refused("inspect c.pt", "weights-ambiguous", "--key a or --key b")
 
 
+def test_a_network_is_not_put_together_of_two() -> None:
+    w, e = trained(W), trained(E)
+    body = {name: value for name, value in w.items() if not name.startswith("fc.")}
+    head = {name: value for name, value in e.items() if name.startswith("fc.")}
+    torch.save({**starting("student.", body), **starting("teacher.", head)}, "c.pt")
+    refused(f"inspect c.pt {ARCH}", "state-dict-mismatch", "1 of two networks: some are of student and some of teacher")
+    torch.save({**starting("student.", w), **starting("teacher.", head)}, "c.pt")
+    refused(f"inspect c.pt {ARCH}", "state-dict-mismatch", "--prefix student")
+    for front in ("model.", "module.", ""):  # one network may be within another, or have a head beside it
+        assert not match({**starting(f"{front}net.", body), **starting(front, head)}, w).problems
+
+
+def test_weights_of_whole_numbers_are_refused() -> None:
+    w = trained(W)
+    for kind, fits in ((torch.int8, False), (torch.complex64, False), (torch.float64, True)):
+        torch.save({**w, "fc.weight": w["fc.weight"].to(kind)}, "c.pt")
+        if fits:
+            assert run(f"inspect c.pt {ARCH}").exit_code == 0
+        else:
+            refused(f"inspect c.pt {ARCH}", "state-dict-mismatch", f"1 of another type: fc.weight is {kind}")
+
+
 def test_a_refusal_names_the_nearest_entry_and_the_names_that_differ() -> None:
     w = trained(W)
     near = {name: value for name, value in starting("module.", w).items() if "fc" not in name}

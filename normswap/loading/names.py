@@ -3,8 +3,9 @@
 Note [Names that fit]
 Trainers wrap models, and each wrapper adds a part to the names within it: ``module.layer1._orig_mod.0.weight``. Such a
 part is dropped, wherever it stands, where the name is one of the architecture's without it. Of several ways the one
-that drops least is taken. Where the file has all names of the architecture as they are, nothing is dropped at all; and
-where two different tensors of the file would get one name, none does.
+that drops least is taken. Where the file has all names of the architecture as they are, nothing is dropped at all;
+where two different tensors of the file would get one name, none does; and a network is not put together of the parts of
+two, such as the student's backbone and the teacher's head.
 
 A name that is left over may be of a layer that the architecture given does not have, so that without it the network
 would be another: that is refused. Left out are names outside of what all others are within (``fc.weight`` beside
@@ -17,7 +18,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from typing import Any
 
 import torch
@@ -28,10 +29,12 @@ from normswap.loading.weight_norm_names import other_forms
 
 __all__ = ["COUNTER", "Match", "behind", "fitting_prefixes", "match", "shape_of"]
 
+NETWORKS = frozenset(("model", "net", "student", "teacher"))
+"""The names of attributes that hold a network each."""
 WRAPPERS = frozenset(
     (
         *("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"),
-        *("model", "net", "student", "teacher"),
+        *NETWORKS,
     )
 )
 MOST_PREFIXES = 50
@@ -52,9 +55,10 @@ class Match:
     Args:
         names: The architecture's names, and the file's name for each.
         missing: The architecture's names that have none.
-        misshapen: Those of another shape in the file.
+        misshapen: Those of another shape in the file, or of no floating-point type where one is needed.
         clashes: Those that several different tensors of the file could be, and these.
         torn: Pairs of names that are one tensor in the architecture and two in the file.
+        mixed: Pairs of what the networks are called that names were taken from.
         extra: What else the file has of the model, and the file's name for each.
         foreign: What else it has within the model and of something else, likewise.
         outside: What else it has.
@@ -67,6 +71,7 @@ class Match:
     misshapen: list[str] = field(default_factory=list)
     clashes: dict[str, list[str]] = field(default_factory=dict)
     torn: list[tuple[str, str]] = field(default_factory=list)
+    mixed: list[tuple[str, str]] = field(default_factory=list)
     extra: dict[str, str] = field(default_factory=dict)
     foreign: dict[str, str] = field(default_factory=dict)
     outside: list[str] = field(default_factory=list)
@@ -76,7 +81,7 @@ class Match:
     @property
     def problems(self) -> int:
         """How many names do not fit."""
-        lists = (self.missing, self.misshapen, self.clashes, self.torn, self.extra)
+        lists = (self.missing, self.misshapen, self.clashes, self.torn, self.mixed, self.extra)
         return sum(len(one) for one in lists)
 
     @property
@@ -127,6 +132,7 @@ def match(state: Mapping[str, Any], expected: Mapping[str, Any], prefix: str | N
         [name for name in complete if not _fits(state[complete[name]], expected[name])],
         clashes,
         torn,
+        _networks(fronts),
         extra,
         foreign,
         [name for name in state if name not in used],
@@ -160,7 +166,10 @@ def _identity(name: str, value: object) -> object:
 
 def _fits(found: object, wanted: object) -> bool:
     a, b = shape_of(found), shape_of(wanted)
-    return None in (a, b) or a == b
+    if a is None or b is None:
+        return True
+    assert isinstance(found, torch.Tensor) and isinstance(wanted, torch.Tensor)  # noqa: PT018
+    return a == b and (found.is_floating_point() or not wanted.is_floating_point())  # quantized ones need their scales
 
 
 def _reached(
@@ -237,6 +246,12 @@ def _shared(fronts: list[str]) -> str:
     """Return what was dropped at the beginning of all names: what is outside of it is outside of the model."""
     columns = zip(*(front.split(".")[:-1] for front in fronts), strict=False)
     return "".join(f"{column[0]}." for column in takewhile(lambda column: len(set(column)) == 1, columns))
+
+
+def _networks(fronts: list[str]) -> list[tuple[str, str]]:
+    """Return pairs of networks that the names behind ``fronts`` are of, of which neither holds the other."""
+    names = sorted({tuple(part for part in front.split(".") if part in NETWORKS) for front in fronts})
+    return [(".".join(a), ".".join(b)) for a, b in pairwise(names) if b[: len(a)] != a]
 
 
 def _dropped(rest: str, form: str) -> Iterator[str]:

@@ -122,7 +122,7 @@ def fit(model: nn.Module, entries: Sequence[Entry], path: Path, arch: str, prefi
         ) from error
     missing = [name for name in result.missing_keys if name not in refused]
     extra = [name for name in result.unexpected_keys if name in found.extra]
-    if missing or extra or refused or found.torn:
+    if missing or extra or refused or found.torn or found.mixed:
         raise misfit(chosen, entries, path, missing, extra)
     tell(chosen, entries, path)
     _note_dtypes(chosen.expected, state, path, arch)
@@ -166,10 +166,17 @@ def misfit(
             for name in (found.extra if extra is None else extra)
         ],
         "of another shape": [
-            f"{name} is {shape_of(given[found.names[name]])}, {arch} has {shape_of(expected[name])}"
+            f"{name} is {shape}, {arch} has {shape_of(expected[name])}"
             for name in found.misshapen
+            if (shape := shape_of(given[found.names[name]])) != shape_of(expected[name])
+        ],
+        "of another type": [
+            f"{name} is {given[own].dtype}, {arch} has {expected[name].dtype}"
+            for name in found.misshapen
+            if shape_of(given[own := found.names[name]]) == shape_of(expected[name])
         ],
         "of several values": [f"{name} may be {' or '.join(own)}" for name, own in found.clashes.items()],
+        "of two networks": [f"some are of {a} and some of {b}" for a, b in found.mixed],
         f"one tensor in {arch} and two in the file": [f"{a} and {b}" for a, b in found.torn],
     }
     problems = "; ".join(f"{len(lines)} {what}: {_some(lines)}" for what, lines in lists.items() if lines)
