@@ -19,7 +19,7 @@ import termios
 import types
 import zipfile
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +38,14 @@ from normswap import errors, options
 from normswap.cli import app, boundary, console, converting, deploying, flags, reporting
 from normswap.cli.flags import DataFlags, InputFlags
 from normswap.cli.inputs import calibration_batches, example_inputs
-from normswap.cli.spelling import FLAGS, PYTHON_ONLY, flag_of, spell
+from normswap.cli.spelling import BY_OPTION, FLAGS, PYTHON_ONLY, flag_of, spell
 from normswap.cli.values import read_recipe_options, read_shapes
 from normswap.deploy.folding import FoldRow
 from normswap.errors import InputError, Text, argument, function
 from normswap.loading import load_model
 from normswap.loading.architectures import build
 from normswap.options import Flag, Options
+from normswap.recipes import Auto, all_recipes
 from normswap.storage.writing import staged
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -698,6 +699,7 @@ def test_an_unexpected_exception_is_one_line_and_a_traceback_on_request(
         (f"give {argument('trust', ['a', 'b.py'])}", "give --trust a --trust b.py"),
         (f"give {argument('example_inputs')}", "give --input-shape or --input-file"),
         (f"give {argument('inplace', True)}", "give inplace=True in Python"),
+        (f"{argument('leave', 2)}, {errors.parameter('max_error')}", "--option leave=2, --option max_error"),
         (f"first: {function('fold')}", "first: normswap fold MODEL"),
     ],
 )
@@ -747,8 +749,9 @@ def test_every_argument_that_a_message_names_is_a_flag_of_some_command() -> None
         name for path in (REPOSITORY / "normswap").rglob("*.py") for name, _ in named_terms(path.read_text("utf-8"))
     }
     assert {"calibration", "example_inputs", "init", "trust", "num_groups"} <= named  # they are found
-    assert {flag for name in named - PYTHON_ONLY for flag in flag_of(name).split(" or ")} <= known
-    assert not [name for name in PYTHON_ONLY if flag_of(name) in known]
+    assert {flag for name in named - PYTHON_ONLY - BY_OPTION for flag in flag_of(name).split(" or ")} <= known
+    assert not [name for name in PYTHON_ONLY | BY_OPTION if f"--{name.replace('_', '-')}" in known]
+    assert {f.name for kind in (Auto, *all_recipes().values()) for f in fields(kind)} >= BY_OPTION
     assert {flag for flags in FLAGS.values() for flag in flags.split(" or ")} <= known
     assert flag_of("calibratoin") not in known  # the negative control
 

@@ -23,6 +23,7 @@ from normswap.demo.report import run_demo
 REPOSITORY = Path(__file__).resolve().parent.parent
 _TOOLS = runpy.run_path(str(REPOSITORY / "docs" / "blocks.py"))
 PAGES: tuple[Path, ...] = _TOOLS["PAGES"]
+NOT_RUN: str = _TOOLS["NOT_RUN"]
 blocks, agree, run, prepare = (_TOOLS[name] for name in ("blocks", "agree", "run", "prepare"))
 TEXTS = {str(path.relative_to(REPOSITORY)): path.read_text(encoding="utf-8") for path in PAGES}
 NAMED_COMMAND = re.compile(r"(?<!import )\b(make [a-z]+|python [\w./]+\.py|normswap (?:[a-z]+|--help))")
@@ -75,7 +76,7 @@ def run_page(text: str, name: str, stand_ins: dict[str, Any]) -> None:
     namespace: dict[str, Any] = {"__name__": name, **stand_ins}
     namespace["model"] = copy.deepcopy(stand_ins["model"])
     for block in blocks(text):
-        if block.language == "python":
+        if block.language == "python" and not block.before.startswith(NOT_RUN):
             code = compile("\n" * (block.line - 1) + block.text, name, "exec", dont_inherit=True)
             exec(code, namespace)
 

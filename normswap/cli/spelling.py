@@ -6,7 +6,7 @@ from typing import Any
 
 from normswap.errors import Term, spelled
 
-__all__ = ["FLAGS", "PYTHON_ONLY", "flag_of", "spell"]
+__all__ = ["BY_OPTION", "FLAGS", "PYTHON_ONLY", "flag_of", "spell"]
 
 FLAGS = {
     "example_inputs": "--input-shape or --input-file",
@@ -17,6 +17,9 @@ FLAGS = {
 PYTHON_ONLY = {"inplace", "kind", "lr", "names", "rates", "recipe", "result"}
 """The arguments that no command has: they are shown as Python spells them."""
 
+BY_OPTION = {"leave", "max_error", "recipes"}
+"""The options of recipes that have no flag of their own."""
+
 
 def spell(text: str) -> str:
     """Return a text of the package in the words of the command line, see Note [Texts that name arguments]."""
@@ -25,6 +28,8 @@ def spell(text: str) -> str:
 
 def flag_of(name: str) -> str:
     """Return the flag of the argument ``name``."""
+    if name in BY_OPTION:
+        return f"--option {name}"
     return FLAGS.get(name, f"--{name.replace('_', '-')}")
 
 
@@ -41,4 +46,5 @@ def _on_the_command_line(term: Term) -> str:
 def _with_value(flag: str, value: Any) -> str:
     if isinstance(value, bool):
         return flag if value else flag.replace("--", "--no-", 1)
-    return " ".join(f"{flag} {one}" for one in (value if isinstance(value, list) else [value]))
+    joint = "=" if flag.startswith("--option ") else " "
+    return " ".join(f"{flag}{joint}{one}" for one in (value if isinstance(value, list) else [value]))

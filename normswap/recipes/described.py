@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
@@ -60,7 +61,7 @@ class Described:
     @classmethod
     def check_types(cls, options: Mapping[str, Any]) -> None:
         """Raise InputError for a value that is not of its option's type: 'no' would count as true."""
-        written = {f.name: str(f.type).partition("[")[0].split(" | ") for f in fields(cls)}
+        written = {f.name: re.sub(r"\[.*\]", "", str(f.type)).split(" | ") for f in fields(cls)}
         for name, value in options.items():
             known = [_KINDS[one] for one in written[name] if one in _KINDS]
             number_for_flag = isinstance(value, bool) and "bool" not in written[name]
