@@ -24,7 +24,7 @@ from normswap.initialization.output_effects import OutputEffects
 from normswap.options import Options
 from normswap.preparation import asked, planned, prepared
 from normswap.ranking import each_alone
-from normswap.recipes import Auto, PerSite, Recipe
+from normswap.recipes import Auto, PerSite, Recipe, all_recipes
 from normswap.recipes.auto import pick
 from normswap.records import Choice, SiteChoice
 from normswap.runs.batches import LEAST_SAMPLES, sample_count, take
@@ -109,7 +109,8 @@ def choose(
         errors = {name: math.sqrt(energy) for name, energy in energies[norm].items()}
         groups = None if label is None else found[norm][label].num_groups
         sites.append(SiteChoice(norm, errors, label, groups))
-        chosen.append((norm, None if label is None else _with_groups(parts[label], groups)))
+        own = None if label is None else parts[label]
+        chosen.append((norm, own and (own.without_data if groups is None else own.with_groups(groups))))
     if not any(part for _, part in chosen):
         raise InputError(
             f"{argument('leave', recipe.leave)} leaves every norm: there are {len(chosen)}",
@@ -117,8 +118,9 @@ def choose(
             hint="leave fewer",
         )
     made = _combined(chosen)
+    foreign = {glob: part for glob, part in made.parts if part and type(part) not in all_recipes().values()}
     notes = _notes(found, unseen, recipe, sites, data)
-    return PerSite.combined(made.parts), Choice(tuple(labels), tuple(sites), made.options()["at"], notes)
+    return PerSite.combined(made.parts), Choice(tuple(labels), tuple(sites), made.options()["at"] | foreign, notes)
 
 
 @dataclass(frozen=True)
@@ -182,10 +184,6 @@ def _combined(chosen: Sequence[tuple[str, Recipe | None]]) -> PerSite:
     return PerSite((*((glob.escape(norm), part) for norm, part in chosen if part != usual), ("*", usual)))
 
 
-def _with_groups(part: Recipe, count: int | None) -> Recipe:
-    return part.with_groups(count) if part.least_group is not None else part
-
-
 def _labels(parts: Sequence[Recipe]) -> list[str]:
     """Return what each recipe is called: its name, with its options where another has the same name."""
     several = Counter(part.name for part in parts)
@@ -208,9 +206,12 @@ def _notes(
     if found and samples < LEAST_SAMPLES:
         notes.append("too few samples to hold any out: the errors are on the samples that were fitted to, too small")
     if unseen:
-        notes.append(
-            f"the data does not reach {', '.join(unseen)}: {', '.join({part.name for part in unseen.values()})} there"
-        )
+        given = ", ".join(dict.fromkeys(part.name for part in unseen.values()))
+        notes.append(f"no error could be measured at {', '.join(unseen)}, as if there were no data: {given} there")
+    if silent := [
+        label for label in _labels(recipe.recipes) if found and not any(label in by for by in found.values())
+    ]:
+        notes.append(f"no error of {', '.join(silent)} could be measured: not chosen")
     inner = [norm for norm, by in found.items() if not all(one.at_output for one in by.values())]
     if inner:
         notes.append(

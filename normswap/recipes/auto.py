@@ -93,6 +93,7 @@ def pick(energies: Mapping[str, Mapping[str, float]], recipe: Auto) -> dict[str,
             picked[norm] = best[norm]
     costly = sorted(picked, key=lambda norm: energies[norm][picked[norm] or ""], reverse=True)
     for norm in costly[: recipe.leave]:
-        if recipe.max_error is None or total() > allowed:
+        costs = energies[norm][picked[norm] or ""] > 0
+        if costs and (recipe.max_error is None or total() > allowed):
             picked[norm] = None
     return picked

@@ -44,7 +44,7 @@ class Choice:
     Args:
         recipes: The names of the recipes that it was chosen from.
         sites: What was chosen at each site, in the plan's order.
-        to: The choice as ``to=`` of :func:`normswap.convert` takes it.
+        to: The choice as ``to=`` of :func:`normswap.convert` takes it; JSON has the names of a user's own recipes.
         notes: What a person should know.
     """
 
@@ -88,7 +88,8 @@ class Choice:
 
     def to_json(self, indent: int | None = 2) -> str:
         """Return the choice as JSON."""
-        record = {**asdict(self), "expected_error": self.expected_error}
+        to = {glob: getattr(part, "name", part) for glob, part in self.to.items()}
+        record = {**asdict(self), "to": to, "expected_error": self.expected_error}
         return json.dumps(record, indent=indent, ensure_ascii=False)
 
 
