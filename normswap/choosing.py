@@ -203,7 +203,7 @@ def _notes(
 ) -> tuple[str, ...]:
     notes = []
     _, samples = offsets("samples", [sample_count(batch) for batch in data.batches])
-    if found and samples < LEAST_SAMPLES:
+    if found and samples < LEAST_SAMPLES and all(take(batch, slice(1)) is not None for batch in data.batches):
         notes.append("too few samples to hold any out: the errors are on the samples that were fitted to, too small")
     if unseen:
         given = ", ".join(dict.fromkeys(part.name for part in unseen.values()))

@@ -376,3 +376,17 @@ def test_errors_on_the_samples_that_were_fitted_to_are_told() -> None:
     (note,) = ns.choose_recipes(trained(), calibration=images(9), recipes=["ln"]).notes
     assert note.startswith("too few samples to hold any out")
     assert ns.choose_recipes(trained(), calibration=images(10), recipes=["ln"]).notes == ()
+    unknown = ns.choose_recipes(
+        trained(), calibration=[images(40)], recipes=["ln"], forward_fn=lambda model, batch: model(batch)
+    )
+    assert not any("too few" in note for note in unknown.notes)
+
+
+def test_the_error_at_a_norm_with_a_hook_is_its_own() -> None:
+    model = copy.deepcopy(trained())
+    model.get_submodule("stem.1").register_forward_hook(lambda module, args, out: out * 1.5)
+    found = ns.choose_recipes(model, calibration=images(120), recipes=["ln"])
+    (note,) = found.notes
+    assert note.startswith("at 1 of 3 norms")
+    plain = ns.choose_recipes(trained(), calibration=images(120), recipes=["ln"])
+    assert found.sites[0].errors["ln"] < 2.5 * plain.sites[0].errors["ln"]

@@ -52,8 +52,10 @@ class OutputEffects:
         means = {}
         for step in work.bound.steps:
             owner, _, buffer = step.site.norm.partition(":")
-            mean = getattr(work.source.get_submodule(owner), buffer or "running_mean", None)
-            if isinstance(mean, Tensor):
+            module = work.source.get_submodule(owner)
+            mean = getattr(module, buffer or "running_mean", None)
+            hooked = not buffer and (module._forward_hooks or module._forward_pre_hooks)  # what it gives is not y
+            if isinstance(mean, Tensor) and not hooked:
                 means[step.site.norm] = mean
         parts = [(i, rows, output_gradients(work.source, means, inputs)) for i, rows, inputs in _some_held(batches)]
         return cls(parts, len(batches))
