@@ -418,6 +418,12 @@ def test_a_network_is_not_put_together_of_two() -> None:
         assert not match({**starting(f"{front}net.", body), **starting(front, head)}, w).problems
 
 
+def test_a_metrics_counts_are_left_out_and_a_layer_of_such_a_name_is_not() -> None:
+    w = trained(W)
+    assert not match({**w, "val_f1.tp": torch.ones(5)}, w).problems
+    assert match({**w, "val_proj.weight": torch.ones(5, 5)}, w).problems
+
+
 def test_weights_of_whole_numbers_are_refused() -> None:
     w = trained(W)
     for kind, fits in ((torch.int8, False), (torch.complex64, False), (torch.float64, True)):

@@ -39,8 +39,10 @@ WRAPPERS = frozenset(
 )
 MOST_PREFIXES = 50
 """How many are tried: each costs a pass over all names, and every name of a file may have another."""
-AROUND = re.compile(r"criteri|loss|metric|accuracy|^(train|val|valid|test)_|(^|_)acc$", re.IGNORECASE)
+AROUND = re.compile(r"criteri|loss|metric|accuracy|(^|_)acc$", re.IGNORECASE)
 """What losses and metrics are called."""
+COUNTS = re.compile(r"^(train|val|valid|test)_.*\.(?!(weight|bias)$)\w+$", re.IGNORECASE)
+"""What a metric's own counts are called; ``val_proj.weight`` may be a layer's that projects values."""
 BATCHES = "num_batches_tracked"
 COUNTER = "n_averaged"
 """What an ``AveragedModel`` holds beside the parameters."""
@@ -270,7 +272,7 @@ def _sorted_out(
     foreign: dict[str, str] = {}
     for rest, name in left.items():
         parts = [part for part in rest.split(".") if part not in WRAPPERS]
-        around = len(parts) > 1 and parts[0] not in tops and AROUND.search(parts[0]) is not None
+        around = len(parts) > 1 and parts[0] not in tops and (AROUND.search(parts[0]) or COUNTS.match(".".join(parts)))
         (foreign if around or parts[-1:] == [COUNTER] or rest.startswith(copies) else extra)[rest] = name
     return extra, foreign
 
