@@ -78,8 +78,8 @@ class _Reader:
         self.above: dict[fx.Node, int] = {}
         for node, place in self.place.items():
             self.above[node] = 1 << place
-            for source in node.all_input_nodes:
-                self.above[node] |= self.above[source]
+            for source in node.all_input_nodes:  # one that a forward's code made beside the graph is no value in it
+                self.above[node] |= self.above.get(source, 0)
 
     def branches(self) -> Iterator[Branch]:
         """Yield the branch of each addition that has one."""
