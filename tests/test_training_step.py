@@ -122,6 +122,11 @@ def test_the_second_derivatives_of_parametrized_weights_are_right(
     values = [p.detach().clone() for p in made.parametrizations.parameters()]
     values = [v.contiguous(memory_format=layout) if v.ndim == 4 else v for v in values]
     assert torch.autograd.gradgradcheck(form, [v.requires_grad_() for v in values])
+    # gradgradcheck compares with the first derivative as it is written for a second one, and not with the truth.
+    direction = torch.randn_like(form(*values))
+    plain = torch.autograd.grad(form(*values), values, direction)
+    again = torch.autograd.grad(form(*values), values, direction, create_graph=True)
+    assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-12) for a, b in zip(plain, again, strict=True))
 
 
 def test_torchs_own_weight_norm_has_a_wrong_second_derivative() -> None:
