@@ -106,6 +106,16 @@ def test_a_site_that_hardly_reaches_the_output_has_hardly_an_error() -> None:
     assert unseen["body.1"] > 0.2 * seen["body.1"]
 
 
+def test_errors_are_relative_to_the_size_of_the_output() -> None:
+    louder = copy.deepcopy(trained())
+    with torch.no_grad():
+        for parameter in louder.get_submodule("fc").parameters():
+            parameter.mul_(100)
+    found = ns.choose_recipes(louder, calibration=images(120), recipes=["ln"])
+    as_it_was = [site.errors["ln"] for site in choice().sites]
+    assert [site.error for site in found.sites] == pytest.approx(as_it_was, rel=1e-2)
+
+
 def test_no_recipe_everywhere_is_expected_to_do_better() -> None:
     each = [choice().expected_with(name) for name in choice().recipes]
     assert all(error is not None and choice().expected_error <= 1.05 * error for error in each)
