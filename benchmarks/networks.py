@@ -1,4 +1,4 @@
-"""The networks of timm, torchvision, transformers, smp and ultralytics: how they are made, and what they take."""
+"""The networks of timm, torchvision, transformers, smp, ultralytics and torch_geometric: how to make and call them."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ INSTALL = {
     "transformers": "pip install --no-deps transformers && pip install regex tokenizers huggingface_hub",
     "segmentation_models_pytorch": "pip install --no-deps segmentation-models-pytorch timm",
     "ultralytics": "pip install --no-deps ultralytics && pip install opencv-python-headless requests psutil",
+    "torch_geometric": "pip install torch_geometric",
 }
 Inputs = tuple[Any, ...] | dict[str, Any]
 
@@ -341,10 +342,99 @@ def ultralytics_networks() -> Iterator[Network]:
         yield Network("ultralytics", name, "yolo", partial(make, f"{name}.yaml", verbose=False), image, (64,))
 
 
+# --------------------------------------------------------------------------------------------- torch_geometric
+
+_FEATURES, _WIDTH, _NODES_A_GRAPH = 16, 32, 12
+
+
+def _ring(batch: int) -> Tensor:
+    """The edges of ``batch`` graphs, in each of which every node knows the next one and the one after it."""
+    nodes = torch.arange(batch * _NODES_A_GRAPH)
+    graph, place = nodes // _NODES_A_GRAPH, nodes % _NODES_A_GRAPH
+    ahead = [graph * _NODES_A_GRAPH + (place + step) % _NODES_A_GRAPH for step in (1, 2)]
+    pairs = [torch.stack((nodes, to)) for to in ahead]
+    return torch.cat([*pairs, *(pair.flip(0) for pair in pairs)], dim=1)
+
+
+def _nodes(batch: int, side: int) -> Inputs:
+    return (noise(batch * _NODES_A_GRAPH, _FEATURES),)
+
+
+def _graph(batch: int, side: int) -> Inputs:
+    return (*_nodes(batch, side), _ring(batch))
+
+
+def _graphs(batch: int, side: int) -> Inputs:
+    return (*_graph(batch, side), torch.arange(batch).repeat_interleave(_NODES_A_GRAPH))
+
+
+def _with_encodings(batch: int, side: int) -> Inputs:
+    return _nodes(batch, side) * 2
+
+
+def _wide_graph(batch: int, side: int) -> Inputs:
+    return noise(batch * _NODES_A_GRAPH, _WIDTH), _ring(batch)
+
+
+def _edges_then_nodes(batch: int, side: int) -> Inputs:
+    return _ring(batch), noise(_LINKX_NODES, _FEATURES)
+
+
+_LINKX_NODES = 4 * _NODES_A_GRAPH  # it holds a weight for each node
+
+
+def _of_geometric(name: str, *positional: Any, **options: Any) -> nn.Module:
+    made: nn.Module = getattr(importlib.import_module("torch_geometric.nn"), name)(*positional, **options)
+    return made
+
+
+def _pna(**options: Any) -> nn.Module:
+    several = {"aggregators": ["mean", "max"], "scalers": ["identity", "amplification"], "deg": torch.tensor([0, 0, 4])}
+    return _of_geometric("PNA", _FEATURES, _WIDTH, 3, 8, **several, **options)
+
+
+def _deep_layer(block: str) -> nn.Module:
+    conv, norm = _of_geometric("GENConv", _WIDTH, _WIDTH), _of_geometric("BatchNorm", _WIDTH)
+    return _of_geometric("DeepGCNLayer", conv, norm, nn.ReLU(), block)
+
+
+def _transformer_layer(**options: Any) -> nn.Module:
+    return _of_geometric("GPSConv", _WIDTH, _of_geometric("SAGEConv", _WIDTH, _WIDTH), heads=4, **options)
+
+
+def geometric_networks() -> Iterator[Network]:
+    import_quietly("torchvision")
+    import_quietly("torch_geometric")
+    sizes = (_FEATURES, _WIDTH, 3, 8)
+    made: dict[str, tuple[Callable[[], nn.Module], Callable[[int, int], Inputs]]] = {
+        "MLP": (partial(_of_geometric, "MLP", [_FEATURES, _WIDTH, _WIDTH, 8]), _nodes),
+        "MLP-act_first": (partial(_of_geometric, "MLP", [_FEATURES, _WIDTH, _WIDTH, 8], act_first=True), _nodes),
+        "PNA": (partial(_pna, norm="batch_norm"), _graph),
+        "PMLP": (partial(_of_geometric, "PMLP", _FEATURES, _WIDTH, 8, 3), _nodes),
+        "LINKX": (partial(_of_geometric, "LINKX", _LINKX_NODES, *sizes[:2], 8, 2, 2, 2), _edges_then_nodes),
+        "GPSConv": (_transformer_layer, _wide_graph),
+        "SGFormer": (partial(_of_geometric, "SGFormer", _FEATURES, _WIDTH, 8), _graphs),
+        "Polynormer": (partial(_of_geometric, "Polynormer", _FEATURES, _WIDTH, 8, 2, 1), _graphs),
+        "Polynormer-pre_ln": (
+            partial(_of_geometric, "Polynormer", _FEATURES, _WIDTH, 8, 2, 1, pre_ln=True, local_attn=True), _graphs
+        ),
+        "GPSE": (partial(_of_geometric, "GPSE", _FEATURES, 8, _WIDTH, layers_mp=3, virtual_node=False), _graphs),
+        "GPSENodeEncoder": (partial(_of_geometric, "GPSENodeEncoder", _WIDTH, _FEATURES, 8), _with_encodings),
+        **{f"DeepGCNLayer-{b}": (partial(_deep_layer, b), _wide_graph) for b in ("res+", "res", "dense", "plain")},
+    }  # fmt: skip
+    for name in ("GCN", "GraphSAGE", "GIN", "GAT", "EdgeCNN"):
+        for more in ({}, {"act_first": True}, {"jk": "cat"}, {"norm_kwargs": {"allow_single_element": True}}):
+            full = "-".join((name, *more))
+            made[full] = (partial(_of_geometric, name, *sizes, norm="batch_norm", **more), _graph)
+    for name, (make, inputs) in made.items():
+        yield Network("torch_geometric", name, name.partition("-")[0], make, inputs, (0,))
+
+
 PACKAGES: dict[str, tuple[str, Callable[[], Iterator[Network]]]] = {
     "timm": ("timm", timm_networks),
     "torchvision": ("torchvision", torchvision_networks),
     "transformers": ("transformers", transformers_networks),
     "smp": ("segmentation_models_pytorch", smp_networks),
     "ultralytics": ("ultralytics", ultralytics_networks),
+    "torch_geometric": ("torch_geometric", geometric_networks),
 }
