@@ -147,6 +147,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     _, key, *rest = np.random.get_state()
     devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     found["generators"] = (torch.get_rng_state(), random.getstate(), key.tobytes(), *rest, *devices)
+    found["seeds for later"] = seeds_for_later()
     cudnn = torch.backends.cudnn
     found["settings"] = (
         *(torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads(), torch.get_default_device()),
@@ -222,6 +223,11 @@ def _look_at_class(cls: type, found: dict[str, Any], seen: dict[int, Any]) -> No
             for name, value in vars(owner).items():
                 if not name.startswith("__") and isinstance(value, (int, float, str, Tensor, dict, list, set)):
                     _look(f"class {owner.__qualname__}.{name}", value, found, seen)
+
+
+def seeds_for_later() -> tuple[Any, ...]:
+    """What a device that is not in use yet gets as its seed once it is: ``torch.manual_seed`` leaves it there."""
+    return tuple(torch.cuda._lazy_seed_tracker.get_calls())
 
 
 def changed(before: dict[str, Any], after: dict[str, Any]) -> set[str]:

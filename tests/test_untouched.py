@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import random
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -22,13 +24,14 @@ import pytest
 import torch
 import torch.nn.attention.flex_attention
 import torch.nn.functional as F
-from laws import changed, fingerprint, reads_only
+from laws import changed, fingerprint, reads_only, seeds_for_later
 from torch import Tensor, nn
 from zoo import randomize_
 
 import normswap as ns
 from normswap.errors import NothingToConvertError
 from normswap.graph import capture_recorded, capture_symbolic
+from normswap.runs.cycles import new_cycles_only
 from normswap.runs.guard import untouched
 from normswap.runs.snapshot import Snapshot
 from normswap.runs.writes import Watched, kept
@@ -246,14 +249,12 @@ def _settings() -> Any:
 FEW = ("symbolic", "plan on inputs", "swap", "verify")
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("write", WRITES)
 def test_no_verb_changes_what_a_forward_writes(write: str) -> None:
     for name in VERBS if write in TENSORS else FEW:
         assert not touched_by(name, Writer(write)), name
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("write", WRITES)
 def test_no_verb_changes_what_a_forward_writes_before_it_fails(write: str) -> None:
     for name in FEW:
@@ -276,7 +277,6 @@ def test_the_fingerprint_sees_each_write(write: str) -> None:
     assert bool(changed(before, fingerprint(model))) == (write != "nothing")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("write", ["nothing", "momentum encoder", "set on the first call", "a counter", "seeds"])
 def test_an_export_and_its_refusal_change_nothing(write: str, tmp_path: Path) -> None:
     model = Writer(write).eval()
@@ -287,7 +287,6 @@ def test_an_export_and_its_refusal_change_nothing(write: str, tmp_path: Path) ->
     }
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("write", TENSORS)
 def test_saving_changes_nothing(write: str, tmp_path: Path) -> None:
     converted = ns.convert(Writer(write), "gn+ws").model
@@ -322,7 +321,6 @@ def test_initialize_changes_layers_and_norms_and_nothing_else(write: str) -> Non
     assert [row.name for row in report.rows if row.method != "not initialized"] == ["conv"]
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("failure", [RuntimeError("after the write"), KeyboardInterrupt()])
 @pytest.mark.parametrize("write", WRITES)
 def test_an_initialization_that_fails_changes_nothing(write: str, failure: BaseException) -> None:
@@ -454,7 +452,6 @@ def test_a_norm_that_sets_itself_on_its_first_call_is_still_unset_in_the_result(
         assert not ns.verify(model, converted, X).ok
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("given", [{}, {"example_inputs": X}, {"calibration": DATA}], ids=["bare", "inputs", "data"])
 def test_a_momentum_encoder_is_refused_with_the_reason_and_not_moved(given: dict[str, Any]) -> None:
     """Its forward reads the parameters of its norms; the tracer runs that on real tensors."""
@@ -564,3 +561,48 @@ def test_encoders_swapped_apart_would_mix_what_does_not_belong_together() -> Non
         assert torch.allclose(apart.k(x), model.k(x))
         found, expected = apart(x), model(x)
     assert float((found - expected).abs().max() / expected.abs().max()) > 1e-2
+
+
+def test_a_plan_leaves_no_seed_for_a_device_that_is_not_in_use_yet() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bn(self.conv(x if bool(x.sum() > -1e9) else -x))
+
+    model = Branching().eval()
+    before = seeds_for_later()
+    plan = ns.plan(model, "gn", example_inputs=(torch.randn(2, 3, 8, 8),))
+    assert [step.site.proof for step in plan.steps] == ["checked"]
+    assert seeds_for_later() == before
+    torch.manual_seed(0)
+    assert torch.cuda.is_initialized() or seeds_for_later() != before
+
+
+def test_only_new_cycles_are_collected_and_what_the_caller_froze_stays_frozen() -> None:
+    class Node:
+        def __init__(self) -> None:
+            self.me = self
+
+    old = weakref.ref(Node())
+    gc.disable()
+    try:
+        with new_cycles_only():
+            new = weakref.ref(Node())
+            gc.collect()
+            assert new() is None
+            with new_cycles_only():  # as a run within a run
+                gc.collect()
+            assert gc.get_freeze_count() > 0
+        assert gc.get_freeze_count() == 0
+        gc.freeze()
+        with new_cycles_only():
+            pass
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()
+        gc.enable()
+    gc.collect()
+    assert old() is None

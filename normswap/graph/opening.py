@@ -12,11 +12,8 @@ keeps state, has hooks, or works in a context (``no_grad``, ``autocast``), which
 from __future__ import annotations
 
 import dis
-import random
 from typing import Any
 
-import numpy as np
-import torch
 from torch import fx, nn
 
 from normswap.graph.after_norm import after_norm
@@ -26,6 +23,7 @@ from normswap.graph.tracer import ScopeTracer
 from normswap.nn.kinds import class_of
 from normswap.norms import norm_of
 from normswap.runs.guard import untouched
+from normswap.runs.settings import seed_generators
 
 __all__ = ["opened_form"]
 
@@ -74,9 +72,7 @@ def _traced(module: nn.Module, base: type[nn.Module], name: str, *, training: bo
         probe.__dict__.update(vars(module))
         probe.__dict__["training"] = training
         with untouched(probe) as before:
-            random.seed(seed)
-            np.random.seed(seed)
-            torch.manual_seed(seed)
+            seed_generators(seed)
             graph = ScopeTracer(own_forward_only=True).trace(probe)
     except Exception:
         return None

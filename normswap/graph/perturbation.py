@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import gc
 import math
-import random
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,14 +21,15 @@ from functools import cache
 from itertools import product
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from normswap.runs.calling import other_arguments, run_on
+from normswap.runs.cycles import new_cycles_only
 from normswap.runs.guard import copy_of, set_mode, untouched
+from normswap.runs.settings import seed_generators
 from normswap.runs.writes import kept
 
 __all__ = ["Pair", "confirm_feeds"]
@@ -117,10 +117,8 @@ class _Trial:
     def _run(self, perturbations: Sequence[_Perturbation] = ()) -> list[_Summary] | None:
         """Return what one run computes, None where the model does not run or a perturbation has gone astray."""
         inputs = pytree.tree_map_only(Tensor, self._signed, self.inputs)
-        with untouched(self.model), torch.no_grad():
-            torch.manual_seed(0)
-            random.seed(0)
-            np.random.seed(0)
+        with new_cycles_only(), untouched(self.model), torch.no_grad():
+            seed_generators(0)
             set_mode(self.model, self.training)
             self._observer.found = []
             try:

@@ -32,6 +32,7 @@ from normswap.graph.tracer import hook_barrier
 from normswap.norms import is_convertible
 from normswap.operations.table import TABLE, called_by
 from normswap.runs.calling import run_on
+from normswap.runs.cycles import new_cycles_only
 from normswap.runs.guard import set_mode, untouched
 
 __all__ = ["Recorder", "changed_in_place", "untracked"]
@@ -103,7 +104,7 @@ class Recorder(TorchFunctionMode):
         inputs = pytree.tree_map_only(Tensor, torch.clone, inputs)  # a forward may write to them
         for tensor in _tensors(inputs):
             self._note(tensor, self.graph.create_node("placeholder", "input"))
-        with untouched(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with new_cycles_only(), untouched(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
             set_mode(model, training)
             for fqn, module in self.modules.items():
                 if not isinstance(module, torch.jit.ScriptModule):  # takes no hooks: its output will be untracked

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["settings_kept"]
+__all__ = ["seed_generators", "settings_kept"]
 
 
 @contextmanager
@@ -31,6 +31,19 @@ def settings_kept() -> Iterator[None]:
             for (read, write), value in zip(_SETTINGS, before, strict=True):
                 if read() != value:
                     write(value)
+
+
+def seed_generators(seed: int) -> None:
+    """Seed the generators of torch, Python and NumPy; within :func:`settings_kept`, which restores them.
+
+    ``torch.manual_seed`` would also leave a seed for an accelerator that is not in use yet, which nothing takes back.
+    """
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    if device := _initialized_accelerator():
+        module = torch.get_device_module(device)
+        getattr(module, "manual_seed_all", module.manual_seed)(seed)
 
 
 def _initialized_accelerator() -> str | None:
