@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib
 import os
 import signal
-from collections import Counter
 from functools import cache
 from pathlib import Path
 
+import lanes
 import laws
 import pytest
 import torch
@@ -30,16 +30,18 @@ settings.register_profile("normswap", deadline=None)
 settings.load_profile("normswap")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--store-durations", action="store_true", help=f"write what the tests took to {lanes.FILE.name}")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--store-durations"):
+        config.pluginmanager.register(lanes.Recorder())
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest itself leaves out what -m does not ask for
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as slow all but every twentieth case of a test that is marked as sampled."""
-    cases: Counter[str] = Counter()
-    for item in items:
-        if item.get_closest_marker("sampled"):
-            test = item.nodeid.partition("[")[0]
-            if cases[test] % 20:
-                item.add_marker("slow")
-            cases[test] += 1
+    lanes.mark_slow(items, lanes.stored())
 
 
 @pytest.fixture(autouse=True)

@@ -86,7 +86,6 @@ ENTRIES = (
 )  # fmt: skip
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("name", ENTRIES)
 def test_values_are_computed_without_a_change_and_applied_to_the_rewritten_model_they_are_the_conversion(
     name: str,
@@ -327,7 +326,6 @@ def error(model: Callable[[], nn.Module], case: Case, step: BoundStep, name: str
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_term_is_what_a_small_change_of_the_old_parameter_does(kind: str, bias: bool) -> None:

@@ -19,8 +19,6 @@ from zoo import ZOO
 
 import normswap as ns
 
-pytestmark = pytest.mark.slow
-
 pytestmark = pytest.mark.filterwarnings("ignore")  # what opacus and torch.fx's fuse say when they are imported
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"

@@ -18,8 +18,6 @@ from zoo_packages import import_timm, import_torchvision
 
 import normswap as ns
 
-pytestmark = pytest.mark.slow
-
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 

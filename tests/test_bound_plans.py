@@ -87,7 +87,6 @@ GIVEN: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("given", GIVEN)
 def test_a_conversion_asks_each_question_about_each_norm_once(given: str) -> None:
     model = thin_resnet() if given == "data" else resnet()
@@ -100,7 +99,6 @@ def test_a_conversion_asks_each_question_about_each_norm_once(given: str) -> Non
         assert counts[question] == norms, question
 
 
-@pytest.mark.slow
 def test_a_second_plan_asks_everything_once_more() -> None:
     """The control of the count: it is of questions, and does not stop at one."""
     model = resnet()
@@ -112,7 +110,6 @@ def test_a_second_plan_asks_everything_once_more() -> None:
         assert len(counts[question]) == NORMS
 
 
-@pytest.mark.slow
 def test_a_replay_looks_for_no_layer_and_reads_each_norm_once() -> None:
     model = resnet()
     plan = ns.plan(model, "gn+ws")
@@ -178,7 +175,6 @@ def step_at(record: dict[str, Any], norm: str) -> dict[str, Any]:
 NEW_FIELDS = {"axis", "readers", "unread"}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("recipe", sorted(ns.all_recipes()))
 def test_a_plan_of_the_first_format_replays(recipe: str) -> None:
     """Files of before a site knew its axis and its readers: no reader takes a norm up, and all else is as planned."""

@@ -59,7 +59,6 @@ def test_a_trace_leaves_the_model_as_it_was(failure: BaseException | None, train
     assert fingerprint(model) == before
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("failure", FAILURES, ids=["none", "error", "interrupt"])
 def test_a_run_on_example_inputs_leaves_the_model_as_it_was(failure: BaseException | None) -> None:
     model, x = Careless(failure).train(), torch.randn(2, 3, 6, 6)

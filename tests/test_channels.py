@@ -58,7 +58,6 @@ def free(channels: Channels) -> int:
     return int(sum(int((numbers != FIXED).sum()) for numbers in channels.outputs.values()))
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("given_inputs", [False, True], ids=["without inputs", "with inputs"])
 @pytest.mark.parametrize("entry", ZOO, ids=str)
 def test_scaled_channels_leave_an_awkward_model_the_same_function(entry: Entry, given_inputs: bool) -> None:
@@ -72,7 +71,6 @@ def test_scaled_channels_leave_an_awkward_model_the_same_function(entry: Entry, 
     assert distance(outputs(scaled(model, channels), inputs), before) < 1e-9
 
 
-@pytest.mark.slow
 @settings(DETERMINISTIC, max_examples=20)
 @given(networks())
 def test_scaled_channels_leave_a_random_network_the_same_function(network: Network) -> None:
@@ -87,7 +85,6 @@ def test_scaled_channels_leave_a_random_network_the_same_function(network: Netwo
         assert distance(outputs(other, inputs, train), outputs(model, inputs, train)) < 1e-8
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("package", "name"),
     [
@@ -310,7 +307,6 @@ TAILS: dict[str, Callable[[], Net]] = {
 }
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("given_inputs", [False, True], ids=["without inputs", "with inputs"])
 @pytest.mark.parametrize("kind", TAILS)
 def test_what_would_be_wrong_is_not_scaled(kind: str, given_inputs: bool) -> None:

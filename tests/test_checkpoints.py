@@ -16,8 +16,6 @@ import normswap as ns
 from normswap.errors import InputError, NothingToConvertError
 from normswap.loading import load_model
 
-pytestmark = pytest.mark.sampled
-
 EXACT = [name for name, recipe in ns.all_recipes().items() if recipe.exact]
 NETWORKS = (
     "conv_bn_relu_chain", "residual_block", "preactivation", "norm_first", "pair_called_twice", "aliases",

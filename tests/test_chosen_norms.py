@@ -273,7 +273,6 @@ def layers_of(plan: ns.Plan) -> dict[str, str | None]:
     return {step.site.norm: step.site.layer for step in plan.steps}
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("shown", [None, 0, 1], ids=["", "first", "second"])
 @pytest.mark.parametrize("recipe", ["none", "wn+mobn"])
 @pytest.mark.parametrize("network", CHOOSERS)

@@ -186,7 +186,6 @@ def error(found: nn.Module, expected: nn.Module, x: Tensor) -> float:
         return float((found(x) - expected(x)).abs().max())
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("given", [None, VECTORS, SEQUENCES], ids=["", "vectors", "sequences"])
 @pytest.mark.parametrize("kind", ASKING)
 def test_a_norm_whose_class_is_asked_for_stays_and_both_ranks_are_right(

@@ -160,7 +160,6 @@ def visible(shown: str) -> list[str]:
 # The commands
 
 
-@pytest.mark.slow
 def test_the_examples_in_the_help_texts_work_one_after_another(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commands = {command.name: command for command in app.registered_commands}
     shown = [
@@ -299,7 +298,6 @@ def test_calibration_is_read_in_batches_without_its_labels(folder: Path) -> None
     assert [len(x) for x, _ in batches] == [4, 4, 2]
 
 
-@pytest.mark.slow
 def test_fold_and_export_make_a_file_that_verify_accepts(folder: Path) -> None:
     succeed("convert", "model.pt", "-o", "m.safetensors")
     result = succeed("fold", "m.safetensors", "-o", "m.pt", "--input-shape", "1x3x12x12")
@@ -372,7 +370,6 @@ def onnx_file(name: str, *sizes: int | str) -> None:
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), name)
 
 
-@pytest.mark.slow
 def test_verify_takes_noise_of_the_sizes_that_an_onnx_file_states(folder: Path) -> None:
     onnx_file("stated.onnx", "N", 3, 7)
     onnx_file("open.onnx", "N", 3, "width")
@@ -469,7 +466,6 @@ def test_demo_prints_the_report_and_fails_where_a_file_differs(folder: Path, mon
     assert run("demo").exit_code == 1
 
 
-@pytest.mark.slow
 def test_a_model_of_a_script_comes_back_as_one_of_main(folder: Path) -> None:
     succeed("convert", "net.pt", "--trust", "save.py", "--to", "wn", "--fold", "-o", "folded.pt")
     assert not hasattr(sys.modules["__main__"], "Net")
@@ -739,7 +735,6 @@ def test_every_text_that_names_arguments_is_rendered() -> None:
     assert named_terms("InputError('b', hint=f'give {argument(\"a\")}')") == [("a", True)]
 
 
-@pytest.mark.slow
 def test_every_argument_that_a_message_names_is_a_flag_of_some_command() -> None:
     group: Any = typer.main.get_command(app)
     known = {
@@ -797,7 +792,6 @@ def test_the_former_name_of_fresh_is_told(folder: Path) -> None:
 # What is written
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt, InputError])
 def test_a_failure_while_writing_keeps_what_was_there(
     folder: Path, monkeypatch: pytest.MonkeyPatch, failure: type[BaseException]
@@ -842,7 +836,6 @@ def test_an_output_is_checked_before_the_model_is_read(folder: Path) -> None:
 # JSON
 
 
-@pytest.mark.slow
 def test_json_is_all_that_stands_on_stdout(folder: Path) -> None:
     commands = {
         "inspect net.pt --trust save.py": "sites",
@@ -860,7 +853,6 @@ def test_json_is_all_that_stands_on_stdout(folder: Path) -> None:
         assert key in json.loads(succeed(*command.split(), "--json").stdout), command
 
 
-@pytest.mark.slow
 def test_a_script_that_prints_does_print_to_stderr(folder: Path) -> None:
     command = [*MODULE, "inspect", "net.pt", "--trust", "save.py", "--json"]
     result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment())
@@ -871,7 +863,6 @@ def test_a_script_that_prints_does_print_to_stderr(folder: Path) -> None:
 # Terminals and pipes
 
 
-@pytest.mark.slow
 def test_a_shell_offers_the_recipes(folder: Path) -> None:
     env = environment(_NORMSWAP_COMPLETE="complete_bash", COMP_WORDS="normswap convert m.pt --to wn", COMP_CWORD="4")
     program = "import sys; sys.argv[0] = 'normswap'; from normswap.cli import main; main()"
@@ -887,7 +878,6 @@ def test_notes_that_differ_in_names_alone_are_joined() -> None:
     ]
 
 
-@pytest.mark.slow
 def test_a_pipe_gets_plain_text_whose_lines_are_whole(folder: Path) -> None:
     outputs = []
     for columns in ("40", "200"):
@@ -906,7 +896,6 @@ def test_help_in_a_pipe_has_neither_boxes_nor_colours() -> None:
         assert not re.search("[╭│╰─]", result.stdout + result.stderr)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("width", [80, 140])
 def test_a_terminal_gets_tables_that_fit_it(folder: Path, width: int) -> None:
     shown = run_on_terminal(width, "inspect", "model.pt", "--to", "gn+ws")
@@ -929,7 +918,6 @@ def test_names_and_numbers_stay_whole_where_there_is_room() -> None:
     assert console._widths(columns, 32) == [None, None, None]
 
 
-@pytest.mark.slow
 def test_a_long_name_beside_a_long_text_is_shown_whole_on_a_terminal(folder: Path) -> None:
     inner = nn.Sequential(OrderedDict({"a_name_of_forty_characters_in_a_network": nn.Linear(32, 10)}))
     torch.save(nn.Sequential(*list(make_model())[:-1], inner, nn.Linear(10, 2)).eval(), "long.pt")
@@ -939,7 +927,6 @@ def test_a_long_name_beside_a_long_text_is_shown_whole_on_a_terminal(folder: Pat
     assert any(line.endswith(" directly") for line in lines)  # the reason beside it is broken between words, not cut
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("width", [80, 140, 200])
 def test_the_list_of_recipes_is_split_before_its_equations_are(width: int) -> None:
     lines = [line.rstrip() for line in visible(run_on_terminal(width, "recipes"))]
@@ -951,7 +938,6 @@ def test_the_list_of_recipes_is_split_before_its_equations_are(width: int) -> No
     assert sum(line.startswith("recipe ") for line in lines) == (1 if width == 200 else 2)
 
 
-@pytest.mark.slow
 def test_no_color_is_respected(folder: Path) -> None:
     colour = re.compile(r"\x1b\[[\d;]*(3[0-7]|38|9[0-7])[\d;]*m")
     assert colour.search(run_on_terminal(80, "--help"))
@@ -959,7 +945,6 @@ def test_no_color_is_respected(folder: Path) -> None:
         assert not colour.search(run_on_terminal(80, *arguments, NO_COLOR="1"))
 
 
-@pytest.mark.slow
 def test_an_encoding_without_the_characters_shows_question_marks() -> None:
     result = subprocess.run(
         [*MODULE, "recipes"], capture_output=True, check=True, env=environment(PYTHONIOENCODING="latin-1")
@@ -968,7 +953,6 @@ def test_an_encoding_without_the_characters_shows_question_marks() -> None:
     assert b"?" in result.stdout
 
 
-@pytest.mark.slow
 def test_a_pipe_that_closes_early_is_no_error() -> None:
     process = subprocess.Popen([*MODULE, "recipes"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
     assert process.stdout is not None
@@ -981,7 +965,6 @@ def test_a_pipe_that_closes_early_is_no_error() -> None:
     assert "error" not in message
 
 
-@pytest.mark.slow
 def test_ctrl_c_ends_with_130_and_leaves_nothing(folder: Path) -> None:
     (folder / "stop.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n", encoding="utf-8")
     before = contents(folder)
@@ -1015,7 +998,6 @@ def test_the_choice_of_a_checkpoints_entry_is_told(folder: Path) -> None:
     assert not logging.getLogger("normswap").handlers
 
 
-@pytest.mark.slow
 def test_made_up_inputs_are_told(folder: Path) -> None:
     result = succeed("export", "model.pt", "-o", "m.onnx")
     assert result.stderr == (
@@ -1087,7 +1069,6 @@ def test_calibration_matches_where_nothing_else_is_asked_for(calibrated: Path) -
     assert not all(torch.equal(value, absorbed[name]) for name, value in default.items())
 
 
-@pytest.mark.slow
 def test_an_inexact_recipe_without_calibration_is_told_to_be_measured(calibrated: Path) -> None:
     given = ("convert", "model.pt", "-o", "out.safetensors")
     told = "note: gn+ws without --calibration: measure how much accuracy is left"
@@ -1109,7 +1090,6 @@ def test_a_layer_that_gives_the_output_is_fitted_and_not_skipped(calibrated: Pat
     assert "  skipped    1 layer (8): no BatchNorm follows it directly" in lines
 
 
-@pytest.mark.slow
 def test_a_file_that_is_written_takes_the_calibration_datas_sizes(calibrated: Path) -> None:
     given = ("convert", "model.pt", "--to", "wn+mobn", "--onnx", "out.onnx")
     result = succeed(*given, "--calibration", "data.npy")
@@ -1125,7 +1105,6 @@ def test_a_file_that_is_written_takes_the_calibration_datas_sizes(calibrated: Pa
     assert "the input shape 2x3x64x64 was made up" in result.stderr
 
 
-@pytest.mark.slow
 def test_the_spread_the_scales_and_the_number_of_groups_are_chosen(calibrated: Path) -> None:
     plain = ("convert", "model.pt", "--to", "gn", "--calibration", "data.npy", "-o")
     succeed(*plain, "a.safetensors", "--spread", "0")
@@ -1189,7 +1168,6 @@ def test_a_site_has_the_same_error_whatever_lies_before_it(calibrated: Path) -> 
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.slow
 def test_convert_writes_a_report(calibrated: Path) -> None:
     pytest.importorskip("matplotlib")
     shown = succeed(
@@ -1199,7 +1177,6 @@ def test_convert_writes_a_report(calibrated: Path) -> None:
     assert "<svg" in (calibrated / "page.html").read_text(encoding="utf-8")
 
 
-@pytest.mark.slow
 def test_a_terminal_shows_the_progress_of_a_match_and_a_pipe_does_not(calibrated: Path) -> None:
     arguments = ("convert", "model.pt", "--calibration", "data.npy", "-o", "out.safetensors")
     assert re.search(r"[123]/3", run_on_terminal(100, *arguments))
@@ -1208,7 +1185,6 @@ def test_a_terminal_shows_the_progress_of_a_match_and_a_pipe_does_not(calibrated
     assert result.stderr == ""
 
 
-@pytest.mark.slow
 def test_ctrl_c_within_a_match_ends_with_130_and_leaves_nothing(calibrated: Path) -> None:
     script = SCRIPT.replace(
         "        return", "        if len(x) == 7: import os; os.kill(os.getpid(), 2)\n        return"

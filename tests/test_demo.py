@@ -33,7 +33,6 @@ def row(report: DemoReport, recipe: str, *, calibrated: bool = False) -> DemoRow
     return found
 
 
-@pytest.mark.slow
 def test_there_is_a_row_for_the_network_as_it_is_and_for_each_recipe(report: DemoReport) -> None:
     assert [(r.recipe, r.calibrated) for r in report.rows] == [
         ("bn", False),
@@ -145,7 +144,6 @@ def test_a_report_without_rows_is_not_ok(report: DemoReport) -> None:
     assert not dataclasses.replace(report, rows=()).ok
 
 
-@pytest.mark.slow
 def test_a_fold_that_moves_the_output_is_not_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = demo.fold
 
@@ -162,7 +160,6 @@ def test_a_fold_that_moves_the_output_is_not_verified(tmp_path: Path, monkeypatc
     assert "NOT VERIFIED: bn; wn" in str(report)
 
 
-@pytest.mark.slow
 def test_all_recipes_run_unless_some_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[tuple[str, bool]] = []
 

@@ -114,7 +114,6 @@ def test_no_calibration_digit_is_a_heldout_digit() -> None:
     assert rows(torch.cat([calibration, images[:1]])) & rows(images), "the comparison sees a digit put into both"
 
 
-@pytest.mark.slow
 def test_shipped_digits_are_the_training_scripts_split(example: ModuleType) -> None:
     train_pixels, _, held_pixels, held_labels = example.split_digits()
     images, labels = load_digits()
@@ -152,7 +151,6 @@ def test_the_data_file_stays_below_half_a_megabyte() -> None:
     assert len((resources.files("normswap.demo") / data.FILE).read_bytes()) < 500_000
 
 
-@pytest.mark.slow
 def test_the_demo_does_not_need_scikit_learn() -> None:
     code = (
         "import sys; sys.modules['sklearn'] = None\n"  # None makes every later import of it fail

@@ -85,7 +85,6 @@ def pages_with(language: str) -> list[str]:
     return [name for name, text in TEXTS.items() if any(block.language == language for block in blocks(text))]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", pages_with("python"))
 def test_the_python_of_a_page_runs(name: str, stand_ins: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(stand_ins["folder"])
@@ -108,7 +107,6 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", pages_with("console"))
 def test_a_page_shows_what_its_commands_print(name: str, digits: Path) -> None:
     for block in blocks(TEXTS[name]):
@@ -141,7 +139,6 @@ def test_a_command_that_fails_is_no_output(tmp_path: Path) -> None:
         run("normswap inspect missing.pt", tmp_path)
 
 
-@pytest.mark.slow
 def test_the_readme_shows_the_demo_as_it_is(tmp_path: Path) -> None:
     shown = {line.split()[0]: line for line in TEXTS["README.md"].splitlines() if re.match(r"\S+ +[\d–]+\S* +\d", line)}
     report = run_demo(tmp_path / "demo", recipes=("gn",))
@@ -296,7 +293,6 @@ def test_what_builds_the_site_is_pinned() -> None:
     assert wanted <= pinned
 
 
-@pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs")
     pytest.importorskip("mkdocstrings")

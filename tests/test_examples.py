@@ -12,8 +12,6 @@ from types import ModuleType
 import pytest
 import torch
 
-pytestmark = pytest.mark.slow
-
 REPOSITORY = Path(__file__).resolve().parent.parent
 EXAMPLES = REPOSITORY / "examples"
 

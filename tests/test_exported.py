@@ -107,7 +107,6 @@ def resnet18() -> nn.Module:
 # ---------------------------------------------------------------------------------------------------------- rebuilt
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_a_program_becomes_the_model_that_was_exported(form: str, training: bool) -> None:
@@ -149,7 +148,6 @@ ZOO = (
 )  # fmt: skip
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in ZOO if name in BY_NAME])
 @pytest.mark.filterwarnings("ignore:exported program")
 def test_of_shared_tied_and_functional_calls_nothing_is_absorbed_that_may_not_be(name: str) -> None:
@@ -320,7 +318,6 @@ def test_inputs_and_outputs_may_be_trees() -> None:
     assert gap(found, expected) < 1e-5
 
 
-@pytest.mark.slow
 def test_layers_in_control_flow_are_refused() -> None:
     class Branch(nn.Module):
         def __init__(self) -> None:
@@ -349,7 +346,6 @@ def test_a_program_that_was_not_rebuilt_is_refused_with_the_way_out(make: Callab
 # -------------------------------------------------------------------------------------------------------- converted
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_a_program_converts_as_its_model_does(form: str, tmp_path: Path) -> None:
     """Exact to rounding: 1e-5 of the output, as the model's own conversion in the laws."""
@@ -375,7 +371,6 @@ def test_a_program_converts_as_its_model_does(form: str, tmp_path: Path) -> None
     assert not ns.verify(folded, tmp_path / "model.onnx", x).ok
 
 
-@pytest.mark.slow
 def test_a_converted_program_trains_copies_and_is_exported_again() -> None:
     model = ns.swap_norms(ns.from_exported(exported(varied(), batch(), dynamic=True)), "gn+ws")
     twin = copy.deepcopy(model)
@@ -402,7 +397,6 @@ def test_a_rebuilt_model_keeps_its_inputs_when_its_dtype_changes() -> None:
 # -------------------------------------------------------------------------------------------------------------- files
 
 
-@pytest.mark.slow
 def test_a_file_of_a_network_converts_on_the_command_line(
     resnet_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -422,7 +416,6 @@ def test_a_file_of_a_network_converts_on_the_command_line(
     assert folded.state_dict().keys() >= {"conv1.bias", "layer4.1.conv2.weight", "fc.weight"}
 
 
-@pytest.mark.slow
 def test_every_command_takes_and_gives_programs(
     small_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -457,7 +450,6 @@ def test_a_plain_model_is_written_as_a_program_too(tmp_path: Path) -> None:
     assert load_model(tmp_path / "out.pt2")(batch(5)).shape == (5, 4, 8, 8)
 
 
-@pytest.mark.slow
 def test_a_fixed_batch_stays_fixed_in_the_onnx_file(tmp_path: Path) -> None:
     torch.export.save(exported(varied(), batch()), tmp_path / "fixed.pt2")
     result = CliRunner().invoke(

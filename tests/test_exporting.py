@@ -82,7 +82,6 @@ class StandardizedConv(nn.Conv2d):
         return self._conv_forward(x, (self.weight - mean) / (std + 1e-5), self.bias)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("opset", [18, 20])
 @pytest.mark.parametrize("spatial", [0, 1, 2, 3])
 def test_group_norm_below_opset_21_has_one_batch_normalization_for_its_affine(
@@ -99,14 +98,12 @@ def test_group_norm_below_opset_21_has_one_batch_normalization_for_its_affine(
     assert artifact.verification.max_rel < 2e-6
 
 
-@pytest.mark.slow
 def test_from_opset_21_on_group_norm_is_one_operator(tmp_path: Path) -> None:
     artifact = export_onnx(network(), tmp_path / "m.onnx", example_inputs=torch.randn(2, 3, 6, 6), opset=21)
     assert operators(artifact.path) == ["Conv", "GroupNormalization", "Relu"]
     assert artifact.opset == 21
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("groups", "channels"), [(1, 8), (8, 8), (2, 8), (1, 1), (3, 3)])
 def test_every_grouping_is_lowered(tmp_path: Path, groups: int, channels: int) -> None:
     model = network(groups, channels)
@@ -118,7 +115,6 @@ def test_every_grouping_is_lowered(tmp_path: Path, groups: int, channels: int) -
     assert {tensor.name for tensor in graph.initializer} <= used
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("last", [True, False])
 def test_group_norm_without_an_affine_needs_no_operator_for_it(tmp_path: Path, last: bool) -> None:
     layers = [nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4, affine=False), *([] if last else [nn.ReLU()])]
@@ -152,7 +148,6 @@ class LastAxisAffine(nn.Module):
         return normalized(x) * torch.tensor([1.0, -2.0, 0.0, 3.0]) + torch.arange(4.0)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "model",
     [SharedProduct(False), SharedProduct(True), LastAxisAffine()],
@@ -163,7 +158,6 @@ def test_other_arithmetic_after_a_normalization_is_not_lowered(tmp_path: Path, m
     assert artifact.ops["Mul"] == artifact.ops["Add"] == 1
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "shape"),
     [
@@ -190,7 +184,6 @@ def test_the_file_computes_what_the_model_does(tmp_path: Path, model: nn.Module,
     assert not verify(model, artifact.path, x).ok
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("keywords", [True, False])
 def test_inputs_and_outputs_have_the_names_that_the_model_gives_them(tmp_path: Path, keywords: bool) -> None:
     model = randomized(TwoInputs())
@@ -206,7 +199,6 @@ def test_inputs_and_outputs_have_the_names_that_the_model_gives_them(tmp_path: P
     assert verify(model, artifact.path, inputs).ok
 
 
-@pytest.mark.slow
 def test_inputs_in_a_list_and_inputs_that_are_not_used_are_kept(tmp_path: Path) -> None:
     class Listed(nn.Module):
         def forward(self, maps: list[Tensor], extra: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -226,7 +218,6 @@ def test_the_batch_is_fixed_on_request(tmp_path: Path) -> None:
     assert len(artifact.verification.rows) == 1
 
 
-@pytest.mark.slow
 def test_the_spatial_axes_are_dynamic_on_request(tmp_path: Path) -> None:
     model = randomized(nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.GroupNorm(2, 4), nn.MaxPool2d(2)))
     x = torch.randn(1, 3, 16, 16)
@@ -253,7 +244,6 @@ class FixedBatch(nn.Module):
         return x + self.rows
 
 
-@pytest.mark.slow
 def test_a_batch_size_that_is_built_in_is_refused_with_a_hint(tmp_path: Path) -> None:
     model, path = FixedBatch().eval(), tmp_path / "m.onnx"
     with pytest.raises(ExportError) as error:
@@ -377,7 +367,6 @@ def test_the_file_holds_no_path_of_this_machine(tmp_path: Path) -> None:
     assert str(Path(__file__).parent).encode() not in path.read_bytes()
 
 
-@pytest.mark.slow
 def test_a_failed_verification_leaves_the_old_file_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -458,7 +447,6 @@ def test_verification_can_be_left_out(tmp_path: Path) -> None:
     assert verify(network(), artifact.path, x).rows
 
 
-@pytest.mark.slow
 def test_weights_that_a_user_computes_are_folded_into_constants(tmp_path: Path) -> None:
     # 36,864 values: more than torch.onnx folds by itself.
     model = nn.Sequential(StandardizedConv(64, 64, 3), nn.GroupNorm(4, 64), nn.ReLU())
@@ -515,7 +503,6 @@ def test_a_weight_that_depends_on_the_input_is_no_weight_arithmetic() -> None:
     assert weight_arithmetic(conv_graph(*dynamic, weight="w")) == []
 
 
-@pytest.mark.slow
 def test_the_artifact_prints_what_was_written(tmp_path: Path) -> None:
     artifact = export_onnx(network(), tmp_path / "m.onnx", example_inputs=torch.randn(1, 3, 6, 6))
     lines = str(artifact).splitlines()

@@ -94,7 +94,6 @@ def error(found: nn.Module, expected: nn.Module, use: Callable[[Any], Any]) -> f
     return max(float((a - b).abs().max()) for a, b in pairs)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("network", "use"), HIDDEN)
 @pytest.mark.parametrize("given", [None, (X,)], ids=["", "inputs"])
 def test_a_hidden_use_is_seen_and_nothing_absorbed_there(
@@ -250,7 +249,6 @@ READING = (
 )
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("network", READING)
 @pytest.mark.parametrize("recipe", ["none", "gn"])
 @pytest.mark.parametrize("given", [None, (X,)], ids=["", "inputs"])

@@ -164,7 +164,6 @@ def test_a_model_file_that_cannot_be_used_is_one_error(folder: Path, command: st
     assert model.split()[0] in error
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("command", READERS)
 def test_the_same_commands_take_the_sound_files(folder: Path, command: str) -> None:
     for model in ("model.pt", "state.safetensors --arch tiny:net"):
@@ -253,7 +252,6 @@ FULL = """
 """
 
 
-@pytest.mark.slow
 def test_a_full_disk_is_one_error_and_keeps_what_was_there(folder: Path) -> None:
     if not shutil.which("unshare") or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
         pytest.skip("a disk of 4 kB needs root or a user namespace (unshare -rm)")
@@ -297,7 +295,6 @@ class Net(nn.Module):
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "message", "exit_code"),
     [("SIGINT", "interrupted", 130), ("SIGTERM", "ended by a signal", 143), ("SIGHUP", "ended by a signal", 129)],

@@ -214,7 +214,6 @@ def skipped_norms(plan: Plan) -> dict[str, str]:
     return {skip.name: skip.code for skip in plan.skips if skip.what == "norm"}
 
 
-@pytest.mark.sampled
 @every(RECIPES, given=(True, False))
 def test_only_the_norms_of_the_table_are_refused(name: str, recipe: str, given: bool) -> None:
     table = REFUSALS if given else REFUSALS_WITHOUT_INPUTS
@@ -475,7 +474,6 @@ def at_statistics_before_centring(known: Case, monkeypatch: pytest.MonkeyPatch) 
     return at_expected_statistics(known, model)
 
 
-@pytest.mark.sampled
 @every(INEXACT, given=(True, False))
 def test_at_the_expected_statistics_an_inexact_recipe_is_the_original(name: str, recipe: str, given: bool) -> None:
     """Each new norm replaced by its affine at mean 0 and variance r_g; a BatchNorm that stays is left as it is."""
@@ -506,7 +504,6 @@ def test_the_law_of_the_expected_statistics_sees_a_wrong_value(recipe: str, name
     assert distance(known.run(known.model), expected) > 1e-2, "at the sample's own statistics it is not the original"
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("recipe", "options"),
     [
@@ -629,7 +626,6 @@ def test_centring_keeps_the_mean_of_every_channel_on_the_calibration_data(name: 
     assert float((found - wanted).abs().amax()) > 1e-3, "the filters' means were not taken away at all"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", CENTRED)
 def test_centring_in_the_data_moves_the_output_less_than_centring_evenly(
     name: str, monkeypatch: pytest.MonkeyPatch
@@ -651,7 +647,6 @@ def test_centring_in_the_data_moves_the_output_less_than_centring_evenly(
 # ----------------------------------------------------------------------------------------------------- training
 
 
-@pytest.mark.sampled
 @every(RECIPES)
 def test_training_gives_finite_gradients_everywhere_and_none_is_lost(name: str, recipe: str) -> None:
     """In the model's own dtype: no zero filter, zero γ or dead channel makes a NaN, nor does a step of SGD."""
@@ -694,7 +689,6 @@ def test_a_plain_weight_norm_of_a_zero_filter_would_fail_the_law() -> None:
 # ---------------------------------------------------------------------------------- plans, copies, state dicts
 
 
-@pytest.mark.sampled
 @every(RECIPES, nth=3)
 def test_a_plan_survives_json_and_replays_in_place_to_the_same_model(name: str, recipe: str) -> None:
     known = case(name, recipe, True)
@@ -732,7 +726,6 @@ def test_a_damaged_plan_is_refused(damage: dict[str, Any]) -> None:
         Plan.from_json(json.dumps(record | damage))
 
 
-@pytest.mark.sampled
 @every(RECIPES)
 def test_a_state_dict_carries_everything_into_another_converted_model(name: str, recipe: str) -> None:
     known = case(name, recipe, True)
@@ -749,7 +742,6 @@ def test_a_state_dict_carries_everything_into_another_converted_model(name: str,
     assert error <= 1e-14
 
 
-@pytest.mark.sampled
 @every(RECIPES)
 def test_a_deep_copy_computes_the_same_and_shares_nothing(name: str, recipe: str) -> None:
     known = case(name, recipe, True)
@@ -805,7 +797,6 @@ def formats(weight: Tensor) -> tuple[bool, bool]:
     return weight.is_contiguous(), last
 
 
-@pytest.mark.sampled
 @every(RECIPES, nth=3)
 def test_frozen_parameters_and_the_modes_of_modules_are_carried_over(name: str, recipe: str) -> None:
     known = case(name, recipe, True)
@@ -922,7 +913,6 @@ def test_a_graph_module_stays_one_that_lints_and_recompiles(name: str, recipe: s
 UNTRIED_ON_META = {"same_pad_subclass"}
 
 
-@pytest.mark.sampled
 @every(RECIPES, nth=3)
 def test_on_the_meta_device_the_plan_and_the_structure_are_the_same(name: str, recipe: str) -> None:
     known = case(name, recipe, False)
@@ -963,7 +953,6 @@ def keeps_its_class(module: nn.Module) -> bool:
     return isinstance(module, ChannelLayerNorm) or bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-@pytest.mark.sampled
 @ENTRIES
 def test_folding_the_original_keeps_its_eval_output(name: str) -> None:
     """The BatchNorms themselves go into the layers that feed them, without any conversion."""
@@ -976,7 +965,6 @@ def test_folding_the_original_keeps_its_eval_output(name: str) -> None:
             assert distance(entry.run(folded, given), entry.run(model, given)) <= 1e-9
 
 
-@pytest.mark.sampled
 @every(RECIPES)
 def test_folding_keeps_the_eval_output(name: str, recipe: str) -> None:
     known = case(name, recipe, True)
@@ -1000,7 +988,6 @@ def test_a_folded_model_holds_plain_weights_and_layers_of_torch(name: str, recip
     assert not {n: type(m).__name__ for n, m in ours.items() if not keeps_its_class(m)}
 
 
-@pytest.mark.sampled
 @every(RECIPES, nth=3)
 def test_folding_again_changes_nothing(name: str, recipe: str) -> None:
     known = case(name, recipe, True)
@@ -1012,7 +999,6 @@ def test_folding_again_changes_nothing(name: str, recipe: str) -> None:
     assert distance(known.run(again), known.run(once)) == 0
 
 
-@pytest.mark.sampled
 @every(RECIPES)
 def test_folding_leaves_the_converted_model_and_the_random_generators_untouched(name: str, recipe: str) -> None:
     if case(name, recipe, True).model is not None:

@@ -119,7 +119,6 @@ def test_a_weight_that_changes_with_each_reading_is_left_and_said_to_be() -> Non
     ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_export_writes_a_folded_model_and_refuses_another(kind: str) -> None:
     if kind != "a user's hook":
@@ -137,7 +136,6 @@ def test_export_writes_a_folded_model_and_refuses_another(kind: str) -> None:
 # -------------------------------------------------------------------------------------------------- the whole way
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("kind", STEADY)
@@ -170,7 +168,6 @@ def succeed(*arguments: str) -> str:
     return result.output
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", FOLDS)
 def test_a_model_goes_all_the_way_on_the_command_line(kind: str) -> None:
     """The model comes from its architecture and a state dict, as a file of it is refused with a reason."""

@@ -164,7 +164,6 @@ def test_torch_layers_with_a_state_of_their_own_load(tmp_path, model):
     assert_same(model, load_model(tmp_path / "model.pt"))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "vit_b_16", "retinanet_resnet50_fpn"])
 def test_a_torchvision_model_comes_back_equal(tmp_path, name):
     if not _installed("torchvision"):
@@ -967,7 +966,6 @@ def test_the_named_zoos_build_their_architectures(tmp_path):
     assert refusal(tmp_path / "w.safetensors", arch="timm:hf-hub:someone/net").code == "arch-unknown"
 
 
-@pytest.mark.slow
 def test_torchvision_is_importable_without_its_operators(tmp_path):
     if not _installed("torchvision"):
         pytest.skip("torchvision is not installed")

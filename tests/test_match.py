@@ -181,7 +181,6 @@ def rows(result: Conversion) -> dict[str, str]:
 # ------------------------------------------------------------------------------------------------ the fit itself
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("recipe", ["ln", "gn", "gn+ws", "gn+aws"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_no_site_is_worse_than_absorbed_and_the_output_is_closer_on_fresh_data(name: str, recipe: str) -> None:
@@ -339,7 +338,6 @@ def test_a_rerun_gives_the_same_weights_bit_for_bit() -> None:
     assert not same(first, values(convert(residual(), data=list(images(seed=2).split(8))).model))
 
 
-@pytest.mark.slow
 def test_labels_in_the_loader_are_ignored() -> None:
     found = []
     for labels in (torch.zeros(40), torch.randint(0, 5, (40,))):
@@ -350,7 +348,6 @@ def test_labels_in_the_loader_are_ignored() -> None:
     assert same(found[0], values(convert(residual(), data=list(images().split(10))).model))
 
 
-@pytest.mark.slow
 def test_batches_may_be_dicts_or_go_through_a_function() -> None:
     class Named(nn.Module):
         def __init__(self) -> None:
@@ -449,7 +446,6 @@ def test_bad_data_is_an_input_error_and_the_model_stays(what: str, recipe: str) 
     assert not any(isinstance(module, nn.GroupNorm) for module in model.modules())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("data", [torch.ones(20, 3, 8, 8), torch.zeros(20, 3, 8, 8), images(1), images(2)])
 @pytest.mark.parametrize("recipe", ["ln", "gn+ws"])
 def test_poor_data_gives_a_finite_network_that_agrees_on_it(data: Tensor, recipe: str) -> None:
@@ -542,7 +538,6 @@ class OwnStateDict(nn.Sequential):
         return {k: v for k, v in super().state_dict(*args, **kwargs).items() if not k.startswith("7")}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("init", ["match", "tune"])
 @pytest.mark.parametrize("kind", [nn.Sequential, OwnStateDict])
 def test_in_place_gives_the_same_as_the_copy(init: str, kind: type[nn.Sequential]) -> None:
@@ -564,7 +559,6 @@ def test_in_place_gives_the_same_as_the_copy(init: str, kind: type[nn.Sequential
     assert torch.equal(model(images(4)), copied.model(images(4)))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("after", [0, 3, 5, 7])
 def test_an_interruption_leaves_the_model_as_it_was(inplace: bool, after: int) -> None:
@@ -589,7 +583,6 @@ def test_an_interruption_leaves_the_model_as_it_was(inplace: bool, after: int) -
 # ---------------------------------------------------------------------------------------------------------- tune
 
 
-@pytest.mark.slow
 def test_tune_lowers_the_held_out_error_or_keeps_the_match(monkeypatch: pytest.MonkeyPatch) -> None:
     model, data = network("residual")
     batches = list(data(160).split(16))
@@ -702,7 +695,6 @@ def test_a_head_is_refitted_only_where_nothing_else_reads_it(kind: type[WithHead
 # --------------------------------------------------------------------------------------------- formats, deployment
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_dtypes_stay_and_the_match_works_in_each(dtype: torch.dtype) -> None:
     model = residual()
@@ -715,7 +707,6 @@ def test_dtypes_stay_and_the_match_works_in_each(dtype: torch.dtype) -> None:
     assert distance(low, result.model, x) < 0.8 * distance(low, absorbed, x)
 
 
-@pytest.mark.slow
 def test_a_matched_model_folds_and_exports(tmp_path: Any) -> None:
     pytest.importorskip("onnx")
     x = images(4, seed=7)
@@ -737,7 +728,6 @@ def test_an_exact_recipe_stays_exact_with_calibration(recipe: str) -> None:
         assert distance(model, result.model, x) < 1e-5
 
 
-@pytest.mark.slow
 def test_what_forwards_write_stays_out_of_the_converted_model() -> None:
     class Counts(nn.Module):
         def __init__(self) -> None:
@@ -760,7 +750,6 @@ def test_what_forwards_write_stays_out_of_the_converted_model() -> None:
     ]
 
 
-@pytest.mark.slow
 def test_a_model_with_state_between_its_layers_is_refused_with_a_way_out() -> None:
     class Stateful(nn.Module):
         def __init__(self) -> None:
@@ -781,7 +770,6 @@ def test_a_model_with_state_between_its_layers_is_refused_with_a_way_out() -> No
 # ------------------------------------------------------------------------------------------------------- the zoo
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("name", [entry.name for entry in ZOO])
 def test_every_model_of_the_zoo_is_matched_to_finite_outputs(name: str) -> None:
     entry = next(entry for entry in ZOO if entry.name == name)

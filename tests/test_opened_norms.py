@@ -33,8 +33,6 @@ import normswap as ns
 from normswap.errors import NothingToConvertError
 from normswap.graph.opening import opened_form
 
-pytestmark = pytest.mark.sampled
-
 TOKENS = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 
 

@@ -480,7 +480,6 @@ def test_an_optimizer_that_the_model_holds_is_noted_and_can_be_migrated() -> Non
 # ----------------------------------------------------------------------------------------------- a real network
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not available(), reason="no data folder")
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])
 def test_a_real_network_goes_on_as_it_would_have_after_300_steps(name: str) -> None:

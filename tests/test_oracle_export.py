@@ -51,7 +51,6 @@ def checked(name: str, change: Callable[[Plan], Plan] = lambda plan: plan) -> Co
     return compare(change(plan), found)
 
 
-@pytest.mark.sampled
 @ENTRIES
 def test_no_graph_contradicts_a_site_and_every_pair_left_alone_has_its_reason(entry: Entry) -> None:
     found = checked(entry.name)
@@ -102,7 +101,6 @@ def network(name: str) -> nn.Module:
     return model.eval()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "norms", "pairs"), NETWORKS, ids=str)
 def test_every_site_of_a_network_is_a_pair_of_the_graph_and_every_pair_a_site(
     name: str, norms: int, pairs: int

@@ -435,7 +435,6 @@ def unchecked(module: nn.Module) -> nn.Module:
     return module[-1] if isinstance(module, nn.Sequential) else module
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("recipe", RECIPES)
 @every_layer
 def test_a_converted_layer_computes_its_papers_equations(case: Case, recipe: str) -> None:
@@ -604,7 +603,6 @@ def test_per_sample_gradients_are_those_of_one_sample_after_the_other(
             assert deviation(found[name][1 - n], p.grad) > 1e-3
 
 
-@pytest.mark.slow
 def test_a_compiled_layer_computes_the_same_and_the_same_gradients(parametrized: tuple[Any, Tensor]) -> None:
     layer, x = parametrized
     torch.compiler.reset()

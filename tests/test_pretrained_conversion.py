@@ -12,8 +12,6 @@ from torch import nn
 import normswap as ns
 from normswap.norms import Incoming
 
-pytestmark = pytest.mark.slow
-
 # Float32 rounding through up to 31 layers, relative to the output's largest value; seen: at most 2e-6.
 EXACT = 1e-4
 

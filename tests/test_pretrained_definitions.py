@@ -56,7 +56,6 @@ def test_definition_is_traced_symbolically(name: str, data_dir: Path) -> None:
         torch.testing.assert_close(traced(*inputs), model(*inputs), rtol=0, atol=0)
 
 
-@pytest.mark.slow
 def test_resnet20_classifies_the_published_share_of_all_test_images(data_dir: Path) -> None:
     model, _ = load("cifar10_resnet20")
     images, labels = cifar10_test()
@@ -64,13 +63,11 @@ def test_resnet20_classifies_the_published_share_of_all_test_images(data_dir: Pa
     assert accuracy(model, images, labels) == pytest.approx(91.73, abs=0.02)  # two images may lie on an edge
 
 
-@pytest.mark.slow
 def test_resnet8_classifies_the_recorded_share_of_all_test_images(data_dir: Path) -> None:
     model, _ = load("cifar10_resnet8")
     assert accuracy(model, *data.cifar10_images("test")) == pytest.approx(87.21, abs=0.02)
 
 
-@pytest.mark.slow
 def test_efficientnet_lite0_classifies_the_recorded_share_of_photographs(data_dir: Path) -> None:
     model, _ = load("imagenet_efficientnet_lite0")
     images, labels = data.photographs()

@@ -16,11 +16,10 @@ from torch import Tensor
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
 
-slow = pytest.mark.slow
 QUICK = ("match", "match in float32", "match, uneven", "initialize", "by itself", "fails in one", "at last")
 EQUAL = [
     *((2, name) for name in many_processes.EQUAL if name in QUICK),
-    *(pytest.param(4, name, marks=slow) for name in many_processes.EQUAL),
+    *((4, name) for name in many_processes.EQUAL),
 ]
 ERRORS = {
     "fails in one": ("a disk is full", "process 1 failed: the model does not run"),
@@ -100,14 +99,12 @@ def test_a_process_that_works_by_itself_gets_other_values(run: Any) -> None:
     assert distance(mine, run(2)[0]["match in float32"]["state"]) > 1e-2
 
 
-@slow
 def test_recipes_that_are_chosen_are_the_same_in_all(run: Any) -> None:
     many = [results["auto"] for results in run(4)]
     assert all(same(other["state"], many[0]["state"]) for other in many), many
     assert {other["plan"] for other in many} == {many[0]["plan"]}
 
 
-@slow
 def test_tuning_on_shares_gives_all_the_same(run: Any) -> None:
     many = [results["tune on shares"] for results in run(4)]
     assert "8 gradient steps took the held-out error" in many[0]["init"]
@@ -115,9 +112,7 @@ def test_tuning_on_shares_gives_all_the_same(run: Any) -> None:
     assert distance(many[0]["state"], run(4)[0]["match in float32"]["state"]) > 1e-4
 
 
-@pytest.mark.parametrize(
-    ("size", "name"), [(2, "fails in one"), *(pytest.param(4, name, marks=slow) for name in ERRORS)]
-)
+@pytest.mark.parametrize(("size", "name"), [(2, "fails in one"), *((4, name) for name in ERRORS)])
 def test_an_error_of_one_process_is_an_error_of_all(size: int, name: str, run: Any) -> None:
     errors = [results[name].get("error", "none") for results in run(size)]
     own, others = ERRORS[name]
@@ -125,7 +120,6 @@ def test_an_error_of_one_process_is_an_error_of_all(size: int, name: str, run: A
     assert all(others in error for rank, error in enumerate(errors) if rank != 1), errors
 
 
-@slow
 @pytest.mark.parametrize("recipe", ["wn+mobn, synchronized", "wn+mobn", "gn+ws"])
 def test_a_sharded_model_is_loaded_trained_stored_and_gathered(recipe: str, run: Any) -> None:
     synchronized = recipe != "wn+mobn"

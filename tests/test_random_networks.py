@@ -19,8 +19,6 @@ import normswap as ns
 from normswap.graph.choices import Choices
 from normswap.records import Plan
 
-pytestmark = pytest.mark.slow
-
 DETERMINISTIC = settings(
     max_examples=60,
     derandomize=True,

@@ -78,7 +78,6 @@ def test_what_no_layer_took_up_is_right_for_every_rank(recipe: str) -> None:
     assert distance(converted, original, VECTORS) > 1e-2  # negative control
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("given", [None, MAPS, VECTORS], ids=["no inputs", "maps", "vectors"])
 @pytest.mark.parametrize("converted_with", [VECTORS, MAPS], ids=["from vectors", "from maps"])
 @pytest.mark.parametrize("recipe", ABSORBING)

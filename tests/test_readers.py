@@ -116,7 +116,6 @@ def output(model: nn.Module, x: Tensor) -> Any:
         return model(x)
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("recipe", ["none", "wn", "fold"])
 @pytest.mark.parametrize("name", FUSED)
 def test_a_norm_goes_into_the_layer_that_reads_it_and_nothing_changes(name: str, recipe: str) -> None:
@@ -157,7 +156,6 @@ def test_a_fused_model_that_is_off_by_a_little_is_seen() -> None:
                 parameter.flatten()[0].sub_(1e-9)
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("name", FUSED)
 def test_other_recipes_leave_the_layer_behind_alone(name: str) -> None:
     make, x = FUSED[name]
@@ -374,7 +372,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], Tensor, str]] = {
 RIGHT_WHEN_FOLDED = {"in training alone", "not in training", "parametrized", "parametrized LSTM"}
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("given", [True, False], ids=["inputs", "no inputs"])
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_a_layer_may_not_take_up_stays_and_is_right(name: str, given: bool) -> None:
@@ -507,7 +504,6 @@ def _forward_error(entry: Entry, norm: str, layer: str, to: Affine, train: bool)
     return max(float((a - b).abs().max()) for a, b in zip(after, before, strict=True)) / scale
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("entry", ZOO, ids=str)
 def test_a_norm_folds_into_a_layer_behind_it_exactly_where_the_zoo_says(entry: Entry) -> None:
     errors = forward_folds(entry)
@@ -527,7 +523,6 @@ def _claiming(entry: Entry, readable: frozenset[str]) -> Entry:
     return type(entry)(**{**vars(entry), "readable": readable})
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("given", [True, False], ids=["inputs", "no inputs"])
 @pytest.mark.parametrize("entry", ZOO, ids=str)
 def test_a_reader_is_taken_only_where_the_zoo_says_that_it_may_be(entry: Entry, given: bool) -> None:
@@ -758,7 +753,6 @@ def quick(network: Network) -> ns.Plan:
 TRIED = 250
 
 
-@pytest.mark.slow
 def test_compositions_of_norms_movements_and_layers_keep_their_function_and_have_what_they_are_for() -> None:
     kinds: Counter[str] = Counter()
     for network in compositions(TRIED):
@@ -775,7 +769,6 @@ def test_compositions_of_norms_movements_and_layers_keep_their_function_and_have
     assert len(kinds) > 9, kinds
 
 
-@pytest.mark.slow
 def test_some_compositions_keep_every_promise_by_all_kinds_of_recipes() -> None:
     """At its expected statistics, planned without inputs, folded, and held against torch.export's graph, too."""
     for number, network in enumerate(compositions(40, start=10_000)):
@@ -787,7 +780,6 @@ def _try_all(found: Iterator[Network]) -> None:
         quick(network)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("what", ["axis", "padding", "order"])
 def test_a_wrong_answer_is_found_among_the_compositions(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The control: an axis that is not looked at, a border that is not, axes that seem never to move."""

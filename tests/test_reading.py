@@ -260,7 +260,6 @@ FORMS: dict[str, tuple[Callable[[State, State], Any], str, int, str]] = {
 }
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("form", FORMS)
 def test_what_trainers_write_is_read(form: str) -> None:
     build, flags, seed, said = FORMS[form]
@@ -279,7 +278,6 @@ def test_the_comparison_tells_the_weights_from_their_average() -> None:
         assert run(verify).exit_code == code
 
 
-@pytest.mark.slow
 def test_every_command_takes_key_and_prefix() -> None:
     torch.save({"a": starting("enc.", trained(W)), "b": starting("enc.", trained(E))}, "c.pt")
     how = f"c.pt {ARCH} --key b --prefix enc"
@@ -296,7 +294,6 @@ def test_every_command_takes_key_and_prefix() -> None:
     assert "does not fit" in run("migrate c.pt --like wn.safetensors -o b.safetensors").stderr
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("form", ["timm's average", "Lightning", "FSDP", "torchvision's average", "models", "DINO"])
 def test_migrate_reads_the_same_files(form: str) -> None:
     build, flags, seed, _ = FORMS[form]
@@ -337,7 +334,6 @@ def test_two_values_for_one_tied_tensor_are_refused(nets: Any) -> None:
     assert "1 one tensor in reading_nets:tied and two in the file: a.weight and b.weight" in result.stderr
 
 
-@pytest.mark.sampled
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 @pytest.mark.parametrize("there", ["legacy", "new"])
 @pytest.mark.parametrize("here", ["legacy", "new"])

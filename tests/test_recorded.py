@@ -250,7 +250,6 @@ def forced(plan: Plan) -> Plan:
     return dataclasses.replace(plan, steps=(dataclasses.replace(step, site=site, weight="wn"),))
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("name", TRAPS)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_no_layer_is_absorbed_where_that_is_wrong(name: str) -> None:
@@ -260,7 +259,6 @@ def test_no_layer_is_absorbed_where_that_is_wrong(name: str) -> None:
     assert distance(outputs(result.model, x), outputs(model, x)) < EXACT
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("name", sorted(set(TRAPS) - TRAPS_IN_TRAINING))
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_fuser_that_goes_by_names_is_wrong_there(name: str) -> None:
@@ -275,7 +273,6 @@ def test_a_fuser_that_goes_by_names_is_wrong_there(name: str) -> None:
         assert distance(outputs(wrong, x), outputs(model, x)) > 1e-2
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("name", TRAPS)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_numeric_check_alone_finds_every_trap(name: str) -> None:
@@ -385,7 +382,6 @@ def layers_found(model: nn.Module, found: Capture, inputs: tuple[Tensor, ...]) -
     return {site.norm: site.layer for site in find_sites(Dataflow(found), inputs).sites}
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("entry", ZOO, ids=str)
 def test_a_record_finds_the_layers_that_a_trace_finds(entry: Entry) -> None:
     model, inputs = entry.model().double(), tuple(x.double() for x in entry.inputs())

@@ -93,7 +93,6 @@ def test_each_site_stands_on_the_page_with_its_figures(conversion: ns.Conversion
         assert text in page.text
 
 
-@pytest.mark.slow
 def test_the_page_needs_no_network_no_script_and_no_other_file(conversion: ns.Conversion, tmp_path: Path) -> None:
     page = page_of(conversion, tmp_path)
     text = (tmp_path / "report.html").read_text(encoding="utf-8")

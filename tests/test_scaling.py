@@ -123,7 +123,6 @@ def error(model: nn.Module, original: nn.Module, images: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("init", ["absorb", "match"])
 def test_scaled_channels_bring_gn_ws_nearer(init: str) -> None:
     model = load_network()

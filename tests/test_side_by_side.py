@@ -559,7 +559,6 @@ def test_the_threads_go_by_their_name() -> None:
     assert THREAD in names, "so the check that none is left can fail"
 
 
-@pytest.mark.slow
 def test_activations_are_let_go() -> None:
     """While a site is fitted, no earlier site's inputs are held any more, and after the run nothing is."""
     original, converted = networks(Chain())

@@ -213,7 +213,6 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureR
     return Elsewhere(here, torch.load(folder / "found.pt", weights_only=True))
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize(("entry", "recipe"), CASES)
 def test_a_load_in_another_process_gives_the_same_outputs_bit_for_bit(
     elsewhere: Elsewhere, entry: str, recipe: str
@@ -225,7 +224,6 @@ def test_a_load_in_another_process_gives_the_same_outputs_bit_for_bit(
     assert [same(f, e) for f, e in zip(found, expected, strict=True)] == [True, True]
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("entry", BY_NAME)
 @pytest.mark.parametrize("recipe", ["gn+ws", "wn+mobn"])
 def test_a_loaded_model_holds_what_the_stored_one_held(entry: str, recipe: str, tmp_path: Path) -> None:
@@ -250,7 +248,6 @@ LOAD_PRETRAINED = """
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "efficientnet_b0"])
 def test_torchvision_and_timm_models_load_in_another_process_from_the_file_alone(name: str, tmp_path: Path) -> None:
     if name == "resnet18":
@@ -285,7 +282,6 @@ def test_the_skeleton_of_a_resnet18_is_small(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------- what training may have changed
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("given", [False, True], ids=["from_the_file", "into_a_fresh_model"])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_training_flags_layouts_and_dtype_come_back(recipe: str, given: bool, tmp_path: Path) -> None:
@@ -526,7 +522,6 @@ TRAIN = """
 """
 
 
-@pytest.mark.slow
 def test_a_class_of_a_script_is_found_in_the_script_that_is_trusted(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(textwrap.dedent(TRAIN))
     printed = python("import runpy; runpy.run_path('train.py', run_name='__main__')", folder=tmp_path)
@@ -552,7 +547,6 @@ IN_PYTHON = """
 """
 
 
-@pytest.mark.slow
 def test_a_class_of_a_script_is_stored_from_python_as_one_of_main(tmp_path: Path) -> None:
     source = textwrap.dedent(TRAIN) + '    torch.save(Net().eval(), "plain.pt")\n'
     (tmp_path / "train.py").write_text(source)
@@ -566,7 +560,6 @@ def test_a_class_of_a_script_is_stored_from_python_as_one_of_main(tmp_path: Path
     )
 
 
-@pytest.mark.slow
 def test_a_script_that_runs_is_not_run_again_for_its_own_classes(tmp_path: Path) -> None:
     source = textwrap.dedent(TRAIN) + "    loaded = ns.load('model.safetensors', trust=[__file__])\n"
     source += "    print(type(loaded) is Net)\n"
@@ -706,7 +699,6 @@ def test_a_file_of_a_later_format_is_refused(tmp_path: Path) -> None:
 CONTENTS = {"ties", "shared", "strides", "loose", "trainable", "training", "attributes"}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("entry", "value"),
     [
@@ -781,7 +773,6 @@ def test_a_file_with_wrong_bytes_gives_no_traceback(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------- all of a file or nothing
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("failure", "raised"),
     [
@@ -838,7 +829,6 @@ WITHOUT_SPACE = """
 """
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the size of files by Linux's rlimit")
 def test_a_file_that_cannot_be_written_whole_is_not_written(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
@@ -922,7 +912,6 @@ LOCAL_NET = """
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("which", ["resnet18", "local"])
 @pytest.mark.parametrize("recipe", ["gn+ws", "wn+mobn"])
 def test_a_folded_model_loads_and_runs_where_this_package_is_not_installed(

@@ -142,7 +142,6 @@ def test_its_sites_are_ranked() -> None:
     assert all(cost.error > 0 for cost in costs)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("groups", [2, "auto"])
 def test_it_is_saved_loaded_folded_exported_and_verified(groups: Any, tmp_path: Path) -> None:
     x = images(4)
@@ -216,7 +215,6 @@ def converted(entry: Entry) -> Case | None:
     return Case(entry, original, inputs, None, result.model, result.plan, before, fingerprint(original))
 
 
-@pytest.mark.sampled
 @ENTRIES
 def test_at_its_expected_statistics_the_converted_model_is_the_original(entry: Entry) -> None:
     case = converted(entry)
@@ -231,7 +229,6 @@ def test_at_its_expected_statistics_the_converted_model_is_the_original(entry: E
     assert distance(case.run(folded), case.run(case.model)) < 1e-9
 
 
-@pytest.mark.slow
 def test_most_entries_were_converted_and_the_law_sees_a_wrong_value() -> None:
     cases = [converted(entry) for entry in ZOO if entry.name in ("conv_bn_relu_chain", "norm_first", "conv3d")]
     for case in cases:

@@ -176,7 +176,6 @@ def small() -> nn.Module:
     )
 
 
-@pytest.mark.slow
 def test_the_command_prints_a_row_for_each_network_in_each_format(
     benchmark: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -347,7 +347,6 @@ def test_the_record_turns_to_valid_json() -> None:
     assert json.loads(compared(torch.ones(2), torch.ones(2)).to_json())["ok"] is True
 
 
-@pytest.mark.slow
 def test_importing_the_comparator_does_not_load_onnxruntime() -> None:
     code = "import sys, normswap.checks.comparison; sys.exit('onnxruntime' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

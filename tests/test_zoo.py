@@ -300,7 +300,6 @@ class LeafTracer(torch.fx.Tracer):
         return isinstance(m, (_ConvNd, nn.Linear, _BatchNorm)) or super().is_leaf_module(m, module_qualified_name)
 
 
-@pytest.mark.sampled
 @ENTRIES
 def test_symbolic_tracing_gets_through_where_claimed(entry: Entry) -> None:
     model = entry.model()
@@ -311,7 +310,6 @@ def test_symbolic_tracing_gets_through_where_claimed(entry: Entry) -> None:
             LeafTracer().trace(model)
 
 
-@pytest.mark.sampled
 @ENTRIES
 def test_a_norm_folds_into_a_layer_exactly_where_claimed(entry: Entry) -> None:
     """In double precision a right fold is off by rounding only, a wrong one by more than a hundredth."""
