@@ -243,7 +243,7 @@ def all_inputs(network: Network) -> Iterator[tuple[Callable[[], tuple[Tensor, ..
 @torch.no_grad()
 def run(model: nn.Module, inputs: tuple[Tensor, ...], **options: Any) -> list[Tensor]:
     with torch.random.fork_rng(devices=()):
-        torch.manual_seed(0)  # dropout
+        torch.default_generator.manual_seed(0)  # dropout
         return laws.leaves(copy.deepcopy(model)(*inputs, **options))  # a copy: its forward may write what it holds
 
 

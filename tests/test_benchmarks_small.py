@@ -32,7 +32,6 @@ def load(name: str) -> ModuleType:
 
 
 zoo, engine = load("zoo"), load("engine")
-SLOW = ("ONNX", "compile")  # of each network with one recipe: torch.export takes seconds whatever the size
 SMALL = ("torchvision/resnet18", "timm/regnetx_002", "timm/mobilenetv3_small_100")
 NORMS = {"torchvision/resnet18": 20, "timm/regnetx_002": 44, "timm/mobilenetv3_small_100": 34}
 
@@ -43,15 +42,12 @@ def network(name: str) -> Any:
     return dataclasses.replace(found, side=32) if name == "torchvision/resnet18" else found
 
 
-@pytest.mark.parametrize("recipe", zoo.RECIPES)
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(("name", "recipe"), list(zip(SMALL, zoo.RECIPES, strict=True)))
 def test_a_network_of_the_zoo_passes_every_check(name: str, recipe: str) -> None:
-    full = SMALL.index(name) == zoo.RECIPES.index(recipe)
-    checks = {key: check for key, check in zoo.CHECKS.items() if full or key not in SLOW}
-    row = zoo.run(network(name), recipe, checks)
+    row = zoo.run(network(name), recipe, zoo.CHECKS)
     assert {key: cell.text for key, cell in row.cells.items() if not cell.ok} == {}
     assert row.ok
-    assert set(row.cells) == set(checks)
+    assert set(row.cells) == set(zoo.CHECKS)
     assert (row.norms, row.layers, row.skipped_norms) == (NORMS[name], NORMS[name], 0)
 
 

@@ -71,7 +71,7 @@ def test_scaled_channels_leave_an_awkward_model_the_same_function(entry: Entry, 
     assert distance(outputs(scaled(model, channels), inputs), before) < 1e-9
 
 
-@settings(DETERMINISTIC, max_examples=20)
+@settings(DETERMINISTIC, max_examples=10)
 @given(networks())
 def test_scaled_channels_leave_a_random_network_the_same_function(network: Network) -> None:
     model, inputs = network.model(), network.inputs()

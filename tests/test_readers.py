@@ -750,7 +750,7 @@ def quick(network: Network) -> ns.Plan:
     return result.plan
 
 
-TRIED = 250
+TRIED = 120
 
 
 def test_compositions_of_norms_movements_and_layers_keep_their_function_and_have_what_they_are_for() -> None:
@@ -762,16 +762,16 @@ def test_compositions_of_norms_movements_and_layers_keep_their_function_and_have
             kinds["moved to channels"] += step.site.layer is not None and step.site.axis == -1
             kinds["unread"] += step.site.unread is not None
             kinds["alone"] += step.taken_up_by is None
-    assert kinds["read"] > 40, kinds
-    assert kinds["moved to channels"] > 10, kinds
-    assert kinds["unread"] > 20, kinds
-    assert kinds["alone"] > 20, kinds
+    assert kinds["read"] > 20, kinds
+    assert kinds["moved to channels"] > 4, kinds
+    assert kinds["unread"] > 10, kinds
+    assert kinds["alone"] > 10, kinds
     assert len(kinds) > 9, kinds
 
 
 def test_some_compositions_keep_every_promise_by_all_kinds_of_recipes() -> None:
     """At its expected statistics, planned without inputs, folded, and held against torch.export's graph, too."""
-    for number, network in enumerate(compositions(40, start=10_000)):
+    for number, network in enumerate(compositions(15, start=10_000)):
         check(network, recipes_for(number))
 
 
@@ -795,7 +795,7 @@ def test_a_wrong_answer_is_found_among_the_compositions(what: str, monkeypatch: 
 
         monkeypatch.setattr(reading, "order_of", unmoved)
     with pytest.raises(BrokenPromiseError, match="wrong output"):
-        _try_all(compositions(TRIED))
+        _try_all(compositions(2 * TRIED))
 
 
 # --------------------------------------------------------------------------------------------- without example inputs

@@ -159,7 +159,8 @@ class Awkward(nn.Module):
 
 # --------------------------------------------------------------------------------------------- the law, over the zoo
 
-CASES = [(entry.name, recipe) for recipe in RECIPES for entry in ZOO]
+# Every third recipe on an entry, and on the next entry those beside them.
+CASES = [(entry.name, recipe) for number, entry in enumerate(ZOO) for recipe in RECIPES[number % 3 :: 3]]
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,7 @@ LOAD_THE_ZOO = """
 def elsewhere(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Elsewhere:
     """The zoo's models, stored here, made again in another process from models with other values.
 
-    By every recipe; of a run of some tests alone those that they ask for.
+    Of a run of some tests those alone that they ask for.
     """
     folder = tmp_path_factory.mktemp("zoo")
     wanted = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -34,16 +35,10 @@ def settings_kept() -> Iterator[None]:
 
 
 def seed_generators(seed: int) -> None:
-    """Seed the generators of torch, Python and NumPy; within :func:`settings_kept`, which restores them.
-
-    ``torch.manual_seed`` would also leave a seed for an accelerator that is not in use yet, which nothing takes back.
-    """
+    """Seed the generators of torch, Python and NumPy; within :func:`settings_kept`, which restores them."""
     random.seed(seed)
     np.random.seed(seed)
-    torch.default_generator.manual_seed(seed)
-    if device := _initialized_accelerator():
-        module = torch.get_device_module(device)
-        getattr(module, "manual_seed_all", module.manual_seed)(seed)
+    torch.manual_seed(seed)
 
 
 def _initialized_accelerator() -> str | None:
@@ -74,6 +69,12 @@ def _autocast(device: str) -> tuple[_Setting, ...]:
     )
 
 
+def _seeds_for_later(module: ModuleType) -> tuple[_Setting, ...]:
+    """What ``torch.manual_seed`` keeps for a device that is not in use yet, and which it gets once it is."""
+    kept = getattr(module, "_lazy_seed_tracker", None)
+    return () if kept is None else ((lambda: dict(vars(kept)), vars(kept).update),)
+
+
 _SETTINGS: tuple[_Setting, ...] = (
     (torch.is_grad_enabled, torch._C._set_grad_enabled),
     (torch.get_default_dtype, torch.set_default_dtype),
@@ -86,5 +87,7 @@ _SETTINGS: tuple[_Setting, ...] = (
     _attribute(torch.backends.cuda.matmul, "allow_tf32"),
     *_autocast("cpu"),
     *_autocast("cuda"),
+    *_seeds_for_later(torch.cuda),
+    *_seeds_for_later(torch.xpu),
 )
 """How each setting is read and written."""
