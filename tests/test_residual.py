@@ -142,3 +142,41 @@ def test_a_residual_network_trains_where_deviation_one_everywhere_diverges(monke
     assert last_loss() < 3
     monkeypatch.setattr("normswap.initialization.data_dependent._SMALL_STD", 1.0)
     assert not last_loss() < 100
+
+
+def test_a_value_that_another_trace_has_kept_is_none_of_the_graph() -> None:
+    """As in LeViT: what a forward computes from its parameters alone in eval mode is kept on the module.
+
+    The trace of the whole model fails behind the blocks, and what they keep of it is there when they are traced alone.
+    """
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+            self.biases, self.kept = nn.Parameter(torch.randn(4, 6)), {}
+
+        def bias(self) -> Tensor:
+            if self.training:
+                return self.biases[:, :1, None]
+            if "bias" not in self.kept:
+                self.kept["bias"] = self.biases[:, :1, None]
+            return self.kept["bias"]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.bn(self.conv(x + self.bias())) + self.bias()
+
+    class Untraceable(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            x = super().forward(x)
+            return x if bool(x.mean() < 1e9) else -x
+
+    model = Untraceable(Attention(), Attention()).eval()
+    x = torch.randn(2, 4, 3, 3)
+    expected = model(x).detach()
+    for block in model:
+        block.kept.clear()
+    for inputs in (None, x):
+        result = ns.convert(model, "wn+mobn", example_inputs=inputs)
+        assert [step.site.norm for step in result.plan.steps] == ["0.bn", "1.bn"]
+        assert torch.allclose(result.model(x), expected, atol=1e-5)

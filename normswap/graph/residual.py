@@ -78,14 +78,22 @@ class _Reader:
         self.above: dict[fx.Node, int] = {}
         for node, place in self.place.items():
             self.above[node] = 1 << place
-            for source in node.all_input_nodes:  # one that a forward's code made beside the graph is no value in it
-                self.above[node] |= self.above.get(source, 0)
+            for source in self._sources(node):
+                self.above[node] |= self.above[source]
+
+    def _sources(self, node: fx.Node) -> list[fx.Node]:
+        """Return what a node reads: what a forward's code made beside the graph, or in another one, is none of it."""
+        return [source for source in node.all_input_nodes if source in self.place]
+
+    def _reads(self, reader: fx.Node, node: fx.Node) -> bool:
+        """Tell whether ``reader`` is computed from ``node``; one of another graph is a reader of its own."""
+        return node in self.place and bool(self.above[reader] >> self.place[node] & 1)
 
     def branches(self) -> Iterator[Branch]:
         """Yield the branch of each addition that has one."""
         for node in self.nodes:
             operation = of_call(node)
-            addends = node.all_input_nodes
+            addends = self._sources(node)
             if operation is not _ADD or len(addends) != 2 or not self.above[addends[0]] & self.above[addends[1]]:
                 continue
             fewest = self._fewest_layers(*addends)
@@ -102,7 +110,7 @@ class _Reader:
         output = self.nodes[-1]
         given = sum(1 << self.place[node] for node in self.nodes if node.op == "placeholder")
         inside = {node: 0 for node in self.nodes if self.above[node] & given}
-        for value in output.all_input_nodes:
+        for value in self._sources(output):
             yield from (name for name in self._ends(value, output, inside) if name)
 
     def _fewest_layers(self, p: fx.Node, q: fx.Node) -> Mapping[fx.Node, int]:
@@ -110,7 +118,7 @@ class _Reader:
         fork = (self.above[p] & self.above[q]).bit_length() - 1
         fewest = {self.nodes[fork]: 0}
         for node in self.nodes[fork + 1 : max(self.place[p], self.place[q]) + 1]:
-            ways = [fewest[source] for source in node.all_input_nodes if source in fewest]
+            ways = [fewest[source] for source in self._sources(node) if source in fewest]
             if ways:
                 fewest[node] = min(ways) + (self._layer(node) is not None)
         return fewest
@@ -123,12 +131,12 @@ class _Reader:
 
     def _ends(self, node: fx.Node, reader: fx.Node, inside: Mapping[fx.Node, int]) -> Iterator[str | None]:
         """Yield the layers whose outputs make up what ``reader`` reads of a branch, None for what is none of them."""
-        if node not in inside or not all(self.above[reader] >> self.place[user] & 1 for user in node.users):
+        if node not in inside or not all(self._reads(reader, user) for user in node.users):
             yield None
         elif name := self._layer(node):
             yield name
         else:
-            sources = [source for source in node.all_input_nodes if source in inside]
+            sources = [source for source in self._sources(node) if source in inside]
             passed = self._passed_on(node, sources)
             for source in passed:
                 yield from self._ends(source, node, inside)
@@ -146,7 +154,7 @@ class _Reader:
             return sources
         if operation in _SCALINGS and len(sources) == 2:  # a gate: what it opens is what it was computed from
             a, b = sorted(sources, key=self.place.__getitem__)
-            return [a] if self.above[b] >> self.place[a] & 1 else []
+            return [a] if self._reads(b, a) else []
         normalizes = self.through_norms and operation is _BATCH_NORM
         alike = operation is not None and (operation.elementwise or operation.order is not None)
         return sources if len(sources) == 1 and (alike or normalizes or operation in _SCALINGS) else []
