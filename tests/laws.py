@@ -104,7 +104,9 @@ def replayed(entry: str, recipe: str) -> nn.Module:
 
 
 def doubled(inputs: Inputs | None) -> Inputs | None:
-    return None if inputs is None else (lambda: tuple(tensor.double() for tensor in inputs()))
+    if inputs is None:
+        return None
+    return lambda: tuple(tensor.double() if tensor.is_floating_point() else tensor for tensor in inputs())
 
 
 # ----------------------------------------------------------------------------------------------- comparators
