@@ -1,5 +1,6 @@
 """The modules and parametrizations that a converted model may contain, beside those of torch.nn."""
 
+from normswap.nn.batch_norm_rnn import BatchNormGRU, BatchNormLSTM, BatchNormRNN
 from normswap.nn.estimated import EstimatedStatistics
 from normswap.nn.filters import FilterLayout, row_moments
 from normswap.nn.layer_norm_cells import LayerNormGRUCell, LayerNormLSTMCell, LayerNormRNNCell
@@ -14,6 +15,9 @@ from normswap.nn.parametrizations import (
 from normswap.nn.rank_check import RankCheck
 
 __all__ = [
+    "BatchNormGRU",
+    "BatchNormLSTM",
+    "BatchNormRNN",
     "ChannelAffine",
     "ChannelLayerNorm",
     "EstimatedStatistics",
