@@ -1,6 +1,15 @@
 """The modules and parametrizations that a converted model may contain, beside those of torch.nn."""
 
 from normswap.nn.batch_norm_rnn import BatchNormGRU, BatchNormLSTM, BatchNormRNN
+from normswap.nn.cosine import (
+    CosineConv1d,
+    CosineConv2d,
+    CosineConv3d,
+    CosineConvTranspose1d,
+    CosineConvTranspose2d,
+    CosineConvTranspose3d,
+    CosineLinear,
+)
 from normswap.nn.estimated import EstimatedStatistics
 from normswap.nn.filters import FilterLayout, row_moments
 from normswap.nn.layer_norm_cells import LayerNormGRUCell, LayerNormLSTMCell, LayerNormRNNCell
@@ -20,6 +29,13 @@ __all__ = [
     "BatchNormRNN",
     "ChannelAffine",
     "ChannelLayerNorm",
+    "CosineConv1d",
+    "CosineConv2d",
+    "CosineConv3d",
+    "CosineConvTranspose1d",
+    "CosineConvTranspose2d",
+    "CosineConvTranspose3d",
+    "CosineLinear",
     "EstimatedStatistics",
     "FilterLayout",
     "FilterWeightNorm",
