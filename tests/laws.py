@@ -104,7 +104,9 @@ def replayed(entry: str, recipe: str) -> nn.Module:
 
 
 def doubled(inputs: Inputs | None) -> Inputs | None:
-    return None if inputs is None else (lambda: tuple(tensor.double() for tensor in inputs()))
+    if inputs is None:
+        return None
+    return lambda: tuple(tensor.double() if tensor.is_floating_point() else tensor for tensor in inputs())
 
 
 # ----------------------------------------------------------------------------------------------- comparators
@@ -424,6 +426,8 @@ def at_expected_statistics(
     """
     model = copy.deepcopy(model)
     for step in case.plan.steps:
+        if step.weight == "cosine":
+            at_expected_length_(case, model, step)
         found = new_norm(model, step)
         parts = () if found is None else (found, *found.children())
         norms = [part for part in parts if normalizes_each_sample(part)]
@@ -437,6 +441,34 @@ def at_expected_statistics(
                     if child is norm:
                         parent._modules[name] = replacement
     return model
+
+
+@torch.no_grad()
+def at_expected_length_(case: Converted, model: nn.Module, step: Step) -> None:
+    """Let a layer that divides by ‖u‖ divide by one length ρ for each group instead: that of which its gains tell.
+
+    ``‖W_c‖ = ρ ‖w_c‖ |γ_c|/σ_c``, and ρ is the same for all channels that read the same.
+    """
+    layer, old = (one.get_submodule(step.site.layer or "") for one in (model, case.original))
+    var = old_tensor(case.original, step, "running_var")
+    assert var is not None
+    gammas = [old_tensor(case.original, step, name) for name in ("weight", "gamma")]
+    if ":" in step.site.norm:  # its γ may be named after nothing
+        gammas.append(getattr(case.original.get_submodule(step.site.norm.partition(":")[0]), "gamma", None))
+    gamma = next((one for one in gammas if one is not None and one.shape == var.shape), None)
+    factor = (var.double() + step.site.eps).rsqrt() * (1 if gamma is None else gamma.double().abs())
+    weight = layer.weight.detach().clone()
+    found, asked = filters(layer, weight).double().norm(dim=1), filters(old, old.weight).double().norm(dim=1) * factor
+    groups = getattr(layer, "groups", 1)
+    length = (found.view(groups, -1).square().sum(1) / asked.view(groups, -1).square().sum(1)).sqrt()
+    length = torch.where(length > 0, length, torch.ones_like(length)).repeat_interleave(len(found) // groups)
+    torch.testing.assert_close(found, length * asked, rtol=1e-2 if weight.dtype == torch.bfloat16 else 1e-5, atol=1e-7)
+    if parametrize.is_parametrized(layer):
+        layer.__class__ = type(layer).__mro__[1]
+        del layer._modules["parametrizations"]
+    layer.__class__ = type(old)
+    rows = per_filter(layer, length, weight)
+    layer.register_parameter("weight", nn.Parameter((weight.double() / rows).to(weight)))
 
 
 def normalizes_each_sample(module: nn.Module) -> bool:

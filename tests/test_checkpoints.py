@@ -298,6 +298,26 @@ def test_recurrent_layers_go_there_and_back(to: str | None) -> None:
         torch.testing.assert_close(restored(x), other(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("recurrent", ["ln", "ws", "bn"])
+def test_recurrent_layers_that_got_their_values_from_data_do_not_go_there_and_only_exact_ones_back(
+    recurrent: str,
+) -> None:
+    model, x = randomize_(Tagger(), 0).eval(), torch.randn(40, 4, 9)
+    converted = ns.swap_norms(model, None, recurrent=recurrent, calibration=x)
+    with pytest.raises(InputError, match=f"'lstm' got its values from calibration data, for recurrent='{recurrent}'"):
+        ns.migrate_state_dict(model.state_dict(), converted)
+    if recurrent != "bn":
+        with pytest.raises(InputError, match=f"recurrent='{recurrent}' is not exact"):
+            ns.migrate_state_dict(converted.state_dict(), converted)
+        return
+    back = ns.migrate_state_dict(later(converted).state_dict(), converted)
+    restored = Tagger().eval()
+    restored.load_state_dict(back.state)
+    with torch.no_grad():
+        torch.testing.assert_close(restored(x), later(converted).eval()(x), rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(restored(x), model(x), atol=1e-2)
+
+
 @pytest.mark.parametrize("recurrent", ["wn", "aws"])
 def test_an_optimizer_goes_on_training_recurrent_layers(recurrent: str) -> None:
     model, x = randomize_(Tagger(), 0), torch.randn(4, 4, 9)

@@ -91,7 +91,8 @@ def test_few_samples_give_the_same_solution_by_the_smaller_matrix() -> None:
 
 def test_the_mean_is_corrected_by_what_the_output_had() -> None:
     weight, x = filters_and_samples(500)
-    wrong = Moments(torch.zeros(1, 12, dtype=x.dtype), torch.full((1, 12), 1 / 12, dtype=x.dtype), assumed=True)
+    even, square = torch.full((1, 12), 1 / 12, dtype=x.dtype), torch.ones(1, dtype=x.dtype)
+    wrong = Moments(torch.zeros(1, 12, dtype=x.dtype), even, square, assumed=True)
     right = wrong.corrected(FilterLayout(), weight, (weight @ x.T).mean(1))
     residual = weight @ (x.mean(0) - right.mean[0])
     assert residual.norm() < 0.1 * (weight @ x.mean(0)).norm()

@@ -11,7 +11,7 @@ import conversion_checks
 import pytest
 import torch
 from conversion_checks import BrokenPromiseError, check
-from laws import BY_NAME, changed, distance, fingerprint
+from laws import BY_NAME, changed, distance, doubled, fingerprint
 from random_networks import Network
 from test_zoo import Affine, fresh, observe, original
 from torch import Tensor, nn
@@ -527,7 +527,7 @@ def _claiming(entry: Entry, readable: frozenset[str]) -> Entry:
 @pytest.mark.parametrize("entry", ZOO, ids=str)
 def test_a_reader_is_taken_only_where_the_zoo_says_that_it_may_be(entry: Entry, given: bool) -> None:
     model = entry.model().double()
-    inputs = tuple(x.double() for x in entry.inputs()) if given and not entry.kwargs() else None
+    inputs = doubled(entry.inputs)() if given and not entry.kwargs() else None
     plan = ns.plan(model, "none", example_inputs=inputs)
     taken = {step.site.norm for step in plan.steps if step.reader is not None}
     assert taken <= entry.readable

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from laws import changed, distance, fingerprint
+from laws import changed, distance, doubled, fingerprint
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, weight_norm
 from torch.utils.checkpoint import checkpoint
@@ -384,7 +384,7 @@ def layers_found(model: nn.Module, found: Capture, inputs: tuple[Tensor, ...]) -
 
 @pytest.mark.parametrize("entry", ZOO, ids=str)
 def test_a_record_finds_the_layers_that_a_trace_finds(entry: Entry) -> None:
-    model, inputs = entry.model().double(), tuple(x.double() for x in entry.inputs())
+    model, inputs = entry.model().double(), doubled(entry.inputs)()
     by_trace = layers_found(model, capture(model, inputs), inputs)
     by_record = layers_found(model, capture(model, inputs, "recorded"), inputs)
     assert (by_record == by_trace) != (entry.name in DIFFERENCES)

@@ -26,11 +26,13 @@ from normswap.errors import InputError, NothingToConvertError, PlanError
 from normswap.nn.recurrent import LiveLSTM
 from normswap.pipeline import convert
 from normswap.recipes.recurrent import all_recurrent, make_recurrent
+from normswap.recipes.recurrent.base import Start
 from normswap.records import Plan
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 
 EXACT = [name for name, recipe in all_recurrent().items() if recipe.exact]
+PARAMETRIZED = [name for name in EXACT if all_recurrent()[name].start is Start.WEIGHTS]
 ROUNDING = 2e-6
 """A parametrized row is its length times a unit vector, each rounded once: a few float32 ulps, over a few steps."""
 
@@ -59,6 +61,11 @@ class Alone(nn.Module):
 
 
 WORDS, SEQUENCE, IMAGES = torch.randint(11, (3, 7)), torch.randn(7, 3, 5), torch.randn(3, 1, 8, 9)
+
+
+def data_for(recipe: str, *inputs: Any) -> dict[str, Any]:
+    """What a conversion wants: example inputs, or data that the layers' matrices see."""
+    return {"example_inputs": inputs} if recipe in PARAMETRIZED else {"calibration": [inputs]}
 
 
 def moved(model: nn.Module, other: nn.Module, *inputs: Any) -> float:
@@ -147,14 +154,14 @@ def test_names_choose_among_recurrent_layers() -> None:
         assert [skip.code for skip in plan.skips if skip.name == "second"] == ["excluded"]
     with pytest.raises(InputError, match="matches no norm and no recurrent layer"):
         ns.plan(Net(), None, recurrent="wn", include=["third"])
-    with pytest.raises(InputError, match=r"recurrent='xn'.*\n.*choose from aws, ln, wn, ws"):
+    with pytest.raises(InputError, match=r"recurrent='xn'.*\n.*choose from aws, bn, ln, wn, ws"):
         ns.plan(Net(), None, recurrent="xn")
     with pytest.raises(NothingToConvertError, match="recurrent='wn'"):
         ns.convert(Net(), None)
 
 
 def test_every_recurrent_recipe_says_what_it_is() -> None:
-    assert set(all_recurrent()) == {"aws", "ln", "wn", "ws"}
+    assert set(all_recurrent()) == {"aws", "bn", "ln", "wn", "ws"}
     for name, recipe in all_recurrent().items():
         assert recipe.name == name
         assert recipe.equation
@@ -170,7 +177,7 @@ def test_every_recurrent_recipe_says_what_it_is() -> None:
 # --- the same function ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("recipe", "form"), list(itertools.product(EXACT, FORMS)))
+@pytest.mark.parametrize(("recipe", "form"), list(itertools.product(PARAMETRIZED, FORMS)))
 def test_the_layer_computes_what_it_did(recipe: str, form: str) -> None:
     model = Alone(form).eval()
     result = ns.convert(model, None, recurrent=recipe, example_inputs=SEQUENCE)
@@ -239,7 +246,7 @@ def test_standardized_rows_are_the_equations() -> None:
     assert np.abs(found - offset_standardized(v, gain, offset, eps=1e-4)).max() > 1e-6
 
 
-@pytest.mark.parametrize("recipe", EXACT)
+@pytest.mark.parametrize("recipe", PARAMETRIZED)
 @pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell", "RNNCell"])
 def test_cells_compute_what_they_did(recipe: str, kind: str) -> None:
     class Stepped(nn.Module):
@@ -264,7 +271,7 @@ def test_cells_compute_what_they_did(recipe: str, kind: str) -> None:
 @pytest.mark.parametrize("recipe", EXACT)
 def test_packed_sequences(recipe: str) -> None:
     model = Alone("LSTM, layers, both directions, projection").eval()
-    converted = ns.swap_norms(model, None, recurrent=recipe).eval()
+    converted = ns.swap_norms(model, None, recurrent=recipe, **data_for(recipe, SEQUENCE)).eval()
     packed = pack_padded_sequence(SEQUENCE, torch.tensor([3, 7, 5]), enforce_sorted=False)
     with torch.no_grad():
         a, b = (pad_packed_sequence(one.rnn(packed)[0])[0] for one in (model, converted))
@@ -277,7 +284,7 @@ def test_rows_that_are_zero_or_tiny_stay_so(recipe: str) -> None:
     with torch.no_grad():
         model.rnn.weight_hh_l0[:3] = 0
         model.rnn.weight_ih_l0[2] = 1e-30
-    converted = ns.swap_norms(model, None, recurrent=recipe)
+    converted = ns.swap_norms(model, None, recurrent=recipe, **data_for(recipe, SEQUENCE))
     assert moved(model, converted, SEQUENCE) < ROUNDING
     converted.train()(SEQUENCE)[0].sum().backward()
     assert all(bool(p.grad.isfinite().all()) for p in converted.parameters() if p.grad is not None)
@@ -399,10 +406,13 @@ def test_a_stored_model_with_standardized_rows_is_made_again(tmp_path: Path) -> 
 # --- with the rest of a network ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("to", ["none", "wn", "wn+mobn", None])
-def test_a_network_with_convolutions_and_an_lstm_stays_exact(to: str | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("to", "recurrent"),
+    [("none", "wn"), ("wn", "wn"), ("wn+mobn", "wn"), (None, "wn"), ("wn+mobn", "bn"), (None, "bn")],
+)
+def test_a_network_with_convolutions_and_an_lstm_stays_exact(to: str | None, recurrent: str, tmp_path: Path) -> None:
     model = Crnn().eval()
-    result = ns.convert(model, to, recurrent="wn", example_inputs=IMAGES)
+    result = ns.convert(model, to, recurrent=recurrent, **data_for(recurrent, IMAGES))
     assert result.exact
     assert moved(model, result.model, IMAGES) < ROUNDING
     assert len(result.plan.steps) == (0 if to is None else 3)
@@ -740,11 +750,11 @@ def test_an_awkward_model_converts_exactly(recipe: str, name: str) -> None:
     make, inputs = RIGHT[name]
     model = make().eval()
     args = inputs if isinstance(inputs, tuple) else (inputs,)
-    for example in (args, None):
-        converted = ns.swap_norms(model, None, recurrent=recipe, example_inputs=example)
+    for given in (data_for(recipe, *args), {} if recipe in PARAMETRIZED else data_for(recipe, *args)):
+        converted = ns.swap_norms(model, None, recurrent=recipe, **given)
         assert moved(model, converted, *args) < ROUNDING
         assert moved(model, ns.fold(converted.eval()), *args) < ROUNDING
-    kept = ns.swap_norms(model, None, recurrent=recipe)
+    kept = ns.fold(converted.eval())
     assert {type(m) for m in model.modules()} - {type(m) for m in kept.modules()} <= {nn.LSTM, nn.GRU, nn.RNN}
 
 

@@ -151,7 +151,7 @@ def test_sites_may_be_given_in_another_order_than_they_run_in() -> None:
 def test_a_layer_alone_is_fitted_to_the_originals_output() -> None:
     original, converted = networks(nn.Sequential(conv(), nn.ReLU()))
     batches, log = images(), Log()
-    site = PairedSite("0", converted.get_submodule("0"), None, original.get_submodule("0"))
+    site = PairedSite("0", converted.get_submodule("0"), None, original.get_submodule("0"), alone=True)
     run_side_by_side(original, converted, [site], batches, log)
     with torch.no_grad():
         assert torch.equal(log.found["0"][1].reference, original[0](*batches[1]))

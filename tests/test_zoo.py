@@ -141,7 +141,7 @@ def observe(
     with torch.no_grad(), torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
         with hooked(model, without) as (calls, frozen), NormProbe(model, without, hold=train) as probe:
-            output = entry.run(model, lambda: tuple(x.double() for x in inputs()))
+            output = entry.run(model, lambda: tuple(x.double() if x.is_floating_point() else x for x in inputs()))
     # A norm module's own call and the F.batch_norm in it are one call.
     counted = calls + Counter({name: n for name, n in probe.calls.items() if name not in calls})
     return Observation(leaves(output), counted, {**probe.affines, **frozen}, probe.on_batch_statistics)

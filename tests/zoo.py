@@ -785,6 +785,20 @@ def hooked_layer() -> nn.Module:
 # ------------------------------------------------------------------------------------------- functional norms
 
 
+class Conditional(nn.Module):
+    """γ and β of each sample's class, of a size that is read off the layer's output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = conv3(4, 6), nn.BatchNorm2d(6, affine=False)
+        self.classes = nn.Embedding(5, 12)
+
+    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+        x = self.conv(x)
+        gamma, beta = self.classes(label).to(x.dtype).view(x.size(0), -1, 1, 1).chunk(2, 1)
+        return F.relu(gamma * self.bn(x) + beta)
+
+
 class FunctionalNorm(nn.Module):
     """`F.batch_norm` with tensors of its own; ``statistics=False`` has no running statistics at all."""
 
@@ -1109,6 +1123,8 @@ NORMS = (
     entry("norm_relu_subclass", lambda: with_norm(NormRelu(6)), 1, 2, conditional="1"),
     entry("relu_norm_subclass", lambda: with_norm(ReluNorm(6)), 1, 2,
           note="the ReLU is inside, before the norm"),
+    entry("conditional_norm", Conditional, 1, 1, absorbable="bn",
+          inputs=lambda: (*IMAGE(), torch.tensor([3, 0, 4])), other_inputs=lambda: (*IMAGE(), torch.tensor([1, 1, 2]))),
     entry("uncalled_norm", Uncalled, 2, 2, absorbable="bn", calls={"old.0": 0, "old.1": 0}),
     entry("auxiliary_head_in_training", AuxiliaryHead, 3, 3, absorbable="stem.1 head.1 aux.1",
           calls={"aux.0": 0, "aux.1": 0}, note="only the train graph has aux"),

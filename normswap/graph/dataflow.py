@@ -27,7 +27,7 @@ from normswap.graph.tracer import hook_barrier
 from normswap.nn import FilterLayout
 from normswap.nn.kinds import class_of, is_layer
 from normswap.norms import norm_of
-from normswap.operations.table import of_module
+from normswap.operations.table import of_module, reads_no_value
 
 __all__ = ["Dataflow", "Finding"]
 
@@ -173,7 +173,8 @@ class Dataflow(Calls):
         order = plain = tuple(range(rank or 0))
         while isinstance(source, fx.Node):
             module = self.capture.module_of(call.trace, source)
-            forks += [_describe(call.trace, user) for user in source.users if user is not consumer]
+            others = (user for user in source.users if user is not consumer and not reads_no_value(user))
+            forks += [_describe(call.trace, user) for user in others]
             if module is not None and is_source(module):
                 layer = self.capture.aliases[call.trace.fqn(str(source.target))]
                 used = f"the output of {layer} is also used by {forks[0]}" if forks else None

@@ -34,6 +34,12 @@ from normswap.stages.rewriting import Placed
 __all__ = ["Absorb", "Absorbed", "absorb"]
 
 
+_WITHOUT_INPUTS = {
+    True: "no inputs could be had: the filters' means were removed evenly, which loses most of the model",
+    False: "no inputs could be had: what the layer reads was taken to have the length 1",
+}
+"""A note where moments are not known, by whether the filters lose their means."""
+
 _RECORDED_SAMPLES = 16  # that what the BatchNorm has recorded counts for, beside the data's
 
 
@@ -92,7 +98,7 @@ def absorb(
         bias = NewValue(handed.excess * old.detach().double(), (LinearOf("layer.bias", handed.excess),))
     if bias is not None:
         values[f"{'affine' if layer is None else 'layer'}.bias"] = bias
-    method = "exact" if norm.takes is Takes.AFFINE else "absorbed"
+    method = "exact" if norm.takes is Takes.AFFINE and not step.weight.reads_inputs else "absorbed"
     return Absorbed(_with_known_terms(values, state, layer, "layer"), InitRow(site.norm, method, handed.notes))
 
 
@@ -137,17 +143,18 @@ def _by_layer(step: BoundStep, layer: nn.Module, factor: Tensor, moments: Mappin
     if bias is not None and step.norm.bias is not Bias.KEPT:
         mean = mean - bias.detach().double()
     notes: tuple[str, ...] = ()
-    if step.weight.centres:
-        known = moments.get(step.site.layer or "")
-        if known is None:
-            notes = ("no inputs could be had: the filters' means were removed evenly, which loses most of the model",)
-            known = _even(layout, weight)
+    form, known = step.weight, moments.get(step.site.layer or "")
+    if known is None:
+        notes = (_WITHOUT_INPUTS[form.centres],) if form.reads_inputs else ()
+        known = _even(layout, weight)
+    form = form.for_inputs(known.square)
+    if form.centres:
         if known.assumed:
             own = step.state.mean.double() - (0 if bias is None else bias.detach().double())
             known = known.corrected(layout, weight, own)
         weight, shift = centre(layout, weight, known)
         mean = mean - shift
-    encoded = step.weight.encode(layout, weight, factor, dtype)
+    encoded = form.encode(layout, weight, factor, dtype)
     values = {name: _of_gamma(new, step) for name, new in encoded.values.items()}
     return _Handed(named("layer", values), encoded.excess, mean, notes)
 
@@ -187,7 +194,7 @@ def _expected(state: NormState, data: Statistics | None) -> tuple[Tensor, Tensor
 def _even(layout: FilterLayout, weight: Tensor) -> Moments:
     fan_in = layout.fan_in(weight)
     uniform = weight.new_full((layout.groups, fan_in), 1 / fan_in)
-    return Moments(torch.zeros_like(uniform), uniform)
+    return Moments(torch.zeros_like(uniform), uniform, weight.new_ones(layout.groups))
 
 
 class Absorb(Initializer):

@@ -1,4 +1,4 @@
-"""Weight centring: which layers' filters a recipe centres, and the moments of their inputs, from data or from noise."""
+"""What a recipe's weights have to know of the layers' inputs: their moments, from data or from noise."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def moments_for(
     *,
     fitted: bool,
 ) -> tuple[dict[str, Moments], str]:
-    """Return the input moments of the layers whose filters are centred, by fqn, and what was assumed for them.
+    """Return the input moments of the layers whose form reads them, by fqn, and what was assumed for them.
 
     Args:
         bound: What is going to be done.
@@ -40,7 +40,9 @@ def moments_for(
         example: Inputs of the model.
         fitted: Whether the sites are fitted to the data afterwards: a fit measures its own.
     """
-    layers = [layer for layer, step in centred_layers(bound) if not (fitted and step.norm.is_fitted)]
+    steps = [step for step in bound.steps if step.site.layer is not None and step.weight.reads_inputs]
+    layers = [step.site.layer or "" for step in steps if not (fitted and step.measured_by_fit)]
+    centred = any(step.weight.centres for step in steps)
     if not layers or any(p.is_meta for p in model.parameters()):
         return {}, ""
     if batches is not None:
@@ -56,11 +58,14 @@ def moments_for(
     if len(moments) < len(layers):
         return moments, Text(
             "no data was given and no inputs could be made up that reach every layer: give "
-            f"{argument('example_inputs')} or, better, {argument('calibration')}; elsewhere the filters' means were "
-            "removed evenly, which loses most of the model"
+            f"{argument('example_inputs')} or, better, {argument('calibration')}; elsewhere "
+            + ("the filters' means were removed evenly" if centred else "what a layer reads was taken to have length 1")
+            + ", which loses most of the model"
         )
     return moments, Text(
-        "no data was given: the filters' means were removed by the moments of noise that has, at each BatchNorm, the "
+        "no data was given: "
+        + ("the filters' means were removed by the moments" if centred else "the lengths of what layers read are those")
+        + " of noise that has, at each BatchNorm, the "
         f"recorded mean and variance; a few hundred unlabelled samples ({argument('calibration')}) keep more of the "
         "model"
     )

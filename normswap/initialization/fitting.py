@@ -107,7 +107,9 @@ class SiteRegression:
         statistics = self.sampling.statistics()
         if not bool(fit.inputs.isfinite().all() and statistics.var.isfinite().all()):
             return InitRow(name, "absorbed", ("its values are not finite: not fitted",))
-        if self.placed is not None:  # absorbed anew, now that it is known what reaches the layer and the norm
+        if (
+            self.placed is not None and self.placed.bound.measured_by_fit
+        ):  # absorbed anew, now that it is known what reaches the layer and the norm
             fqn, known = self.placed.bound.site.layer, {}
             if fqn is not None and self.target.weight.centres:
                 known[fqn] = moments_of_covariance(fit.input_mean, fit.inputs, fit.count)
@@ -154,6 +156,8 @@ class SiteRegression:
         """Return the source's weights by ridge regression; None where the moments are not finite."""
         groups = self.values.layout.groups
         anchor = self.target.anchor.unflatten(0, (groups, -1))
+        if self.target.weight.reads_inputs and not self.target.weight.centres:
+            anchor = anchor * fit.best_scale(anchor)
         zero_sum = self.target.weight.centres
         importance = self.target.gain.double().square().view(groups, -1)
         solution: Solution | None = None

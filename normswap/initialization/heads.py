@@ -55,7 +55,7 @@ def find_heads(original: nn.Module, converted: nn.Module, sources: set[int], inp
         # Channels lie on axis 1 of a batch; more axes of a linear layer come before them.
         axes = 2 if isinstance(layer, nn.Linear) else FilterLayout.weight(layer).ndim
         if once and isinstance(found[0], Tensor) and id(found[0]) in returned and found[0].ndim == axes:
-            heads.append(PairedSite(name, layer, None, before))
+            heads.append(PairedSite(name, layer, None, before, alone=True))
     return heads
 
 

@@ -83,7 +83,7 @@ def _paired(original: nn.Module, placed: Sequence[Placed]) -> list[PairedSite]:
     sites = []
     for one in placed:
         source, name = one.source, one.name
-        if not one.bound.norm.is_fitted or source is None or one.norm is None:
+        if not one.bound.norm.is_fitted or source is None:
             continue
         owner, _, buffer = name.partition(":")
         module = original.get_submodule(owner)

@@ -29,11 +29,13 @@ class Moments:
     Args:
         mean: E[x]. ``(groups, fan_in)``, float64.
         direction: ``C⁻¹1 / (1ᵀC⁻¹1)``, C the ridged covariance. ``(groups, fan_in)``, float64.
+        square: E‖x‖². ``(groups,)``, float64.
         assumed: Whether they are those of noise.
     """
 
     mean: Tensor
     direction: Tensor
+    square: Tensor
     assumed: bool = False
 
     def corrected(self, layout: FilterLayout, weight: Tensor, output_mean: Tensor) -> Moments:
@@ -48,7 +50,7 @@ class Moments:
         size = gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None].clamp(min=1e-30)
         eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
         change = filters.mT @ torch.linalg.solve(gram + _MEAN_RIDGE * size * eye, missing)
-        return Moments(self.mean + change[..., 0], self.direction, self.assumed)
+        return Moments(self.mean + change[..., 0], self.direction, self.square, self.assumed)
 
 
 def centre(layout: FilterLayout, weight: Tensor, moments: Moments) -> tuple[Tensor, Tensor]:
@@ -72,7 +74,7 @@ def moments_of(samples: Tensor, assumed: bool = False) -> Moments:
     """
     x = samples.double().transpose(0, 1)  # (groups, samples, fan_in)
     n, fan_in = x.shape[1:]
-    mean = x.mean(1)
+    mean, square = x.mean(1), x.square().sum(2).mean(1)
     x = x - mean[:, None]
     if n >= fan_in or not bool(x.isfinite().all()):
         return moments_of_covariance(mean, x.mT @ x / n, n, assumed)
@@ -80,7 +82,7 @@ def moments_of(samples: Tensor, assumed: bool = False) -> Moments:
     ridge = _ridge(x.square().mean((1, 2)), fan_in / n, assumed)
     ones = x.new_ones(x.shape[0], fan_in, 1)
     factor = torch.linalg.cholesky(x @ x.mT + n * ridge * torch.eye(n, dtype=x.dtype, device=x.device))
-    return _moments(mean, (ones - x.mT @ torch.cholesky_solve(x @ ones, factor)) / ridge, assumed)
+    return _moments(mean, square, (ones - x.mT @ torch.cholesky_solve(x @ ones, factor)) / ridge, assumed)
 
 
 def moments_of_covariance(mean: Tensor, covariance: Tensor, samples: int, assumed: bool = False) -> Moments:
@@ -96,7 +98,8 @@ def moments_of_covariance(mean: Tensor, covariance: Tensor, samples: int, assume
     ridged = covariance.clone()
     ridged.diagonal(dim1=1, dim2=2).add_(ridge[..., 0])
     factor = torch.linalg.cholesky(ridged)
-    return _moments(mean, torch.cholesky_solve(torch.ones_like(mean)[..., None], factor), assumed)
+    square = covariance.diagonal(dim1=1, dim2=2).sum(1) + mean.square().sum(1)
+    return _moments(mean, square, torch.cholesky_solve(torch.ones_like(mean)[..., None], factor), assumed)
 
 
 def _ridge(variance: Tensor, fan_in_per_sample: float, assumed: bool) -> Tensor:
@@ -104,8 +107,8 @@ def _ridge(variance: Tensor, fan_in_per_sample: float, assumed: bool) -> Tensor:
     return torch.where(variance > 0, ridge, torch.ones_like(ridge))[:, None, None]
 
 
-def _moments(mean: Tensor, solved: Tensor, assumed: bool) -> Moments:
-    return Moments(mean, solved[..., 0] / solved.sum(1), assumed)
+def _moments(mean: Tensor, square: Tensor, solved: Tensor, assumed: bool) -> Moments:
+    return Moments(mean, solved[..., 0] / solved.sum(1), square, assumed)
 
 
 def input_moments(

@@ -4,7 +4,8 @@
 the states h before each step. As for a filter, ``w = w₀ − C⁻¹1 (1ᵀw₀)/(1ᵀC⁻¹1)`` with C the covariance of what it sees,
 and the bias gets ``E[(w₀ − w)·x]``.
 
-**Layer normalization** starts as an affine map, see :mod:`normswap.initialization.null_space`.
+**Layer normalization** starts as an affine map, see :mod:`normswap.initialization.null_space`. **Batch normalization**
+is one, with any statistics; it gets those that its matrices show.
 
 What the layers and directions within a module see, no call shows: they are run one by one on what the module is given.
 """
@@ -24,6 +25,7 @@ from normswap.errors import InitializationError, InputError, argument
 from normswap.initialization.moments import Moments, centre, moments_of_covariance
 from normswap.initialization.null_space import offsets
 from normswap.nn.recurrent import ROWS
+from normswap.recipes.recurrent.base import Start
 from normswap.runs.calling import Batch
 from normswap.runs.processes import summed_by_name
 from normswap.runs.watching import watch_inputs
@@ -82,7 +84,7 @@ def centred(bound: BoundPlan, model: nn.Module, batches: Sequence[Batch] | None)
                     hint="exclude it, or give data that reaches it",
                 )
             module = model.get_submodule(step.site.name)
-            found = _centred if step.weight is not None else _normalized
+            found = _STARTS[step.recipe.start]
             step = dataclasses.replace(step, plain=found(step, module, seen[step.site.name]))
         steps.append(step)
     return dataclasses.replace(bound, recurrent=tuple(steps))
@@ -126,6 +128,31 @@ def _normalized(step: BoundRecurrent, module: nn.Module, seen: Mapping[str, _Sum
         values |= {name: found.weight, bias: found.inner}
         values |= {norm % "weight": found.gain, norm % "bias": found.shift + old}
     return values
+
+
+def _batch_normalized(step: BoundRecurrent, module: nn.Module, seen: Mapping[str, _Sums]) -> dict[str, Tensor]:
+    """Return the tensors of a batch-normalized layer that is ``module``: ``γ = √(var + eps)``, ``b' = b + μ``."""
+    values: dict[str, Tensor] = {}
+    for name in step.matrices:
+        weight, bias = _plain(module, name), name.replace("weight", "bias")
+        values[name] = weight
+        if name.startswith("weight_hr"):
+            continue
+        values[bias] = (
+            _plain(module, bias) if module._parameters.get(bias) is not None else weight.new_zeros(len(weight))
+        )
+        if name.startswith("weight_ih") or not getattr(step.recipe, "input_only", False):
+            sums = seen[name]
+            mean, products = sums.total / sums.count, sums.products / sums.count
+            var = torch.einsum("ij,jk,ik->i", weight, products - torch.outer(mean, mean), weight).clamp(min=0)
+            values[bias] = values[bias] + weight @ mean
+            norm = name.replace("weight", "bn").replace("bn_ih", "bn_ih_%s").replace("bn_hh", "bn_hh_%s")
+            values |= {norm % "weight": (var + getattr(step.recipe, "eps", 1e-5)).sqrt()}
+            values |= {norm % "mean": weight @ mean, norm % "var": var}
+    return values
+
+
+_STARTS = {Start.CENTRED_ROWS: _centred, Start.NULL_SPACE: _normalized, Start.STATISTICS: _batch_normalized}
 
 
 def _plain(module: nn.Module, name: str) -> Tensor:

@@ -134,6 +134,15 @@ class Covariances:
         d = self.inputs.diagonal(dim1=1, dim2=2).mean(1)
         return torch.where(d > 0, d, torch.ones_like(d))[:, None, None]
 
+    def best_scale(self, weight: Tensor) -> Tensor:
+        """Return the factor of a weight, ``(G, o, p)``, for each group, with which it comes nearest the targets.
+
+        Shape: ``(G, 1, 1)``.
+        """
+        power = torch.einsum("gop,gpq,goq->g", weight, self.inputs, weight)
+        scale = torch.einsum("gop,gop->g", weight, self.cross) / power
+        return torch.where(power > 0, scale, torch.ones_like(scale))[:, None, None]
+
     def retargeted(self, patches: Tensor, target: Tensor) -> Covariances:
         """Return the same with other targets of the same patches, ``(n, G, p)`` and ``(n, C)``."""
         mean = mean_over_rows("means of targets", target)

@@ -11,7 +11,7 @@ from torch import Tensor
 from normswap.initialization.patches import patches_at
 from normswap.initialization.targets import RegressionTarget
 from normswap.nn import FilterLayout
-from normswap.norms import apply, tensor_in
+from normswap.norms import Takes, apply, tensor_in
 from normswap.runs.paired_sites import PairedSite
 from normswap.stages.rewriting import Placed
 
@@ -83,8 +83,12 @@ class SiteValues:
     def load(self, candidate: Candidate) -> None:
         """Give the source the candidate's weight and bias, and the norm its groups."""
         self.regroup(candidate.num_groups)
-        weight = self.layout.unflatten(candidate.weight, self.weight)
-        excess = torch.ones_like(candidate.bias)
+        filters, bias = candidate.weight, candidate.bias
+        if self.placed is not None and self.placed.bound.norm.takes is Takes.AFFINE:  # no norm behind has a gain
+            gain = self.target.gain.to(bias)
+            filters, bias = filters * gain[:, None], bias * gain + self.target.shift
+        weight = self.layout.unflatten(filters, self.weight)
+        excess = torch.ones_like(bias)
         if self.channel_wise:
             self.weight.copy_(weight)
         else:
@@ -94,7 +98,7 @@ class SiteValues:
             apply(encoded.values, partial(tensor_in, self.site.source))
             excess = encoded.excess
         if isinstance(self.site.source.bias, Tensor):
-            self.site.source.bias.copy_(excess * candidate.bias + candidate.offsets)
+            self.site.source.bias.copy_(excess * bias + candidate.offsets)
 
     def _stretch(self, candidate: Candidate) -> Tensor:
         """Return the factor that gives the filters, whose lengths are free, the length of the original's in the mean.

@@ -1,5 +1,15 @@
 """The modules and parametrizations that a converted model may contain, beside those of torch.nn."""
 
+from normswap.nn.batch_norm_rnn import BatchNormGRU, BatchNormLSTM, BatchNormRNN
+from normswap.nn.cosine import (
+    CosineConv1d,
+    CosineConv2d,
+    CosineConv3d,
+    CosineConvTranspose1d,
+    CosineConvTranspose2d,
+    CosineConvTranspose3d,
+    CosineLinear,
+)
 from normswap.nn.estimated import EstimatedStatistics
 from normswap.nn.filters import FilterLayout, row_moments
 from normswap.nn.layer_norm_cells import LayerNormGRUCell, LayerNormLSTMCell, LayerNormRNNCell
@@ -14,8 +24,18 @@ from normswap.nn.parametrizations import (
 from normswap.nn.rank_check import RankCheck
 
 __all__ = [
+    "BatchNormGRU",
+    "BatchNormLSTM",
+    "BatchNormRNN",
     "ChannelAffine",
     "ChannelLayerNorm",
+    "CosineConv1d",
+    "CosineConv2d",
+    "CosineConv3d",
+    "CosineConvTranspose1d",
+    "CosineConvTranspose2d",
+    "CosineConvTranspose3d",
+    "CosineLinear",
     "EstimatedStatistics",
     "FilterLayout",
     "FilterWeightNorm",

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normswap.nn.layer_norm_steps import GATES, PARTS, Direction, Step, gru, lstm, rnn
+from normswap.nn.layer_norm_steps import PARTS, Direction, gru, lstm, rnn
+from normswap.nn.recurrent_steps import GATES, Step
 
 __all__ = ["LayerNormGRUCell", "LayerNormLSTMCell", "LayerNormRNNCell"]
 

@@ -1,6 +1,6 @@
 """The equations of layer-normalized recurrent layers: what is made of all inputs at once, and one step in time.
 
-Gates are in torch's order: i, f, g, o of an LSTM, r, z, n of a GRU. ``LN(a; γ, β) = γ (a − mean a)/√(var a + eps) + β``
+``LN(a; γ, β) = γ (a − mean a)/√(var a + eps) + β``
 over the units of one layer at one step, for each sample by itself (Ba et al. 2016, eq. 3-4).
 """
 
@@ -13,12 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["GATES", "PARTS", "Direction", "State", "Step", "gru", "lstm", "rnn"]
+from normswap.nn.recurrent_steps import State, Step, gru_step, lstm_step
 
-State = tuple[Tensor, Tensor]
-"""h and c; c is empty where there is none."""
-
-GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
+__all__ = ["PARTS", "Direction", "gru", "lstm", "rnn"]
 
 PARTS = {"LSTM": ("ih", "hh"), "GRU": ("ih", "hh"), "RNN_TANH": ("",), "RNN_RELU": ("",)}
 """What is normalized over all gates' units: what W_ih gives and what W_hh gives, or the sum of both."""
@@ -63,10 +60,6 @@ class Direction:
         return F.linear(h, self.w_hh, self.b_hh)
 
 
-Step = Callable[[Tensor, State], State]
-"""One step: from what is made of the input, and the state before, to the state after."""
-
-
 def lstm(p: Direction, x: Tensor) -> tuple[Tensor, Step]:
     """Return what an LSTM makes of all inputs, and its step (Ba et al. 2016, eq. 20-22).
 
@@ -74,13 +67,11 @@ def lstm(p: Direction, x: Tensor) -> tuple[Tensor, Step]:
     ``h' = σ(o) tanh(LN(c'))``. It is c' that goes on, and not LN(c').
     """
     assert p.hh is not None
-    of_state = p.hh
+    of_state, cell = p.hh, p.c
+    of_cell = None if cell is None else lambda c: p.norm(c, cell)
 
     def step(u: Tensor, state: State) -> State:
-        i, f, g, o = (u + p.norm(p.of_state(state[0]), of_state)).chunk(4, -1)
-        c = torch.addcmul(torch.sigmoid(i) * torch.tanh(g), torch.sigmoid(f), state[1])
-        h = torch.sigmoid(o) * torch.tanh(c if p.c is None else p.norm(c, p.c))
-        return h if p.w_hr is None else F.linear(h, p.w_hr), c
+        return lstm_step(u + p.norm(p.of_state(state[0]), of_state), state[1], p.w_hr, of_cell)
 
     return p.norm(p.of_input(x), p.ih), step
 
@@ -102,9 +93,8 @@ def gru(p: Direction, x: Tensor) -> tuple[Tensor, Step]:
     def step(u: Tensor, state: State) -> State:
         h = state[0]
         (u_gates, u_new), (a_gates, a_new) = u.split(parts, -1), p.of_state(h).split(parts, -1)
-        r, z = torch.sigmoid(u_gates + p.norm(a_gates, gates_hh)).chunk(2, -1)
-        n = torch.tanh(torch.addcmul(u_new, r, p.norm(a_new, new_hh)))
-        return torch.addcmul(n, z, h - n), state[1]
+        gates = u_gates + p.norm(a_gates, gates_hh)
+        return gru_step(gates, u_new, p.norm(a_new, new_hh), h), state[1]
 
     of_gates, of_new = p.of_input(x).split(parts, -1)
     return torch.cat([p.norm(of_gates, gates_ih), p.norm(of_new, new_ih)], -1), step

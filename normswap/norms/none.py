@@ -12,7 +12,7 @@ from normswap.norms.base import Norm
 from normswap.norms.records import Affine, Encoding, Incoming, Stays, Takes
 from normswap.records import Site
 
-__all__ = ["Nothing"]
+__all__ = ["Fitted", "Nothing"]
 
 
 @dataclass(frozen=True)
@@ -50,3 +50,15 @@ class Nothing(Norm):
 
     def __str__(self) -> str:
         return "nothing"
+
+
+@dataclass(frozen=True)
+class Fitted(Nothing):
+    """No norm, behind a layer that is not what it was: where there is data, its weight and bias are fitted to that."""
+
+    leaves_nothing = False  # what the layer in front gives is normalized by its own form
+    removes_mean = False
+
+    @property
+    def is_fitted(self) -> bool:
+        return True

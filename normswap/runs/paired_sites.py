@@ -20,11 +20,12 @@ class PairedSite:
     Args:
         name: The site's name.
         source: The converted network's module whose weights are fitted: a layer or a per-channel affine.
-        norm: The converted network's norm behind it; None where a layer is fitted alone.
+        norm: The converted network's norm behind it; None where there is none.
         original: The original's norm module, or the layer where it is fitted alone; None for a functional norm.
         running_mean: The functional norm's buffer, by which its calls are known.
         moved: Whether the last axis of the source's output is moved to the norm's axis 1.
         front: What stands between the source and the norm, if anything.
+        alone: Whether it is a layer without a norm in the original, too.
     """
 
     name: str
@@ -34,6 +35,7 @@ class PairedSite:
     running_mean: Tensor | None = None
     moved: bool = False
     front: nn.Module | None = None
+    alone: bool = False
 
     @property
     def end(self) -> nn.Module:

@@ -218,15 +218,14 @@ def pausing_original(site: PairedSite, at_addition: bool) -> Iterator[None]:
 
     def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         run = _current_run()
-        if run is None or not (at_addition or site.norm is None) or not run.first_call(site):
+        if run is None or not (at_addition or site.alone) or not run.first_call(site):
             return
-        if site.norm is None:
+        if site.alone:
             run.pause(Pause(site.name, output))
         else:
             run.pending[id(output)] = output, Pause(site.name, first_input(args, kwargs)), None
 
-    alone = site.norm is None
-    handles = [] if alone else [site.original.register_forward_pre_hook(before, with_kwargs=True)]
+    handles = [] if site.alone else [site.original.register_forward_pre_hook(before, with_kwargs=True)]
     handles.append(site.original.register_forward_hook(after, with_kwargs=True))
     try:
         yield

@@ -88,10 +88,8 @@ def _find_uses(
 
     In both: what a BatchNorm with an activation gives is not what the new norm before it gives.
     """
-    added = find_uses(
-        original, {s.name: s.original for s in sites if s.norm is not None and s.original is not None}, inputs
-    )
-    uses = find_uses(converted, {s.name: s.end for s in sites if s.norm is not None}, inputs)
+    added = find_uses(original, {s.name: s.original for s in sites if not s.alone and s.original is not None}, inputs)
+    uses = find_uses(converted, {s.name: s.end for s in sites if not s.alone}, inputs)
     return added.into_addition & uses.into_addition, uses
 
 

@@ -16,7 +16,7 @@ from normswap.graph.after_norm import after_norm
 from normswap.nn import FilterLayout
 from normswap.nn.kinds import class_of, is_layer
 from normswap.nn.readers import input_channels, is_reader, why_no_affine
-from normswap.norms import Bias, Norm, NormState, is_convertible, norm_of
+from normswap.norms import Bias, Norm, NormState, Takes, is_convertible, norm_of
 from normswap.norms.functional import FunctionalNorm
 from normswap.recipes import Recipe
 from normswap.records import NormKind, Plan, Site, Step
@@ -87,6 +87,11 @@ class BoundStep:
     def state(self) -> NormState:
         """The values of the norm that stands there."""
         return self.source.state
+
+    @property
+    def measured_by_fit(self) -> bool:
+        """Whether a fit takes the values up anew, once it is known what reaches the layer and the norm."""
+        return self.norm.is_fitted and self.norm.takes is not Takes.AFFINE
 
     @property
     def held_rank(self) -> int | None:

@@ -23,6 +23,8 @@ from normswap.initialization.equalization import equalize
 from normswap.initialization.missing import missing_statistics
 from normswap.loading.weight_norm_names import renamed
 from normswap.options import Options
+from normswap.recipes.recurrent import make_recurrent
+from normswap.records import Plan
 from normswap.runs.guard import copy_of
 from normswap.stages.bound import bind
 from normswap.stages.opened import opened
@@ -181,6 +183,13 @@ def _again(origin: Origin, model: nn.Module) -> tuple[nn.Module, list[str]]:
     """Return what the conversion ``origin`` makes of ``model`` without data, and what to know of it."""
     notes: list[str] = []
     bound = bind(origin.plan, origin.recipe, model)
+    if fitted := [one for one in bound.recurrent if one.recipe.needs_data]:
+        raise InputError(
+            f"'{fitted[0].site.name}' got its values from calibration data, for "
+            f"{argument('recurrent', fitted[0].recipe.name)}, and a state dict has none",
+            code="no-calibration",
+            hint="load the state dict into the old model, and convert that",
+        )
     bound = bound.with_statistics(missing_statistics(model, bound, None))
     source = model
     scales: dict[str, Tensor] = {}
@@ -199,11 +208,12 @@ def _again(origin: Origin, model: nn.Module) -> tuple[nn.Module, list[str]]:
 
 def _back(old: Mapping[str, Tensor], model: nn.Module, origins: Sequence[Origin]) -> StateDictMigration:
     inexact = [origin.recipe.name for origin in origins if not origin.recipe.exact]
+    inexact += [argument("recurrent", name) for origin in origins if (name := _inexact_recurrent(origin.plan))]
     if inexact:
         raise InputError(
-            f"{inexact[0]} is not exact: no BatchNorm computes what the converted model does",
+            f"{inexact[0]} is not exact: no old model computes what the converted one does",
             code="inexact-recipe",
-            hint="go on with the converted model, or take the BatchNorm checkpoint from before",
+            hint="go on with the converted model, or take the checkpoint from before the conversion",
         )
     current = _filled(model_on_meta(model), _renamed(old, model), model)
     notes: list[str] = []
@@ -214,6 +224,12 @@ def _back(old: Mapping[str, Tensor], model: nn.Module, origins: Sequence[Origin]
         current = _filled(origin.skeleton, state, model)
     state = {name: _detached(value) for name, value in current.state_dict().items()}
     return StateDictMigration(state, "batchnorm", True, tuple(notes))
+
+
+def _inexact_recurrent(plan: Plan) -> str | None:
+    """Return the name of the recipe that recurrent layers got, where it is not exact."""
+    recipe = make_recurrent(plan.recurrent_recipe, plan.recurrent_options) if plan.recurrent else None
+    return None if recipe is None or recipe.exact else recipe.name
 
 
 def model_on_meta(model: nn.Module) -> nn.Module:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from normswap.errors import InputError
 from normswap.nn import FilterLayout
+from normswap.nn.batch_norm_rnn import BatchNormRNNBase
 from normswap.nn.readers import fused_inputs
 from normswap.norms import Affine, deployed
 from normswap.stages.bound import BoundStep, bind
@@ -71,10 +72,19 @@ def restored(model: nn.Module, origin: Origin) -> tuple[dict[str, Any], list[str
     with opened(skeleton):
         bound = bind(origin.plan, origin.recipe, skeleton)
         found = [(step, _Old(skeleton, known, step, before)) for step in bound.steps]
-    for recurrent in bound.recurrent if all(one.recipe.exact for one in bound.recurrent) else ():
-        for matrix in recurrent.matrices:
-            computed: Tensor = getattr(model.get_submodule(recurrent.site.name), matrix)
-            state[f"{recurrent.site.name}.{matrix}"] = computed.detach().clone()
+    for recurrent in bound.recurrent:
+        module, name = model.get_submodule(recurrent.site.name), recurrent.site.name
+        of_torch = module.plain() if isinstance(module, BatchNormRNNBase) else None
+        if of_torch is not None and not recurrent.site.bias:
+            raise InputError(
+                f"'{name}' had no biases, which its statistics have become since",
+                code="not-representable",
+                hint="go on with the converted model",
+            )
+        names = recurrent.matrices if of_torch is None else [own for own, _ in of_torch.named_parameters()]
+        for own in names:
+            computed: Tensor = getattr(module if of_torch is None else of_torch, own)
+            state[f"{name}.{own}"] = computed.detach().clone()
     for step, old in found:
         _restore(model, step, old)
         for name, value in old.new.items():

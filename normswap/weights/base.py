@@ -34,8 +34,15 @@ class Weight:
     centres: bool = False
     """Whether a filter's mean is lost, so that the weight must be projected first."""
 
+    reads_inputs: bool = False
+    """Whether its values need to be known what the layer reads, so that moments of that are taken."""
+
     free_length: bool = False
     """Whether the length of a stored filter is of no account for the weight."""
+
+    def for_inputs(self, squares: Tensor) -> Weight:
+        """Return the form for a layer whose filters read patches of these mean squared lengths. ``(groups,)``"""
+        return self
 
     def register(self, layer: nn.Module, name: str = "weight") -> None:
         """Parametrize ``layer``'s weight of this name, whose values are then the originals'."""

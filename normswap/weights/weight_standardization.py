@@ -41,6 +41,10 @@ class WeightStd(Weight):
     def centres(self) -> bool:  # type: ignore[override]
         return not self.offset
 
+    @property
+    def reads_inputs(self) -> bool:  # type: ignore[override]
+        return self.centres
+
     def register(self, layer: nn.Module, name: str = "weight") -> None:
         ws = WeightStandardization(FilterLayout.of(layer), gain=self.gain, offset=self.offset, eps=self.eps)
         parametrize.register_parametrization(layer, name, ws)

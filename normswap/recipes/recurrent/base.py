@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import ClassVar
 
 from torch import nn
@@ -11,7 +12,20 @@ from normswap.recipes.described import Described
 from normswap.records import RecurrentSite
 from normswap.weights import Weight
 
-__all__ = ["RecurrentRecipe"]
+__all__ = ["RecurrentRecipe", "Start"]
+
+
+class Start(Enum):
+    """What gives a layer its values."""
+
+    WEIGHTS = auto()
+    """The old matrices alone."""
+    CENTRED_ROWS = auto()
+    """The old matrices without the means of their rows, taken away where data show that it costs least."""
+    NULL_SPACE = auto()
+    """Row scales and offsets in the null space of the old matrices, of the size that data show."""
+    STATISTICS = auto()
+    """The old matrices, and the statistics of what they give on data."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +39,13 @@ class RecurrentRecipe(Described):
     or :meth:`replacement` where another layer is to come in the layer's place.
     """
 
-    needs_data: ClassVar[bool] = False
-    """Whether the layer gets its values from calibration data."""
+    start: ClassVar[Start] = Start.WEIGHTS
+    """What gives the layer its values."""
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether the layer gets its values from calibration data."""
+        return self.start is not Start.WEIGHTS
 
     def refuse(self, site: RecurrentSite) -> str | None:
         """Return why this recipe cannot be used at ``site``, or None."""

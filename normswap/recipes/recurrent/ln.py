@@ -9,7 +9,7 @@ from torch import nn
 
 from normswap.errors import InputError, parameter
 from normswap.nn import LayerNormLSTM, LayerNormLSTMCell
-from normswap.recipes.recurrent.base import RecurrentRecipe
+from normswap.recipes.recurrent.base import RecurrentRecipe, Start
 from normswap.records import RecurrentSite
 
 __all__ = ["RecurrentLayerNormalization"]
@@ -37,7 +37,7 @@ class RecurrentLayerNormalization(RecurrentRecipe):
     equation = "i, f, g, o = LN(W_ih x + b_ih) + LN(W_hh h + b_hh)"
     paper = "Ba et al. 2016"
     exact = False
-    needs_data = True
+    start = Start.NULL_SPACE
 
     def __post_init__(self) -> None:
         super().__post_init__()

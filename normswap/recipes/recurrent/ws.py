@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from normswap.recipes.recurrent.base import RecurrentRecipe
+from normswap.recipes.recurrent.base import RecurrentRecipe, Start
 from normswap.records import RecurrentSite
 from normswap.weights import Weight, WeightStd
 
@@ -30,7 +30,7 @@ class RecurrentStandardization(RecurrentRecipe):
     equation = "W_j = g_j (v_j − mean v_j)/√(var v_j + eps)/√n per row of each matrix"
     paper = "Qiao et al. 2019"
     exact = False
-    needs_data = True
+    start = Start.CENTRED_ROWS
 
     def weight(self) -> Weight:
         return WeightStd(eps=self.eps)
