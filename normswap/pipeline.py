@@ -158,17 +158,16 @@ def convert(
     refuse_unfit(model)
     with together(chosen.processes and has_data):
         data = Data.of(model, example_inputs, calibration, forward_fn)
-        choice = None
-        if isinstance(recipe, Auto):
-            recipe, choice = choose(model, recipe, chosen, data, progress)
-            initializer = initializer_for(chosen.init, recipe, has_data)
+        recipe, choice = choose(model, recipe, chosen, data, progress) if isinstance(recipe, Auto) else (recipe, None)
+        initializer = initializer_for(chosen.init, recipe, has_data)
         skeleton = skeleton_of(model)
         with opened(model) as norms:
             work = prepared(model, recipe, chosen, data, plan, initializer=initializer)
-            work = dataclasses.replace(work, choose_groups=choose_groups, progress=progress)
             exact = work.bound.exact and initializer.keeps_function
             promise = Promise.of(model, work.bound.plan, data.example, exact=exact) if chosen.check else Promise()
             target = target_for(model, work.source, inplace=chosen.inplace, apart=initializer.fits)
+            source = work.source if initializer.fits else target  # a site's values are asked for before it is changed
+            work = dataclasses.replace(work, source=source, choose_groups=choose_groups, progress=progress)
             method = initializer(work)
             recording = Recording(model, work.source, target, work.bound, method.values, work.factors)
             placed = rewrite(target, work.bound, recording.values)
@@ -184,7 +183,7 @@ def convert(
         remember(target, Origin(bound.plan, recipe, skeleton, moves))
         check = promise.keep(target)
 
-    scaled = (EQUALIZED,) if work.source is not model else ()
+    scaled = (EQUALIZED,) if work.factors else ()
     report = InitReport(
         method.name,
         (*outcome.rows, *(one.row for one in bound.recurrent)),

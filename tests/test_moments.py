@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from zoo import FrozenBatchNorm2d
 
-from normswap.initialization.moments import Moments, centre, moments_of
+from normswap.initialization.moments import Moments, centre, input_moments, moments_of
 from normswap.initialization.noise import noise_like, shaped_by_statistics
-from normswap.initialization.patches import patches, patches_at
+from normswap.initialization.patches import patches, patches_at, random_patches
+from normswap.initialization.symmetric import gram
 from normswap.nn import FilterLayout
 from normswap.runs.watching import measure_statistics
 
@@ -96,6 +98,61 @@ def test_the_mean_is_corrected_by_what_the_output_had() -> None:
     right = wrong.corrected(FilterLayout(), weight, (weight @ x.T).mean(1))
     residual = weight @ (x.mean(0) - right.mean[0])
     assert residual.norm() < 0.1 * (weight @ x.mean(0)).norm()
+
+
+@pytest.mark.parametrize("filters", [3, 40])
+def test_the_correction_is_the_least_change_of_the_mean_whichever_matrix_is_smaller(filters: int) -> None:
+    """``min ‖W(m + d) − output‖² + λ‖d‖²`` by NumPy's least squares, with fewer filters than values and with more."""
+    rng = np.random.default_rng(0)
+    weight, mean, output = rng.normal(size=(filters, 12)), rng.normal(size=12), rng.normal(size=filters)
+    ridge = 1e-2 * (weight**2).sum(1).mean()
+    rows = np.vstack([weight, np.sqrt(ridge) * np.eye(12)])
+    change = np.linalg.lstsq(rows, np.r_[output - weight @ mean, np.zeros(12)], rcond=None)[0]
+    known = Moments(torch.from_numpy(mean)[None], torch.full((1, 12), 1 / 12, dtype=torch.float64), assumed=True)
+    found = known.corrected(FilterLayout(), torch.from_numpy(weight), torch.from_numpy(output)).mean[0].numpy()
+    assert np.allclose(found, mean + change, rtol=0, atol=1e-10)
+    assert not np.allclose(found, mean, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_product_with_its_own_transpose_is_the_whole_product(dtype: torch.dtype) -> None:
+    x = torch.randn(2, 30, 50, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    for matrices in (x, x.mT, x[:, ::2], x[0]):
+        found, expected = gram(matrices), matrices.double() @ matrices.double().mT
+        assert found.dtype is dtype
+        assert torch.equal(found, found.mT)
+        assert torch.allclose(found.double(), expected, rtol=0, atol=1e3 * torch.finfo(dtype).eps)
+    assert not torch.allclose(gram(x).double(), x.double() @ x.double().flip(1).mT, atol=1e-3)
+
+
+class Twice(nn.Module):
+    """A layer that is called twice, and one that is called once in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(self.b(self.a(x)))
+
+
+def test_patches_that_are_let_go_give_the_moments_of_those_that_are_kept() -> None:
+    """What is drawn of a layer's second call follows what was drawn of all before, in a second run as in the first."""
+    torch.manual_seed(0)
+    model, noise = Twice(), torch.randn(4, 3, 20, 20)
+    found = input_moments(model, ["a", "b"], [(noise,)], shaped=True)
+    generator, inputs = torch.Generator().manual_seed(0), {"a": [noise], "b": [model.a(noise)]}
+    inputs["a"].append(model.b(inputs["b"][0]))
+    with torch.no_grad():
+        first = random_patches(model.a, inputs["a"][0], 0, generator)
+        between = random_patches(model.b, inputs["b"][0], 0, generator)
+        second = random_patches(model.a, inputs["a"][1], len(first), generator)
+        both = moments_of(torch.cat([first, second]), assumed=True)
+        once = moments_of(between, assumed=True)
+    assert (len(first), len(second)) == (1600, 1600)
+    assert torch.equal(found["a"].direction, both.direction)
+    assert torch.equal(found["b"].direction, once.direction)
+    assert not torch.equal(both.direction, moments_of(first, assumed=True).direction)
 
 
 def test_noise_has_the_shape_of_the_example_and_repeats() -> None:

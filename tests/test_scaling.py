@@ -17,8 +17,9 @@ from normswap.graph.channels import FIXED, find_channels
 from normswap.graph.dataflow import Dataflow
 from normswap.initialization import equalization
 from normswap.initialization.equalization import choose_scales
-from normswap.initialization.equalization_cost import Cost, costs_of, least_cost
+from normswap.initialization.equalization_cost import Cost, connected, costs_of, least_cost
 from normswap.initialization.moments import moments_of_covariance
+from normswap.initialization.quadratic_forms import CovarianceSums, QuadraticForm
 
 LAYERS = {
     "conv": lambda: nn.Conv2d(4, 6, 3),
@@ -29,15 +30,27 @@ LAYERS = {
 }
 
 
-def after(cost: Cost, index: int, step: float) -> float:
-    """The cost after one step of v at one index."""
-    return float(cost.after(index, np.array([2 * step]), np.array([step * step]))[0])
+def at(cost: Cost, v: np.ndarray) -> float:
+    """A cost at one v."""
+    return cost.lost(v) / cost.kept(v)
 
 
-def covariance(groups: int, n: int) -> Tensor:
-    rows = torch.randn(groups, 50, n, generator=torch.Generator().manual_seed(2)).double().abs()
-    rows = rows - rows.mean(1, keepdim=True)
-    return rows.mT @ rows / 50
+def samples(groups: int, n: int, count: int = 50) -> Tensor:
+    return torch.randn(groups, count, n, generator=torch.Generator().manual_seed(2)).abs()
+
+
+def covariance(rows: Tensor) -> np.ndarray:
+    """The covariance of each group's samples, with the ridge."""
+    matrices = [np.cov(one.double().numpy().T, bias=True) for one in rows]
+    return np.stack([m + 1e-3 * m.diagonal().mean() * np.eye(len(m)) for m in matrices])
+
+
+def inverse(rows: Tensor) -> list[QuadraticForm]:
+    sums = CovarianceSums()
+    sums.add(rows)
+    found = sums.inverse()
+    assert found is not None
+    return found
 
 
 def filters(layer: nn.Module) -> np.ndarray:
@@ -52,6 +65,43 @@ def filters(layer: nn.Module) -> np.ndarray:
     return weight.reshape(len(weight), weight.shape[1], -1)
 
 
+@pytest.mark.parametrize("count", [3, 12, 50])
+def test_the_inverse_covariance_is_numpys_whether_samples_or_sums_are_kept(count: int) -> None:
+    rows = samples(2, 12, count)
+    v = np.random.default_rng(0).uniform(1, 10, size=12)
+    expected = [v @ np.linalg.inv(matrix) @ v for matrix in covariance(rows)]
+    for form, value in zip(inverse(rows), expected, strict=True):
+        assert form(v) == pytest.approx(value, rel=1e-9)
+        squares = [form(unit) for unit in np.eye(12)]
+        assert form.squares.tolist() == pytest.approx(squares, rel=1e-9)
+    parts = CovarianceSums()
+    for part in rows.split(5, dim=1):
+        parts.add(part)
+    summed = CovarianceSums(parts.sums)  # as many processes give them
+    for form, value in zip([*(parts.inverse() or ()), *(summed.inverse() or ())], 2 * expected, strict=True):
+        assert form(v) == pytest.approx(value, rel=1e-9)
+    assert inverse(rows * 2)[0](v) != pytest.approx(expected[0], rel=1e-2)
+
+
+def test_samples_that_are_not_finite_have_no_inverse() -> None:
+    for count in (3, 50):
+        rows = samples(1, 12, count)
+        rows[0, 1, 2] = float("nan")
+        sums = CovarianceSums()
+        sums.add(rows)
+        assert sums.inverse() is None
+
+
+def test_channels_with_one_number_are_joined() -> None:
+    form, index = inverse(samples(1, 6, 4))[0], np.array([2, 0, 1, 2, 0, 2])
+    v = np.array([1.0, 2.0, 5.0])
+    assert form.joined(index, 3)(v) == pytest.approx(form(v[index]), rel=1e-12)
+    order = np.array([3, 0, 2, 1, 5, 4])
+    w = np.arange(1.0, 7.0)
+    assert form.joined(order, 6)(w) == pytest.approx(form(w[order]), rel=1e-12)
+    assert form.joined(order, 6)(w) != pytest.approx(form(w), rel=1e-3)
+
+
 @pytest.mark.parametrize("kind", LAYERS)
 def test_the_cost_is_the_least_variance_that_a_zero_sum_takes_away(kind: str) -> None:
     torch.manual_seed(0)
@@ -61,55 +111,81 @@ def test_the_cost_is_the_least_variance_that_a_zero_sum_takes_away(kind: str) ->
     out, n, kernel = w.shape
     rng = np.random.default_rng(3)
     gamma, sigma = rng.normal(size=out), rng.uniform(0.5, 2, size=out)
-    s = covariance(groups, n)
+    rows = samples(groups, n)
     numbers = torch.arange(1, groups * n + 1)
-    costs = costs_of(layer, torch.from_numpy(np.stack([gamma, sigma])), s, numbers)
+    costs = costs_of(layer, torch.from_numpy(np.stack([gamma, sigma])), inverse(rows), numbers)
     assert [cost.numbers.tolist() for cost in costs] == numbers.view(groups, n).tolist()
     for g, cost in enumerate(costs):
         v = rng.uniform(1, 10, size=n)
-        for place, value in enumerate(v):
-            cost.put(place, value)
-        matrix, total = s[g].numpy() + 1e-3 * s[g].diagonal().mean().item() * np.eye(n), 0.0
+        matrix, total = covariance(rows)[g], 0.0
         for o in range(g * out // groups, (g + 1) * out // groups):
             # min dᵀSd subject to Σ_ck v_c (w_ck − d_c) = 0, by its conditions as one linear system.
             conditions = np.block([[2 * matrix, kernel * v[:, None]], [kernel * v[None], np.zeros((1, 1))]])
             d = np.linalg.solve(conditions, np.r_[np.zeros(n), (v[:, None] * w[o]).sum()])[:n]
             total += (gamma[o] / sigma[o]) ** 2 * d @ matrix @ d
-        expected = total / (gamma**2).sum()
-        assert after(cost, 0, 0.0) == pytest.approx(expected, rel=1e-9)
-        moved = after(cost, n - 1, 1.0)
-        cost.put(n - 1, v[n - 1] + 1.0)
-        assert after(cost, 0, 0.0) == pytest.approx(moved, rel=1e-9)
+        assert at(cost, v) == pytest.approx(total / (gamma**2).sum(), rel=1e-9)
+
+
+def costs_of_two_layers(count: int = 50) -> list[Cost]:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(8, 5, 3), nn.Conv2d(8, 6, 1), nn.Conv2d(4, 3, 1)]
+    numbers = [[FIXED, 1, 2, 3, 4, 5, 6, 7], [7, 8, 9, 10, 1, 2, 3, FIXED], [11, 12, 13, 14]]
+    return [
+        cost
+        for layer, own in zip(layers, numbers, strict=True)
+        for cost in costs_of(
+            layer, torch.ones(2, layer.out_channels), inverse(samples(1, len(own), count)), torch.tensor(own)
+        )
+    ]
+
+
+def total(costs: list[Cost], v: np.ndarray) -> float:
+    return sum(at(cost, v[cost.numbers.numpy()]) for cost in costs)
 
 
 def test_no_single_step_betters_what_was_found_and_fixed_channels_stay() -> None:
-    torch.manual_seed(0)
-    layers = [nn.Conv2d(8, 5, 3), nn.Conv2d(8, 6, 1)]
-    numbers = [torch.tensor([FIXED, 1, 2, 3, 4, 5, 6, 7]), torch.tensor([7, 8, 9, 10, 1, 2, 3, FIXED])]
-
-    def fresh() -> list:
-        return [
-            cost
-            for layer, own in zip(layers, numbers, strict=True)
-            for cost in costs_of(layer, torch.ones(2, layer.out_channels), covariance(1, 8), own)
-        ]
-
-    def total(v: Tensor) -> float:
-        found = 0.0
-        for cost in fresh():
-            own = v[cost.numbers]
-            found += float(own @ cost.lost @ own / (own @ cost.kept @ own))
-        return found
-
-    v = least_cost(fresh(), 11)
-    assert float(v[FIXED]) == 1
+    costs = costs_of_two_layers()
+    v = least_cost(costs, 15).numpy()
+    assert v[FIXED] == 1
     assert bool(((v >= 1) & (v <= 10)).all())
-    assert total(v) < 0.3 * total(torch.ones(11).double())
-    for number in range(1, 11):
+    assert total(costs, v) < 0.3 * total(costs, np.ones(15))
+    for number in range(1, 15):
         for value in (1.0, 2.0, 5.0, 10.0):
-            other = v.clone()
+            other = v.copy()
             other[number] = value
-            assert total(other) > 0.995 * total(v)
+            assert total(costs, other) > 0.995 * total(costs, v)
+
+
+@pytest.mark.parametrize("count", [5, 50])
+def test_the_descent_is_that_of_one_channel_after_the_other(count: int) -> None:
+    costs = costs_of_two_layers(count)
+
+    def plainly(sweeps: int) -> np.ndarray:
+        """The same, each cost computed anew from all of v."""
+        v = np.ones(15)
+        for _ in range(sweeps):
+            for number in (*range(1, 8), *range(8, 15)):
+                mine = [cost for cost in costs if number in cost.numbers.tolist()]
+                tried = [v[number], *(10.0 ** np.linspace(0, 1, 9))]
+                found = []
+                for value in tried:
+                    other = v.copy()
+                    other[number] = value
+                    found.append(total(mine, other))
+                best = int(np.argmin(found))
+                if found[best] < (1 - 1e-3) * found[0]:
+                    v[number] = tried[best]
+        return v
+
+    assert least_cost(costs, 15).tolist() == plainly(8).tolist()
+    assert least_cost(costs, 15).tolist() != plainly(1).tolist()
+
+
+def test_sets_are_connected_by_what_they_share_but_not_by_fixed_channels() -> None:
+    labels = connected([[1, 2], [FIXED, 3], [2, 4], [FIXED, 5], [5, 6], [4, 7]])
+    same = [[a == b for b in labels] for a in labels]
+    assert same[0] == [True, False, True, False, False, True]
+    assert same[3] == [False, False, False, True, True, False]
 
 
 def digits(count: int = 300) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ import gc
 import random
 import warnings
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -348,6 +348,25 @@ def test_a_model_that_writes_nothing_is_not_copied() -> None:
         model[0].weight.mul_(2)
     assert before.values.copied == 64 * 64 * 4, "the control: one weight is written and that alone is copied"
     before.restore()
+
+
+def test_a_container_that_was_empty_is_empty_again_and_what_is_written_to_one_is_noticed() -> None:
+    model = nn.Identity()
+    model.listed, model.table, model.ordered, model.named = [], {}, OrderedDict(), set()
+    with untouched(model) as nothing:
+        pass
+    assert not nothing.changed
+    for write in (
+        lambda: model.listed.append(1),
+        lambda: model.table.update(a=1),
+        lambda: model.ordered.update(a=1),
+        lambda: model.named.add(1),
+        lambda: model._forward_hooks.update({0: print}),
+    ):
+        with untouched(model) as written:
+            write()
+        assert written.changed
+        assert not any((model.listed, model.table, model.ordered, model.named, model._forward_hooks))
 
 
 def test_what_is_kept_is_not_put_back() -> None:

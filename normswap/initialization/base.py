@@ -32,7 +32,8 @@ class Work:
 
     Args:
         original: The user's model; only read.
-        source: It, or a copy of it with scaled channels, which is what is converted; only read.
+        source: It, or a copy of it with scaled channels, which is what is converted. A fit only reads it; otherwise it
+            is the model that is rewritten, each site after its values have been given.
         bound: What is done to it.
         options: How.
         example: Inputs of the model.

@@ -11,6 +11,7 @@ to layer to quantize weights; here the scales are those that weight standardizat
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -23,16 +24,17 @@ from normswap.errors import Text, argument
 from normswap.graph.channels import FIXED, Channels, find_channels
 from normswap.graph.dataflow import Dataflow
 from normswap.initialization.centring import centred_layers
-from normswap.initialization.equalization_cost import Cost, costs_of, least_cost
+from normswap.initialization.equalization_cost import Cost, connected, costs_of, least_cost
 from normswap.initialization.noise import noises_like, shaped_by_statistics
 from normswap.initialization.patches import with_filters
+from normswap.initialization.quadratic_forms import CovarianceSums
 from normswap.nn import FilterLayout
 from normswap.records import NormKind
 from normswap.runs.batches import sample_count, some_samples
 from normswap.runs.calling import Batch
 from normswap.runs.guard import copy_of
 from normswap.runs.inputs import Inputs, make_up_inputs
-from normswap.runs.processes import everywhere, offsets, summed_by_name
+from normswap.runs.processes import alone, everywhere, offsets, summed_by_name
 from normswap.runs.tensors import at_positions, tensors_of
 from normswap.runs.watching import watch_inputs
 from normswap.stages.bound import BoundPlan
@@ -48,6 +50,7 @@ EQUALIZED = Text(
 _SAMPLES_TO_SCALE, _LARGE_SAMPLES_TO_SCALE = 128, 32
 _LARGE = 2**17  # values of a sample, which then has many positions
 _MOST_ROWS = 2**14  # positions of one batch
+_MOST_VALUES = 2**22  # of quadratic forms at once, in float64, where one group of channels needs no more
 
 
 def equalize(
@@ -147,25 +150,56 @@ def choose_scales(
         batches: Inputs of the model.
         shaped: Whether they are noise, to be shaped by each BatchNorm.
     """
-    layers = [name for name in gamma_sigma if name in channels.inputs and bool((channels.inputs[name] != FIXED).any())]
-    sums: dict[str, list[Tensor]] = {}
+    numbers = {name: channels.inputs[name] for name in gamma_sigma if name in channels.inputs}
+    layers = [name for name, own in numbers.items() if bool((own != FIXED).any())]
+    sums: dict[str, CovarianceSums] = {}
 
     def see(name: str, layer: nn.Module, given: Sequence[Any]) -> None:
-        rows = _patch_sums(layer, given[0])
-        found = [torch.tensor(float(rows.shape[1]), dtype=rows.dtype), rows.sum(1), rows.mT @ rows]
-        sums[name] = [a + b for a, b in zip(sums[name], found, strict=True)] if name in sums else found
+        sums.setdefault(name, CovarianceSums()).add(_patch_sums(layer, given[0]))
 
     with shaped_by_statistics(model) if shaped else nullcontext():
         watch_inputs(model, layers, batches, see)
-    costs: list[Cost] = []
-    for name, (n, first, second) in summed_by_name("sums over patches", sums).items():
-        mean = first / n
-        covariance = second / n - mean[:, :, None] * mean[:, None]
-        if not bool(covariance.isfinite().all()):
-            return None
-        costs += costs_of(model.get_submodule(name), gamma_sigma[name], covariance.cpu(), channels.inputs[name])
-    v = least_cost(costs, channels.count)
+    if not alone():
+        products = summed_by_name("sums over patches", {name: one.sums for name, one in sums.items()})
+        sums = {name: CovarianceSums(found) for name, found in products.items()}
+    v = torch.ones(channels.count, dtype=torch.float64)
+    for part in _parts({name: model.get_submodule(name) for name in sums}, numbers):
+        costs: list[Cost] = []
+        for name in part:
+            kept = sums.pop(name).inverse()
+            if kept is None:
+                return None
+            costs += costs_of(model.get_submodule(name), gamma_sigma[name], kept, numbers[name])
+        v *= least_cost(costs, channels.count)  # which is 1 at the channels of other parts
     return None if bool((v == 1).all()) else 1 / v
+
+
+def _parts(layers: Mapping[str, nn.Module], numbers: Mapping[str, Tensor]) -> Iterator[list[str]]:
+    """Yield the layers whose costs are held at once: those that share channels, and others while all are small.
+
+    The largest come last, when the others' sums are there no more.
+    """
+    labels = connected([numbers[name].tolist() for name in layers])
+    together: dict[int, list[str]] = defaultdict(list)
+    for name, label in zip(layers, labels, strict=True):
+        together[label].append(name)
+    part: list[str] = []
+    values = 0
+    sizes = {label: sum(_values_of_forms(layers[name]) for name in names) for label, names in together.items()}
+    for label in sorted(together, key=lambda label: sizes[label]):
+        if part and values + sizes[label] > _MOST_VALUES:
+            yield part
+            part, values = [], 0
+        part, values = part + together[label], values + sizes[label]
+    if part:
+        yield part
+
+
+def _values_of_forms(layer: nn.Module) -> int:
+    """Return how many values the cost of a layer holds, at most."""
+    layout, weight = FilterLayout.of(layer), FilterLayout.weight(layer)
+    inputs, outputs = layout.in_channels(weight), layout.out_channels(weight)
+    return inputs * (inputs + outputs) // layout.groups
 
 
 def scale_channels(model: nn.Module, channels: Channels, scales: Tensor) -> None:
@@ -222,5 +256,5 @@ def _patch_sums(layer: nn.Module, x: Tensor) -> Tensor:
         sums = with_filters(layer, weight.new_ones(channels, 1, *weight.shape[2:]), groups=channels)(x)
     positions = sums.numel() // sums.shape[1]
     some = torch.arange(0, positions, max(1, positions // _MOST_ROWS), device=sums.device)
-    rows: Tensor = at_positions(sums, some).double().unflatten(-1, (layout.groups, -1))
+    rows: Tensor = at_positions(sums, some).unflatten(-1, (layout.groups, -1))
     return rows.transpose(0, 1)

@@ -15,8 +15,9 @@ other: a larger range gains nothing.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -24,62 +25,39 @@ import torch
 from torch import Tensor, nn
 
 from normswap.graph.channels import FIXED
+from normswap.initialization.quadratic_forms import QuadraticForm
 from normswap.nn import FilterLayout
 
-__all__ = ["Cost", "costs_of", "least_cost"]
+__all__ = ["Cost", "connected", "costs_of", "least_cost"]
 
 Values = npt.NDArray[np.float64]
 _GRID: Values = 10.0 ** np.linspace(0, 1, 9)
 _SWEEPS = 8
 _GAIN = 1e-3  # the share of the cost that a step must save
-_RIDGE = 1e-3  # of the mean variance
 
 
-@dataclass
+@dataclass(frozen=True)
 class Cost:
-    """What one group of a layer's filters loses, as a share of its output's variance: ``vᵀ lost v / vᵀ kept v``.
+    """What one group of a layer's filters loses, as a share of its output's variance: ``lost(v)/kept(v)``.
 
     Args:
         numbers: The numbers of the channels that v belongs to. ``(n,)``
-        lost: ``Σ_o a_o² w̄_o w̄_oᵀ / Σ_o γ_o²``. ``(n, n)``
-        kept: S⁻¹. ``(n, n)``
+        lost: ``Σ_o a_o² (w̄_o·v)² / Σ_o γ_o²``.
+        kept: ``vᵀS⁻¹v``.
     """
 
     numbers: Tensor
-    lost: Tensor
-    kept: Tensor
-
-    def __post_init__(self) -> None:  # values are read and set one by one, which NumPy does faster than torch
-        self._forms = np.stack((self.lost.numpy(), self.kept.numpy()))  # (2, n, n)
-        self._squares = self._forms.diagonal(axis1=1, axis2=2)
-        self._v = np.ones(len(self.numbers))
-        self._products = np.stack([form @ self._v for form in self._forms])
-        self._totals = self._sums()
-
-    def _sums(self) -> Values:
-        return np.array([[self._v @ product] for product in self._products])
-
-    def after(self, index: int, doubles: Values, squares: Values) -> Values:
-        """Return the cost after each of some steps of v at one index, of which twice and the square are given."""
-        lost, kept = self._totals + doubles * self._products[:, index, None] + squares * self._squares[:, index, None]
-        found: Values = np.maximum(lost, 0) / np.maximum(kept, 1e-30)
-        return found
-
-    def put(self, index: int, value: float) -> None:
-        """Set v at one index."""
-        step = value - self._v[index]
-        self._v[index] = value
-        self._products += step * self._forms[:, index]
-        self._totals = self._sums()
+    lost: QuadraticForm
+    kept: QuadraticForm
 
 
-def costs_of(layer: nn.Module, gamma_sigma: Tensor, covariance: Tensor, numbers: Tensor) -> list[Cost]:
+def costs_of(layer: nn.Module, gamma_sigma: Tensor, kept: Sequence[QuadraticForm], numbers: Tensor) -> list[Cost]:
     """Return the cost of each of a layer's groups.
 
     Args:
         layer: The layer.
         gamma_sigma: γ and σ of the norm behind it. ``(2, C)``
-        covariance: S: the covariance, for each group, of its channels' sums over a patch. ``(groups, n, n)``
+        kept: ``vᵀS⁻¹v`` for each group, S the covariance of its channels' sums over a patch.
         numbers: The numbers of the layer's input channels. ``(in_channels,)``
     """
     layout = FilterLayout.of(layer)
@@ -87,23 +65,14 @@ def costs_of(layer: nn.Module, gamma_sigma: Tensor, covariance: Tensor, numbers:
     means = _kernel_means(layout, weight).unflatten(0, (layout.groups, -1))  # (groups, out/groups, in/groups)
     gamma, sigma = gamma_sigma.double().cpu()
     size = gamma.square().sum().clamp(min=1e-30)
-    means = means * (gamma / sigma).view(layout.groups, -1, 1)
-    n = covariance.shape[-1]
-    ridge = _RIDGE * covariance.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)
-    kept = torch.linalg.inv(covariance + ridge[:, None, None] * torch.eye(n, dtype=covariance.dtype))
-    lost = means.mT @ means / size
+    means = means * (gamma / sigma / size.sqrt()).view(layout.groups, -1, 1)
     found = []
     for group, own in enumerate(numbers.view(layout.groups, -1)):
         unique, index = own.unique(return_inverse=True)
         if len(unique) > 1:  # a single channel's scale changes nothing
-            found.append(Cost(unique, *(_joined(form[group], index, len(unique)) for form in (lost, kept))))
+            forms = (QuadraticForm.of_rows(means[group].mT), kept[group])
+            found.append(Cost(unique, *(form.joined(index.numpy(), len(unique)) for form in forms)))
     return found
-
-
-def _joined(form: Tensor, index: Tensor, count: int) -> Tensor:
-    """Return a quadratic form of values that are one where ``index`` is, as a form of these. ``(count, count)``"""
-    rows = form.new_zeros(count, form.shape[1]).index_add_(0, index, form)
-    return form.new_zeros(count, count).index_add_(1, index, rows)
 
 
 def _kernel_means(layout: FilterLayout, weight: Tensor) -> Tensor:
@@ -112,27 +81,124 @@ def _kernel_means(layout: FilterLayout, weight: Tensor) -> Tensor:
     return layout.flatten(means)
 
 
-def least_cost(costs: Sequence[Cost], count: int) -> Tensor:
-    """Return the v, of 1 to 10, of the least sum of costs that coordinate descent from 1 finds. ``(count,)``"""
-    uses_of: dict[int, list[tuple[Cost, int]]] = defaultdict(list)
-    for cost in costs:
-        for index, number in enumerate(cost.numbers.tolist()):
+def connected(sets: Sequence[Iterable[int]]) -> list[int]:
+    """Return a label for each set of numbers, the same where sets have one in common, directly or through others.
+
+    :data:`~normswap.graph.channels.FIXED` connects nothing.
+    """
+    parents, first = list(range(len(sets))), dict[int, int]()
+
+    def root(place: int) -> int:
+        while parents[place] != place:
+            parents[place] = parents[parents[place]]
+            place = parents[place]
+        return place
+
+    for place, numbers in enumerate(sets):
+        for number in numbers:
             if number != FIXED:
-                uses_of[number].append((cost, index))
-    v = np.ones(count)
+                parents[root(place)] = root(first.setdefault(number, place))
+    return [root(place) for place in range(len(sets))]
+
+
+def least_cost(costs: Sequence[Cost], count: int) -> Tensor:
+    """Return the v, of 1 to 10, of the least sum of costs that coordinate descent from 1 finds. ``(count,)``
+
+    Costs that share no channel do not see one another: the descent goes through all such parts at once, in each to its
+    next channel.
+    """
+    if not costs:
+        return torch.ones(count, dtype=torch.float64)
+    search = _Search(costs, count)
+    moving = search.parts
     for _ in range(_SWEEPS):
-        moved = False
-        for number, uses in uses_of.items():
-            values = np.concatenate([v[number : number + 1], _GRID])
-            step = values - v[number]
-            doubles, squares = 2 * step, step * step
-            found = sum(cost.after(index, doubles, squares) for cost, index in uses)
-            assert isinstance(found, np.ndarray)
-            best = int(found.argmin())
-            if found[best] < (1 - _GAIN) * found[0]:
-                moved, v[number] = True, values[best]
-                for cost, index in uses:
-                    cost.put(index, values[best])
-        if not moved:
-            break
-    return torch.from_numpy(v)
+        moved: set[int] = set()
+        for step in range(max(map(len, moving), default=0)):
+            moved.update(search.improve([part[step] for part in moving if step < len(part)]))
+        moving = [part for part in moving if not moved.isdisjoint(part)]
+    return torch.from_numpy(search.v)
+
+
+class _Search:
+    """The costs at one v, kept up to date as v changes. What a cost holds per channel lies in one row of arrays.
+
+    Attributes:
+        v: The scales' inverses. ``(count,)``
+        parts: The numbers of each part of the network, in the order of the costs.
+    """
+
+    def __init__(self, costs: Sequence[Cost], count: int) -> None:
+        self.v = np.ones(count)
+        members = [cost.numbers.tolist() for cost in costs]
+        parts: dict[int, dict[int, None]] = defaultdict(dict)
+        self._uses: dict[int, list[int]] = defaultdict(list)  # the rows of each number
+        self._cost: list[int] = []  # of each row, and its channel there
+        self._index: list[int] = []
+        for place, (label, numbers) in enumerate(zip(connected(members), members, strict=True)):
+            first = len(self._cost)
+            for number in numbers:
+                if number != FIXED:
+                    self._uses[number].append(len(self._cost))
+                    parts[label][number] = None
+                self._cost.append(place)
+                self._index.append(len(self._cost) - 1 - first)
+        self.parts = [list(part) for part in parts.values()]
+        forms = [(cost.lost, cost.kept) for cost in costs]
+        self._rows = [[form.rows for form in both] for both in forms]
+        self._diagonals = _stacked([[form.diagonal for form in both] for both in forms])  # (rows, 2)
+        self._squares = _stacked([[form.squares for form in both] for both in forms])
+        self._signs = np.array([[form.sign for form in both] for both in forms])  # (costs, 2)
+        self._sums = [[form.rows.sum(0) for form in both] for both in forms]  # Σ_i v_i r_i
+        self._own = np.array([[form.diagonal.sum() for form in both] for both in forms])  # Σ_i d_i v_i²
+        self._totals = self._own + self._signs * np.array([[total @ total for total in both] for both in self._sums])
+
+    def improve(self, numbers: Sequence[int]) -> list[int]:
+        """Give v its best values at numbers that no cost shares, and return those at which it moved."""
+        of_numbers = [self._uses[number] for number in numbers]
+        counts = [len(rows) for rows in of_numbers]
+        rows = [row for own in of_numbers for row in own]
+        values = np.empty((len(numbers), len(_GRID) + 1))
+        values[:, 0], values[:, 1:] = self.v[numbers], _GRID
+        steps = values - values[:, :1]
+        if len(rows) == len(numbers):
+            found = self._after(rows, values[:, 0], steps)
+        else:
+            each = self._after(rows, values[:, 0].repeat(counts), steps.repeat(counts, 0))
+            found = np.add.reduceat(each, [0, *accumulate(counts[:-1])], 0)
+        best = found.argmin(1).tolist()
+        moved = []
+        for place, (number, index) in enumerate(zip(numbers, best, strict=True)):
+            if index and found[place, index] < (1 - _GAIN) * found[place, 0]:
+                moved.append(number)
+                self._put(number, float(values[place, index]))
+        return moved
+
+    def _after(self, rows: Sequence[int], v: Values, steps: Values) -> Values:
+        """Return the cost of each row after each of some steps of its v. ``(rows, steps)``"""
+        costs = [self._cost[row] for row in rows]
+        products = [
+            own[self._index[row]].dot(total)
+            for row, cost in zip(rows, costs, strict=True)
+            for own, total in zip(self._rows[cost], self._sums[cost], strict=True)
+        ]
+        slopes = self._diagonals[rows] * v[:, None] + self._signs[costs] * np.array(products).reshape(-1, 2)
+        x = steps[:, None]
+        forms = self._totals[costs][:, :, None] + x * (2 * slopes[:, :, None] + x * self._squares[rows][:, :, None])
+        found: Values = np.maximum(forms[:, 0], 0) / np.maximum(forms[:, 1], 1e-30)
+        return found
+
+    def _put(self, number: int, value: float) -> None:
+        before = float(self.v[number])
+        self.v[number] = value
+        for row in self._uses[number]:
+            cost = self._cost[row]
+            self._own[cost] += (value * value - before * before) * self._diagonals[row]
+            for own, total in zip(self._rows[cost], self._sums[cost], strict=True):
+                total += (value - before) * own[self._index[row]]
+            squares = [total.dot(total) for total in self._sums[cost]]
+            self._totals[cost] = self._own[cost] + self._signs[cost] * squares
+
+
+def _stacked(values: Sequence[Sequence[Values]]) -> Values:
+    """Return two values for each channel of each cost, from pairs of vectors. ``(rows, 2)``"""
+    return np.concatenate([np.stack(pair, 1) for pair in values])

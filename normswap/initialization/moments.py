@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from normswap.initialization.noise import shaped_by_statistics
 from normswap.initialization.patches import random_patches
+from normswap.initialization.symmetric import gram
 from normswap.nn import FilterLayout
 from normswap.runs.calling import Batch
 from normswap.runs.processes import alone, gathered
@@ -46,10 +47,16 @@ class Moments:
         """
         filters = layout.flatten(weight).unflatten(0, (layout.groups, -1))  # (groups, out/groups, fan_in)
         missing = output_mean.view(layout.groups, -1, 1) - filters @ self.mean[:, :, None]
-        gram = filters @ filters.mT
-        size = gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None].clamp(min=1e-30)
-        eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-        change = filters.mT @ torch.linalg.solve(gram + _MEAN_RIDGE * size * eye, missing)
+        ridge = _MEAN_RIDGE * filters.square().sum(2).mean(1)[:, None, None].clamp(min=1e-30)
+        # Wᵀ(WWᵀ + λ)⁻¹ = (WᵀW + λ)⁻¹Wᵀ: of the two matrices the smaller one is solved with
+        many = filters.shape[1] > filters.shape[2]
+        product = gram(filters.mT if many else filters)
+        product.diagonal(dim1=1, dim2=2).add_(ridge[..., 0])
+        factor = torch.linalg.cholesky(product)
+        if many:
+            change = torch.cholesky_solve(filters.mT @ missing, factor)
+        else:
+            change = filters.mT @ torch.cholesky_solve(missing, factor)
         return Moments(self.mean + change[..., 0], self.direction, self.square, self.assumed)
 
 
@@ -62,9 +69,10 @@ def centre(layout: FilterLayout, weight: Tensor, moments: Moments) -> tuple[Tens
         The weight, and per filter ``E[(w₀ − w)·x]``, which the bias must add. ``(C,)``
     """
     filters = layout.flatten(weight).unflatten(0, (layout.groups, -1))  # (groups, out/groups, fan_in)
-    removed = filters.sum(-1, keepdim=True) * moments.direction[:, None]
-    shift = (removed * moments.mean[:, None]).sum(-1).flatten()
-    return layout.unflatten((filters - removed).flatten(0, 1), weight), shift
+    sums = filters.sum(-1, keepdim=True)
+    shift = sums[..., 0] * (moments.direction * moments.mean).sum(-1, keepdim=True)
+    centred = torch.addcmul(filters, sums, moments.direction[:, None], value=-1)
+    return layout.unflatten(centred.flatten(0, 1), weight), shift.flatten()
 
 
 def moments_of(samples: Tensor, assumed: bool = False) -> Moments:
@@ -72,16 +80,18 @@ def moments_of(samples: Tensor, assumed: bool = False) -> Moments:
 
     The ridge, relative to the mean variance, grows to a tenth of fan_in/samples where samples are few.
     """
-    x = samples.double().transpose(0, 1)  # (groups, samples, fan_in)
+    x = samples.to(torch.float64, copy=True).transpose(0, 1)  # (groups, samples, fan_in)
     n, fan_in = x.shape[1:]
     mean, square = x.mean(1), x.square().sum(2).mean(1)
-    x = x - mean[:, None]
+    x -= mean[:, None]
     if n >= fan_in or not bool(x.isfinite().all()):
-        return moments_of_covariance(mean, x.mT @ x / n, n, assumed)
+        covariance = gram(x.mT).div_(n)
+        del x  # the largest of all
+        return moments_of_covariance(mean, covariance, n, assumed)
     # Woodbury: the same solution out of the samples' smaller Gram matrix
     ridge = _ridge(x.square().mean((1, 2)), fan_in / n, assumed)
     ones = x.new_ones(x.shape[0], fan_in, 1)
-    factor = torch.linalg.cholesky(x @ x.mT + n * ridge * torch.eye(n, dtype=x.dtype, device=x.device))
+    factor = torch.linalg.cholesky(gram(x) + n * ridge * torch.eye(n, dtype=x.dtype, device=x.device))
     return _moments(mean, square, (ones - x.mT @ torch.cholesky_solve(x @ ones, factor)) / ridge, assumed)
 
 
@@ -126,21 +136,70 @@ def input_moments(
         batches: Inputs of the model.
         shaped: Whether the inputs are noise, to be shaped by each BatchNorm (Note [Data-free moments]).
     """
-    kept: dict[str, list[Tensor]] = {name: [] for name in layers}
+    if shaped:
+        with shaped_by_statistics(model):
+            return _moments_on_noise(model, layers, list(batches))
     generator = torch.Generator().manual_seed(0)
+    kept = _Kept()
 
     def collect(name: str, layer: nn.Module, given: Sequence[Any]) -> None:
-        kept[name].append(random_patches(layer, given[0], sum(map(len, kept[name])), generator))
+        kept.add(name, random_patches(layer, given[0], kept.count(name), generator))
 
-    with shaped_by_statistics(model) if shaped else nullcontext():
-        watch_inputs(model, layers, batches, collect)
-    patches = {name: torch.cat(rows) for name, rows in kept.items() if rows}
+    watch_inputs(model, layers, batches, collect)
+    patches = {name: torch.cat(rows) for name, rows in kept.rows.items()}
     if not alone():
         patches = {
             name: gathered(f"patches of '{name}'", patches.get(name, _no_patches(model.get_submodule(name))))
             for name in layers
         }
-    return {name: moments_of(rows, shaped) for name, rows in patches.items() if len(rows) > 1}
+    return {name: moments_of(rows) for name, rows in patches.items() if len(rows) > 1}
+
+
+class _Kept:
+    """Patches by their layer's fqn."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, list[Tensor]] = {}
+
+    def add(self, name: str, rows: Tensor) -> None:
+        self.rows.setdefault(name, []).append(rows)
+
+    def count(self, name: str) -> int:
+        return sum(map(len, self.rows.get(name, ())))
+
+
+def _moments_on_noise(model: nn.Module, layers: Sequence[str], batches: Sequence[Batch]) -> dict[str, Moments]:
+    """Return the moments at the inputs of ``layers``, whose patches are let go as soon as their layer was called.
+
+    Of all layers they would take more memory than the model. A layer that is called again gets its moments in a second
+    run, from the same patches as if all had been kept.
+    """
+    generator = torch.Generator().manual_seed(0)
+    found: dict[str, Moments] = {}
+    counts: dict[str, int] = defaultdict(int)
+    states: dict[str, list[Tensor]] = defaultdict(list)  # of the generator, in front of each call
+    kept = _Kept()
+
+    def collect(name: str, layer: nn.Module, given: Sequence[Any]) -> None:
+        states[name].append(generator.get_state())
+        rows = random_patches(layer, given[0], counts[name], generator)
+        counts[name] += len(rows)
+        if len(rows) == counts[name] > 1:
+            found[name] = moments_of(rows, assumed=True)
+
+    def collect_again(name: str, layer: nn.Module, given: Sequence[Any]) -> None:
+        generator.set_state(states[name].pop(0))
+        kept.add(name, random_patches(layer, given[0], kept.count(name), generator))
+
+    watch_inputs(model, layers, batches, collect)
+    again = [name for name, several in states.items() if len(several) > 1]
+    if again:
+        watch_inputs(model, again, batches, collect_again)
+    for name in again:
+        rows = torch.cat(kept.rows.pop(name))
+        if len(rows) > 1:
+            found[name] = moments_of(rows, assumed=True)
+    return {name: found[name] for name in layers if name in found}
 
 
 def _no_patches(layer: nn.Module) -> Tensor:

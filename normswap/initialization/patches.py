@@ -46,14 +46,21 @@ def patches_at(layer: nn.Module, x: Tensor, index: Tensor) -> Tensor:
     assert not isinstance(layer.padding, str)
     (top, left), (down, right), (dy, dx) = layer.padding, layer.stride, layer.dilation
     height, width = layer.kernel_size
+    rows, columns = _positions(layer, x)
     x = F.pad(x, (left, left, top, top)) if top or left else x
-    rows = (x.shape[2] - dy * (height - 1) - 1) // down + 1
-    columns = (x.shape[3] - dx * (width - 1) - 1) // right + 1
     sample, place = index // (rows * columns), index % (rows * columns)
     y = (place // columns * down)[:, None] + torch.arange(height, device=x.device).repeat_interleave(width) * dy
     z = (place % columns * right)[:, None] + torch.arange(width, device=x.device).repeat(height) * dx
     found = x[sample[:, None], :, y, z]  # (len(index), height·width, in)
     return found.movedim(1, 2).reshape(len(index), layout.groups, layout.fan_in(layout.weight(layer)))
+
+
+def _positions(layer: nn.Conv2d, x: Tensor) -> tuple[int, int]:
+    """Return how many rows and columns the output has for ``x``."""
+    assert not isinstance(layer.padding, str)
+    axes = zip(x.shape[2:], layer.padding, layer.kernel_size, layer.dilation, layer.stride, strict=True)
+    rows, columns = ((side + 2 * pad - step * (size - 1) - 1) // stride + 1 for side, pad, size, step, stride in axes)
+    return rows, columns
 
 
 def _is_plain(layer: nn.Module, x: Tensor) -> TypeGuard[nn.Conv2d]:
@@ -88,15 +95,26 @@ def random_patches(layer: nn.Module, x: Tensor, already: int, generator: torch.G
         return x.new_empty(0, layout.groups, layout.fan_in(weight))
     rows = []
     for one in x.split(max(1, _MAX_VALUES // (4 * width * max(1, x[:1].numel() // max(1, x.shape[1]))))):
-        found = patches(layer, one)
-        some = max(1, -(-limit * len(one) // len(x)))
-        if len(found) > some:
-            found = found[torch.randperm(len(found), generator=generator)[:some].to(found.device)]
+        found = _some_of(layer, one, max(1, -(-limit * len(one) // len(x))), generator)
         rows.append(found)
         wanted -= len(found)
         if wanted <= 0:
             break
     return torch.cat(rows)[:limit]
+
+
+def _some_of(layer: nn.Module, x: Tensor, some: int, generator: torch.Generator) -> Tensor:
+    """Return a random choice of ``some`` patches of ``x``, or all where there are no more."""
+    if _is_plain(layer, x):
+        rows, columns = _positions(layer, x)
+        count = len(x) * rows * columns
+        if count <= some:
+            return patches(layer, x)
+        return patches_at(layer, x, torch.randperm(count, generator=generator)[:some].to(x.device))
+    found = patches(layer, x)
+    if len(found) <= some:
+        return found
+    return found[torch.randperm(len(found), generator=generator)[:some].to(found.device)]
 
 
 def with_filters(layer: nn.Module, weight: Tensor, groups: int | None = None) -> nn.Module:

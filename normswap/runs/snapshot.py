@@ -10,9 +10,10 @@ the program around the model. Only what has changed is written when it is put ba
 from __future__ import annotations
 
 import random
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from functools import partial
+from operator import is_
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,6 +26,7 @@ from normswap.runs.writes import SavedValues
 __all__ = ["Snapshot"]
 
 _ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes, type, torch.dtype, torch.device, torch.Size})
+_EMPTY = frozenset({dict, OrderedDict, list, set})
 _FOLLOWED = (nn.Module, torch.optim.Optimizer, SimpleNamespace)
 _LIBRARIES = frozenset({"builtins", "torch", "numpy", "normswap"})
 _Undo = Callable[[], object]
@@ -69,8 +71,13 @@ class Snapshot:
     def _walk(self, pending: list[Any]) -> None:
         while pending:
             value = pending.pop()
-            if type(value) not in _ATOMS and id(value) not in self._seen:
-                self._seen[id(value)] = value
+            kind = type(value)
+            if kind in _ATOMS or id(value) in self._seen:
+                continue
+            self._seen[id(value)] = value
+            if kind in _EMPTY and not value:  # as most of a module's tables of hooks are
+                self._undo.append(partial(_clear, value))
+            else:
                 pending += self._children(value)
 
     def _children(self, value: Any) -> Iterator[Any]:
@@ -143,9 +150,17 @@ def _plain_attributes(cls: type) -> dict[str, Any]:
 
 def _same(a: Any, b: Any) -> bool:
     """Tell whether two containers hold the very same objects in the same order."""
-    if isinstance(a, dict):
-        return len(a) == len(b) and all(k is m and v is w for (k, v), (m, w) in zip(a.items(), b.items(), strict=True))
-    return len(a) == len(b) and all(v is w for v, w in zip(a, b, strict=True))
+    if len(a) != len(b) or not all(map(is_, a, b)):
+        return False
+    return not isinstance(a, dict) or all(map(is_, a.values(), b.values()))
+
+
+def _clear(value: Any) -> bool:
+    """Empty a container that was empty, and tell whether it was not."""
+    changed = len(value) > 0
+    if changed:
+        value.clear()
+    return changed
 
 
 def _refill(value: Any, before: Any) -> bool:

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from normswap.nn import FilterLayout
 from normswap.nn.recurrent import ROWS
-from normswap.norms import Along, Assignment, LinearOf, NewValue
+from normswap.norms import Along, Assignment, LinearOf
 from normswap.records import InitRow
 from normswap.stages.bound import BoundPlan, BoundStep
 from normswap.stages.recurrent import BoundRecurrent
@@ -105,7 +105,7 @@ class Recording:
         self._source, self._values, self._scales = source, values, scales
         self._recurrent = bound.recurrent
         self._of_matrices = {one.site.name: _terms_of_matrices(source, one) for one in bound.recurrent}
-        self._assignments: dict[str, Assignment] = {}
+        self._terms: dict[str, Mapping[str, tuple[LinearOf, ...]]] = {}
         copies = dict(target.named_parameters())
         self._old = {
             name: tuple(weakref.ref(one) for one in (parameter, copies[name]) if name in copies)
@@ -122,8 +122,9 @@ class Recording:
             }
 
     def values(self, step: BoundStep) -> Assignment:
-        """Return the values of a step's new parts, which are noted."""
-        found = self._assignments[step.site.norm] = self._values(step)
+        """Return the values of a step's new parts; what they come from is noted, and not they: they fill the memory."""
+        found = self._values(step)
+        self._terms[step.site.norm] = {name: new.terms for name, new in found.items()}
         return found
 
     def moves(self, target: nn.Module, placed: Sequence[Placed], rows: Iterable[InitRow]) -> Moves:
@@ -144,16 +145,16 @@ class Recording:
     def _of_site(self, one: Placed, names: Mapping[int, str]) -> dict[str, Move]:
         """Return where the parameters of one site come from, by name."""
         old, site = self._names[one.name], one.bound.site
-        values = self._assignments.get(one.name, {})
+        values = self._terms.get(one.name, {})
         layer = one.layer if one.layer is not None else one.reader
         layout = FilterLayout() if layer is None else FilterLayout.of(layer)
         own = {name: id(one.tensor(name)) for name in values if not _parametrized_since(one, name)}
         filters = next((names[own[n]] for n in own if own[n] in names and _stores_filters(values[n])), None)
         found: dict[str, Move] = {}
-        for name, new in values.items():
+        for name, known in values.items():
             if own.get(name) not in names:
                 continue
-            terms = sorted((t for t in new.terms if t.old in old), key=_order)
+            terms = sorted((t for t in known if t.old in old), key=_order)
             near = [*([terms[0].old] if terms and _is_direct(terms[0]) else []), "norm.weight", *_MAIN]
             found[names[own[name]]] = Move(
                 tuple(replace(t, old=old[t.old], factor=_bare(t.factor)) for t in terms),
@@ -255,7 +256,7 @@ def _terms_of_matrices(source: nn.Module, one: BoundRecurrent) -> _Terms:
         ones = value.new_ones(value.shape[0], dtype=torch.float64)
         values = one.weight.encode(ROWS, value.double(), ones, value.dtype).values
         names = {key: f"{one.site.name}.{key.replace('.weight.', f'.{matrix}.', 1)}" for key in values}
-        filters = next((names[key] for key, new in values.items() if _stores_filters(new)), None)
+        filters = next((names[key] for key, new in values.items() if _stores_filters(new.terms)), None)
         for key, new in values.items():
             kept = [term for term in new.terms if term.old == "layer.weight"]
             found[names[key]] = old, tuple(replace(t, old=old, factor=_bare(t.factor)) for t in kept), filters
@@ -272,8 +273,8 @@ def _is_direct(term: LinearOf) -> bool:
     return term.along is Along.VALUES
 
 
-def _stores_filters(new: NewValue) -> bool:
-    return any(term.old == "layer.weight" and _is_direct(term) for term in new.terms)
+def _stores_filters(terms: Iterable[LinearOf]) -> bool:
+    return any(term.old == "layer.weight" and _is_direct(term) for term in terms)
 
 
 def _order(term: LinearOf) -> tuple[bool, int]:

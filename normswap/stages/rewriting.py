@@ -199,11 +199,16 @@ def _chain(placed: Placed, after: tuple[nn.Module, ...]) -> nn.Module:
 
 
 def target_for(model: nn.Module, source: nn.Module, *, inplace: bool, apart: bool) -> nn.Module:
-    """Return the model to rewrite: ``model`` itself or a copy, and where the original must stay beside it, a copy."""
+    """Return the model to rewrite: ``model`` itself or a copy, and where the original must stay beside it, a copy.
+
+    A source that is a copy already is rewritten itself.
+    """
     if inplace and not apart:
         if source is not model:
             take_values(model, source)
         return model
+    if source is not model and not apart:
+        return source
     try:
         return copy_of(source)
     except Exception as cause:

@@ -52,7 +52,7 @@ class WeightStd(Weight):
     def encode(self, layout: FilterLayout, weight: Tensor, factor: Tensor, dtype: torch.dtype) -> WeightEncoding:
         filters = layout.flatten(weight)
         if not self.gain:
-            std = self._std(filters)[1]
+            std = (row_moments(filters)[1] + self.eps).sqrt()
             values = {"parametrizations.weight.original": NewValue(weight, (LinearOf("layer.weight"),))}
             return WeightEncoding(values, 1 / (std * factor))
         # The length of v is free, and the gradient grows as it shrinks: a dead channel's filter, near zero, would be
@@ -61,7 +61,8 @@ class WeightStd(Weight):
         stretch = (length.square().mean().sqrt() / length).clamp(min=1)
         stretch = torch.where(stretch.isfinite(), stretch, torch.ones_like(stretch))
         filters, factor = filters * stretch[:, None], factor / stretch
-        mean, std = self._std(filters)
+        mean, var = row_moments(filters)
+        std = (var + self.eps).sqrt()
         unit = filters.shape[1] ** 0.5
         v = NewValue(layout.unflatten(filters, weight), (LinearOf("layer.weight", stretch),))
         values = {
@@ -70,7 +71,8 @@ class WeightStd(Weight):
                 std * factor * unit,
                 (
                     LinearOf("factor", std * unit / stretch),
-                    LinearOf("layer.weight", factor * stretch * self._slope(filters), along=Along.SPREAD),
+                    # By so much the gain grows with the filter's length about its mean.
+                    LinearOf("layer.weight", factor * stretch * var.sqrt() / std, along=Along.SPREAD),
                 ),
             ),
         }
@@ -79,14 +81,3 @@ class WeightStd(Weight):
             terms = (offset, LinearOf("layer.weight", factor * stretch * unit, along=Along.MEAN))
             values["parametrizations.weight.original2"] = NewValue(mean * factor * unit, terms)
         return WeightEncoding(values, torch.ones_like(factor))
-
-    def _slope(self, filters: Tensor) -> Tensor:
-        """Return by how much the gain grows with a filter's length about its mean, but for the factor. ``(C,)``"""
-        mean, var = row_moments(filters)
-        length: Tensor = (filters - mean[:, None]).norm(dim=1)
-        slope: Tensor = length / ((var + self.eps).sqrt() * float(filters.shape[1]) ** 0.5)
-        return slope
-
-    def _std(self, filters: Tensor) -> tuple[Tensor, Tensor]:
-        mean, var = row_moments(filters)
-        return mean, (var + self.eps).sqrt()
