@@ -1,10 +1,12 @@
 """Measure what a conversion costs, as ratios to torch's own work on the same model in the same run.
 
-    python benchmarks/engine.py                       # everything, about two minutes
+    python benchmarks/engine.py                       # everything, about ten minutes
     python benchmarks/engine.py planning --profile    # one part, and where its time goes
 
 Both sides of a ratio run in turn and their CPU time is taken, so that a machine's load falls on neither; a ratio is one
-of medians. The exit code is 1 if a required ratio is not met.
+of medians. Memory beside a model is what a process of its own holds more at its peak than before, as Linux tells it,
+Python's objects included; where there is no /proc these rows are left out. The exit code is 1 if a required ratio is
+not met.
 """
 
 from __future__ import annotations
@@ -13,11 +15,16 @@ import argparse
 import copy
 import cProfile
 import gc
+import json
+import os
 import pstats
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,12 +41,14 @@ from normswap.stages.bound import BoundPlan, bind
 from normswap.stages.rewriting import rewrite
 
 PLANNING, REWRITING, INITIALIZING, GROWING, RECORDING, REMEMBERING = 5.0, 3.0, 1.5, 1.5, 1.5, 1.2
+CONVERTING, BESIDE, IN_PLACE, BILLION, STREAM = 30.0, 1.2, 0.2, 0.2, 1.1
+SECONDS, DETECTOR = 10.0, 20.0  # for a plan of a billion parameters, and a detector without inputs
 RECIPES = ("gn+ws", "wn+mobn")
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """What was measured against what: medians in seconds of CPU time, or ``unit`` "MB" in bytes."""
+    """What was measured against what: medians in seconds of CPU time, in ``unit`` "ms" or "s", or bytes in "MB"."""
 
     what: str
     against: str
@@ -58,7 +67,7 @@ class Ratio:
 
     def cells(self) -> tuple[str, ...]:
         required = "–" if self.allowed is None else f"≤ {self.allowed:g}"
-        factor = {"ms": 1e3, "MB": 1e-6}[self.unit]
+        factor = {"ms": 1e3, "s": 1, "MB": 1e-6}[self.unit]
         values = (f"{value * factor:.1f} {self.unit}" for value in (self.value, self.reference))
         return self.what, self.against, *values, f"{self.ratio:.2f}", required, "ok" if self.ok else "MISSED"
 
@@ -160,14 +169,154 @@ def evaluate(model: nn.Module, batch: Tensor) -> None:
         model(batch)
 
 
+def converting(repetitions: int) -> Iterator[Ratio]:
+    """Conversion without data: its time against a forward pass of one image, its memory against the model's."""
+    model, image = resnet50(), torch.randn(1, 3, 224, 224)
+    times = medians(
+        max(2, repetitions // 5),
+        lambda: lambda: ns.swap_norms(model, "gn+ws"),
+        lambda: lambda: [evaluate(model, image) for _ in range(10)],
+    )
+    what, against = "swap_norms(ResNet-50, 'gn+ws')", "one forward pass, 1×3×224×224"
+    yield Ratio(what, against, times[0], times[1] / 10, CONVERTING)
+    what = "swap_norms(ResNet-152, 'gn+ws'"
+    yield from beside("resnet152", f"{what})", BESIDE)
+    yield from beside("resnet152 in place", f"{what}, inplace=True)", IN_PLACE)
+    yield from beside("resnet152 in place, not scaled", f"{what}, inplace=True, scale=False)", IN_PLACE)
+    detector = import_quietly("torchvision.models.detection").fasterrcnn_resnet50_fpn
+    model = detector(weights=None, weights_backbone=None).eval()
+    (seconds,) = medians(1, lambda: lambda: ns.swap_norms(model, "gn+ws"))
+    yield Ratio("swap_norms(fasterrcnn_resnet50_fpn, 'gn+ws')", "one second", seconds, 1.0, DETECTOR, "s")
+
+
 def growing(repetitions: int) -> Iterator[Ratio]:
-    """Planning per conv-bn pair: of long chains against a chain of 100."""
+    """Long chains per conv-bn pair, a billion parameters, and a stream of calibration data."""
     sizes = (100, 1_000, 10_000)
     models = [chain(pairs) for pairs in sizes]
     times = medians(max(2, repetitions // 5), *(lambda m=m: lambda: ns.plan(m) for m in models))  # type: ignore[misc]
     first, *others = (seconds / pairs for seconds, pairs in zip(times, sizes, strict=True))
     for pairs, seconds in zip(sizes[1:], others, strict=True):
         yield Ratio(f"plan of {pairs:,} conv-bn pairs, per pair", "of 100 pairs, per pair", seconds, first, GROWING)
+    with torch.device("meta"):
+        model = billion()
+    count = sum(parameter.numel() for parameter in model.parameters())
+    (seconds,) = medians(1, lambda: lambda: ns.plan(model))
+    what = f"plan of {count / 1e9:.2f}·10⁹ parameters on the meta device"
+    yield Ratio(what, "one second", seconds, 1.0, SECONDS, "s")
+    for recipe in RECIPES:
+        options = "'gn+ws', scale=False" if recipe == "gn+ws" else f"'{recipe}'"
+        yield from beside(f"billion to {recipe}", f"the same in bfloat16, convert({options}, inplace=True)", BILLION)
+    if has_proc():
+        few, many = (resident(f"stream of {samples}")["peak"] for samples in (1_000, 50_000))
+        what = "convert of a small network, calibration streams 50,000 samples: memory"
+        yield Ratio(what, "streams 1,000", many, few, STREAM, "MB")
+
+
+class Block(nn.Module):
+    """A bottleneck block, ``relu(x + f(x))``."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        shapes = ((4 * width, width, 1), (width, width, 3), (width, 4 * width, 1))
+        pairs = [(nn.Conv2d(i, o, k, padding=k // 2, bias=False), nn.BatchNorm2d(o), nn.ReLU()) for i, o, k in shapes]
+        self.body = nn.Sequential(*[layer for pair in pairs for layer in pair][:-1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + self.body(x))
+
+
+def billion() -> nn.Sequential:
+    """Return a residual network of 1.0·10⁹ parameters, in bfloat16."""
+    width = 1024
+    stem = nn.Conv2d(3, 4 * width, 16, 16, bias=False), nn.BatchNorm2d(4 * width), nn.ReLU()
+    return nn.Sequential(*stem, *(Block(width) for _ in range(56))).to(torch.bfloat16).eval()
+
+
+# ------------------------------------------------------------------------------------ memory, in a process of its own
+
+
+def beside(case: str, what: str, allowed: float) -> Iterator[Ratio]:
+    """Yield what a conversion holds beside its model at its peak, against the model."""
+    if has_proc():
+        found = resident(case)
+        yield Ratio(f"{what}: memory beside the model", "the model", found["beside"], found["model"], allowed, "MB")
+
+
+def has_proc() -> bool:
+    return Path("/proc/self/clear_refs").exists()
+
+
+def resident(case: str) -> dict[str, float]:
+    """Measure one of ``CASES`` in a process of its own, and return what :func:`measure` prints there."""
+    code = f"import engine; engine.measure({case!r})"
+    # What is freed goes back to the system at once, or the peak would depend on what torch had freed before.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": os.pathsep.join(sys.path)}
+    here = Path(__file__).parent
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=here, env=environment, check=True, capture_output=True, text=True
+    )
+    found: dict[str, float] = json.loads(run.stdout.splitlines()[-1])
+    return found
+
+
+def measure(case: str) -> None:
+    """Print, in bytes, what a case held at its peak, what of it beside the model, and the model's size."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    work, model = CASES[case]()
+    ns.swap_norms(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)), "gn+ws")
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = _status("VmRSS")
+    work()
+    size = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+    print(json.dumps({"peak": _status("VmHWM"), "beside": _status("VmHWM") - before, "model": size}))
+
+
+def _status(key: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(float(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
+
+
+def _converted(make: Callable[[], nn.Module], *recipe: str, **options: Any) -> Callable[[], Case]:
+    def case() -> Case:
+        model = make()
+        return lambda: ns.swap_norms(model, *recipe, **options), model
+
+    return case
+
+
+def _stream(samples: int) -> Callable[[], Case]:
+    """Return a case whose BatchNorms store no statistics: they are measured on all samples."""
+
+    def batches() -> Iterator[Tensor]:
+        for _ in range(samples // 50):
+            yield torch.randn(50, 3, 32, 32)
+
+    def case() -> Case:
+        pairs = ((nn.Conv2d(i, o, 3, 2), nn.BatchNorm2d(o, track_running_stats=False)) for i, o in ((3, 8), (8, 8)))
+        model = nn.Sequential(*(layer for pair in pairs for layer in pair))
+        return lambda: ns.swap_norms(model, "gn+ws", calibration=batches(), init="absorb"), model
+
+    return case
+
+
+def _resnet152() -> nn.Module:
+    model: nn.Module = import_quietly("torchvision.models").resnet152(weights=None)
+    return model.eval()
+
+
+Case = tuple[Callable[[], Any], nn.Module]
+"""What is measured, and the model beside which it is."""
+CASES: dict[str, Callable[[], Case]] = {
+    "resnet152": _converted(_resnet152, "gn+ws"),
+    "resnet152 in place": _converted(_resnet152, "gn+ws", inplace=True),
+    "resnet152 in place, not scaled": _converted(_resnet152, "gn+ws", inplace=True, scale=False),
+    "billion to gn+ws": _converted(billion, "gn+ws", inplace=True, scale=False),
+    "billion to wn+mobn": _converted(billion, "wn+mobn", inplace=True),
+    "stream of 1000": _stream(1_000),
+    "stream of 50000": _stream(50_000),
+}
 
 
 def evaluating(repetitions: int) -> Iterator[Ratio]:
@@ -193,7 +342,8 @@ def evaluating(repetitions: int) -> Iterator[Ratio]:
         yield Ratio(f"{what}, within parametrize.cached() for ten", "folded", ten / 10, deployed)
 
 
-PARTS = {part.__name__: part for part in (planning, recording, rewriting, initializing, growing, evaluating)}
+STAGES = (planning, recording, rewriting, initializing, converting, growing, evaluating)
+PARTS = {part.__name__: part for part in STAGES}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

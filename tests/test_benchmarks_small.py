@@ -11,6 +11,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -31,7 +33,7 @@ def load(name: str) -> ModuleType:
     return module
 
 
-zoo, engine = load("zoo"), load("engine")
+zoo, engine, deployment = load("zoo"), load("engine"), load("deployment")
 SMALL = ("torchvision/resnet18", "timm/regnetx_002", "timm/mobilenetv3_small_100")
 NORMS = {"torchvision/resnet18": 20, "timm/regnetx_002": 44, "timm/mobilenetv3_small_100": 34}
 
@@ -169,6 +171,48 @@ def test_the_memory_at_its_peak_is_what_is_held_at_one_time() -> None:
     together = engine.peak_memory(lambda: [block() for _ in range(3)])
     assert 4e6 <= one_by_one < 5e6
     assert 12e6 <= together < 13e6
+
+
+@pytest.mark.skipif(not engine.has_proc(), reason="there is no /proc")
+def test_the_resident_memory_is_that_of_the_peak_beside_the_model(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def case(megabytes: int) -> Any:
+        return lambda: (lambda: torch.ones(megabytes * 250_000).sum(), nn.Linear(10, 4))
+
+    monkeypatch.setattr(engine, "CASES", {"large": case(200), "small": case(1)})
+    found = {}
+    for name in ("large", "small"):
+        engine.measure(name)
+        found[name] = json.loads(capsys.readouterr().out)
+    assert found["large"]["model"] == 44 * 4
+    assert 200e6 <= found["large"]["beside"] < 240e6
+    assert found["small"]["beside"] < 40e6
+
+
+def test_a_billion_parameters_are_a_billion() -> None:
+    with torch.device("meta"):
+        model = engine.billion()
+    assert 0.98e9 < sum(p.numel() for p in model.parameters()) < 1.02e9
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_errors_and_copies_between_layouts_are_counted(tmp_path: Path) -> None:
+    expected = np.array([1.0, -4.0])
+    assert deployment.relative_error(expected, expected) == 0
+    assert deployment.relative_error(np.array([1.0, -3.0]), expected) == 0.25
+    kinds = ("Relu", "ReorderInput", "ReorderOutput", "ReorderOutput")
+    nodes = [onnx.helper.make_node(kind, [f"x{i}"], [f"x{i + 1}"]) for i, kind in enumerate(kinds)]
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph(nodes, "", [], [])), tmp_path / "graph.onnx")
+    assert deployment.reorders(tmp_path / "graph.onnx") == 3
+
+
+def test_a_slower_run_has_a_ratio_above_one() -> None:
+    x = np.zeros(1)
+    runs = {deployment.REFERENCE: lambda x: sum(range(2_000)), "slower": lambda x: sum(range(2_000_000))}
+    found = deployment.compared(runs, x, 3)
+    assert found[deployment.REFERENCE][1] == [1.0, 1.0, 1.0]
+    assert min(found["slower"][1]) > 10
 
 
 def test_a_chain_has_as_many_sites_as_pairs() -> None:
