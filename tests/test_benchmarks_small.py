@@ -186,7 +186,7 @@ def test_the_resident_memory_is_that_of_the_peak_beside_the_model(
         engine.measure(name)
         found[name] = json.loads(capsys.readouterr().out)
     assert found["large"]["model"] == 44 * 4
-    assert 200e6 <= found["large"]["beside"] < 240e6
+    assert 195e6 <= found["large"]["beside"] < 240e6
     assert found["small"]["beside"] < 40e6
 
 

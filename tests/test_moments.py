@@ -108,7 +108,8 @@ def test_the_correction_is_the_least_change_of_the_mean_whichever_matrix_is_smal
     ridge = 1e-2 * (weight**2).sum(1).mean()
     rows = np.vstack([weight, np.sqrt(ridge) * np.eye(12)])
     change = np.linalg.lstsq(rows, np.r_[output - weight @ mean, np.zeros(12)], rcond=None)[0]
-    known = Moments(torch.from_numpy(mean)[None], torch.full((1, 12), 1 / 12, dtype=torch.float64), assumed=True)
+    direction = torch.full((1, 12), 1 / 12, dtype=torch.float64)
+    known = Moments(torch.from_numpy(mean)[None], direction, direction.new_ones(1), assumed=True)
     found = known.corrected(FilterLayout(), torch.from_numpy(weight), torch.from_numpy(output)).mean[0].numpy()
     assert np.allclose(found, mean + change, rtol=0, atol=1e-10)
     assert not np.allclose(found, mean, rtol=0, atol=1e-3)
