@@ -376,8 +376,8 @@ def _wide_graph(batch: int, side: int) -> Inputs:
     return noise(batch * _NODES_A_GRAPH, _WIDTH), _ring(batch)
 
 
-def _edges_then_nodes(batch: int, side: int) -> Inputs:
-    return _ring(batch), noise(_LINKX_NODES, _FEATURES)
+def _known_nodes(batch: int, side: int) -> Inputs:
+    return noise(_LINKX_NODES, _FEATURES), _ring(4)
 
 
 _LINKX_NODES = 4 * _NODES_A_GRAPH  # it holds a weight for each node
@@ -410,20 +410,19 @@ def geometric_networks() -> Iterator[Network]:
         "MLP": (partial(_of_geometric, "MLP", [_FEATURES, _WIDTH, _WIDTH, 8]), _nodes),
         "MLP-act_first": (partial(_of_geometric, "MLP", [_FEATURES, _WIDTH, _WIDTH, 8], act_first=True), _nodes),
         "PNA": (partial(_pna, norm="batch_norm"), _graph),
-        "PMLP": (partial(_of_geometric, "PMLP", _FEATURES, _WIDTH, 8, 3), _nodes),
-        "LINKX": (partial(_of_geometric, "LINKX", _LINKX_NODES, *sizes[:2], 8, 2, 2, 2), _edges_then_nodes),
+        "PMLP": (partial(_of_geometric, "PMLP", _FEATURES, _WIDTH, 8, 3), _graph),
+        "LINKX": (partial(_of_geometric, "LINKX", _LINKX_NODES, *sizes[:2], 8, 2, 2, 2), _known_nodes),
         "GPSConv": (_transformer_layer, _wide_graph),
         "SGFormer": (partial(_of_geometric, "SGFormer", _FEATURES, _WIDTH, 8), _graphs),
         "Polynormer": (partial(_of_geometric, "Polynormer", _FEATURES, _WIDTH, 8, 2, 1), _graphs),
         "Polynormer-pre_ln": (
             partial(_of_geometric, "Polynormer", _FEATURES, _WIDTH, 8, 2, 1, pre_ln=True, local_attn=True), _graphs
         ),
-        "GPSE": (partial(_of_geometric, "GPSE", _FEATURES, 8, _WIDTH, layers_mp=3, virtual_node=False), _graphs),
         "GPSENodeEncoder": (partial(_of_geometric, "GPSENodeEncoder", _WIDTH, _FEATURES, 8), _with_encodings),
         **{f"DeepGCNLayer-{b}": (partial(_deep_layer, b), _wide_graph) for b in ("res+", "res", "dense", "plain")},
     }  # fmt: skip
     for name in ("GCN", "GraphSAGE", "GIN", "GAT", "EdgeCNN"):
-        for more in ({}, {"act_first": True}, {"jk": "cat"}, {"norm_kwargs": {"allow_single_element": True}}):
+        for more in ({}, {"act_first": True}, {"jk": "cat"}):
             full = "-".join((name, *more))
             made[full] = (partial(_of_geometric, name, *sizes, norm="batch_norm", **more), _graph)
     for name, (make, inputs) in made.items():

@@ -211,8 +211,8 @@ def _back(old: Mapping[str, Tensor], model: nn.Module, origins: Sequence[Origin]
     recurrent = [name for origin in origins if (name := _inexact_recurrent(origin.plan))]
     if inexact or recurrent:
         raise InputError(
-            f"{inexact[0] if inexact else argument('recurrent', recurrent[0])} is not exact: no old model computes what "
-            "the converted one does",
+            f"{inexact[0] if inexact else argument('recurrent', recurrent[0])} is not exact: no old model computes "
+            "what the converted one does",
             code="inexact-recipe",
             hint="go on with the converted model, or take the checkpoint from before the conversion",
         )
