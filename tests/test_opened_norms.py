@@ -94,18 +94,19 @@ def test_a_subclass_over_the_last_axis_keeps_its_function(
 
 
 INEXACT = [name for name, one in ns.all_recipes().items() if not one.exact]
+NEED_A_LAYER = ("ws", "cosine")
 
 
 @pytest.mark.parametrize(
     ("norm", "recipe"),
     [(Transposed, name) for name in INEXACT]
-    + [(norm, name) for norm in (Reshaped, Flattened) for name in INEXACT if name != "ws"],  # which needs a layer
+    + [(norm, name) for norm in (Reshaped, Flattened) for name in INEXACT if name not in NEED_A_LAYER],
 )
 def test_an_inexact_recipe_normalizes_as_around_a_plain_norm(norm: type[nn.Module], recipe: str) -> None:
     model, like = network(norm), network(Around if norm is Transposed else AroundFlat)
     like.norm.bn.load_state_dict(model.norm.state_dict())
     assert distance(model, like) < 1e-12
-    options: dict[str, Any] = {} if recipe in ("ws", "ln") else {"group_size": 4}
+    options: dict[str, Any] = {} if recipe in (*NEED_A_LAYER, "ln") else {"group_size": 4}
     found, expected = (ns.swap_norms(one, recipe, example_inputs=TOKENS, **options).eval() for one in (model, like))
     assert distance(found, expected) < 1e-10
     if recipe != "ws":  # whose norm stays

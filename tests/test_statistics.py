@@ -111,10 +111,10 @@ def test_labels_are_left_out_and_a_function_may_call_the_model() -> None:
 
 def test_bad_data_leaves_the_model_as_it_was() -> None:
     model, linear = net(), nn.Linear(2, 2)
-    before = fingerprint(model)
     with torch.no_grad():
         broken = net()
         broken[0].weight[0, 0, 0, 0] = float("inf")
+    before = fingerprint(model)
     for one, data, kind, code in (
         (model, [], InputError, "no-data"),
         (model, [torch.full((2, 3, 6, 6), float("nan")).double()], InputError, "inputs-not-finite"),
