@@ -12,7 +12,7 @@ import sys
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache, wraps
+from functools import lru_cache, wraps
 from types import SimpleNamespace
 from typing import Any, Protocol
 from unittest import mock
@@ -73,7 +73,7 @@ class Case:
         return self.inputs is not self.entry.inputs
 
 
-@cache
+@lru_cache(maxsize=4 * len(RECIPES))  # those of two entries
 def case(entry: str, recipe: str, given: bool) -> Case:
     """The entry's conversion: in float64 and with its inputs as example inputs, or as it is and without any."""
     what = BY_NAME[entry]
@@ -91,7 +91,7 @@ def case(entry: str, recipe: str, given: bool) -> Case:
     return Case(what, original, inputs, other, model, plan, before, fingerprint(original))
 
 
-@cache
+@lru_cache(maxsize=2 * len(RECIPES))
 def replayed(entry: str, recipe: str) -> nn.Module:
     """A fresh model to which the plan of ``case(entry, recipe, True)`` was applied, after a trip through JSON."""
     known = case(entry, recipe, True)

@@ -6,7 +6,7 @@ import copy
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import laws
@@ -50,7 +50,9 @@ from normswap.nn.cosine import divides_by_lengths
 from normswap.records import Plan
 
 NAMES = [entry.name for entry in ZOO]
-ENTRIES = pytest.mark.parametrize("name", NAMES)
+# The scope makes pytest try all laws on one entry before it goes to the next: no case has to be kept for longer. Each
+# that is kept holds classes of parametrized layers, and torch.fx's patches of nn.Module go through all its subclasses.
+ENTRIES = pytest.mark.parametrize("name", NAMES, scope="module")
 ALL = pytest.mark.parametrize("recipe", RECIPES)
 
 
@@ -732,7 +734,7 @@ def test_a_damaged_plan_is_refused(damage: dict[str, Any]) -> None:
         Plan.from_json(json.dumps(record | damage))
 
 
-@every(RECIPES)
+@every(RECIPES, nth=3)
 def test_a_state_dict_carries_everything_into_another_converted_model(name: str, recipe: str) -> None:
     known = case(name, recipe, True)
     if known.model is None:
@@ -942,7 +944,7 @@ def test_on_the_meta_device_the_plan_and_the_structure_are_the_same(name: str, r
 # -------------------------------------------------------------------------------------------------------- folding
 
 
-@cache
+@lru_cache(maxsize=2 * len(RECIPES))
 def folding(name: str, recipe: str) -> tuple[nn.Module, set[str]]:
     """What folding gives, with the entry's inputs as example inputs, and what it touched."""
     known = case(name, recipe, True)
