@@ -1,12 +1,12 @@
 """How training goes on after a swap: with the optimizer's state migrated, and with a fresh optimizer.
 
     python benchmarks/resume.py [--steps 100] [--before 300] [--batch 32] [--recipes wn,wn+mobn,gn+ws] [--frozen]
-        [--scratch]
+        [--scratch] [--seed 0]
 
 The pretrained CIFAR-10 ResNet-20 is first trained for `--before` steps, so that the optimizer has a state; then it is
 swapped, inexact recipes with 500 images of calibration, and training goes on with the same batches. Printed is the loss
 in the mean over ten steps, of the unswapped network and of the swapped one in both ways, and the mean distance of each
-curve from the unswapped one, over the first ten steps and over all. With `--frozen` BatchNorms and mean-only norms keep
+curve from the unswapped one, over the first ten steps and over all, and the mean loss. With `--frozen` BatchNorms and mean-only norms keep
 their statistics after the swap. With `--scratch` the network is a new one, at ten times the rates, which is in the
 middle of its training when it is swapped.
 """
@@ -49,7 +49,7 @@ def train(
     losses = []
     model.train(not given.frozen)
     for step in steps:
-        generator = torch.Generator().manual_seed(step)
+        generator = torch.Generator().manual_seed(1_000_000 * given.seed + step)
         chosen = torch.randint(len(images), (batch,), generator=generator)
         loss = F.cross_entropy(model(images[chosen]), labels[chosen])
         optimizer.zero_grad()
@@ -73,12 +73,13 @@ def main() -> None:
     parser.add_argument("--recipes", default="wn,wn+mobn,gn+ws")
     parser.add_argument("--frozen", action="store_true")
     parser.add_argument("--scratch", action="store_true")
+    parser.add_argument("--seed", type=int, default=0, help="of the new network's weights, and of the batches")
     given = parser.parse_args()
     torch.set_num_threads(1)
     data = cifar10_train(given.images)
     before, after = range(given.before), range(given.before, given.before + given.steps)
     for name, make in MAKERS.items():
-        torch.manual_seed(0)
+        torch.manual_seed(given.seed)
         model = MODELS["cifar10_resnet20"].build() if given.scratch else load("cifar10_resnet20")[0]
         optimizer = make(model.parameters())
         for group in optimizer.param_groups:
@@ -101,11 +102,12 @@ def main() -> None:
             curves[f"{recipe}, fresh"] = train(twin, fresh(twin), data, after, given)
         unswapped = train(model, optimizer, data, after, given)
         print(
-            f"{name}: loss, each figure the mean of ten steps; distance from BatchNorm's in the first ten, and in all"
+            f"{name}: loss, each figure the mean of ten steps; distance from BatchNorm's in the first ten, and in all; "
+            "mean loss"
         )
         for label, losses in {"BatchNorm": unswapped, **curves}.items():
             far = [abs(a - b) for a, b in zip(losses, unswapped, strict=True)]
-            ends = f"   {sum(far[:10]) / len(far[:10]):.3f}  {sum(far) / len(far):.3f}"
+            ends = f"   {sum(far[:10]) / len(far[:10]):.3f}  {sum(far) / len(far):.3f}  {sum(losses) / len(losses):.4f}"
             print(f"{label:20}" + "".join(f"{loss:7.3f}" for loss in tens(losses)) + ends, flush=True)
 
 

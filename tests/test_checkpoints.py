@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +211,33 @@ def test_what_does_not_fit_is_refused() -> None:
             ns.migrate_state_dict(old, target, **options)
         assert caught.value.code == code
         assert caught.value.hint
+
+
+WRAPPED: dict[str, Callable[[nn.Module], dict[str, Any]]] = {
+    "DistributedDataParallel": lambda model: nn.DataParallel(model).state_dict(),  # the same names, without processes
+    "compile": lambda model: {f"_orig_mod.{name}": value for name, value in model.state_dict().items()},
+    "AveragedModel": lambda model: torch.optim.swa_utils.AveragedModel(model).state_dict(),
+    "both": lambda model: torch.optim.swa_utils.AveragedModel(nn.DataParallel(model)).state_dict(),
+}
+
+
+@pytest.mark.parametrize("wrapped", WRAPPED.values(), ids=WRAPPED)
+def test_names_of_a_wrapper_are_understood_both_ways(wrapped: Callable[[nn.Module], dict[str, Any]]) -> None:
+    result, other = ns.convert(model := net(), "wn+mobn"), later(net())
+    assert wrapped(other).keys() != other.state_dict().keys()
+    expected, found = (ns.migrate_state_dict(one(other), result).state for one in (nn.Module.state_dict, wrapped))
+    assert found.keys() == expected.keys() == result.model.state_dict().keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    back = ns.migrate_state_dict(wrapped(result.model), result).state
+    assert back.keys() == model.state_dict().keys()
+
+
+def test_of_two_networks_in_one_state_dict_none_is_taken() -> None:
+    result, state = ns.convert(net(), "wn"), net().state_dict()
+    both = {f"{network}.{name}": value for network in ("student", "teacher") for name, value in state.items()}
+    both["teacher.1.bias"] = both["teacher.1.bias"] + 1
+    with pytest.raises(InputError, match="does not fit"):
+        ns.migrate_state_dict(both, result)
 
 
 def test_a_mean_only_model_says_what_to_do_with_a_batchnorm_checkpoint() -> None:

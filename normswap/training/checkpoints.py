@@ -21,6 +21,7 @@ from normswap.initialization.absorb import Absorb
 from normswap.initialization.base import Work
 from normswap.initialization.equalization import equalize
 from normswap.initialization.missing import missing_statistics
+from normswap.loading.names import COUNTER, match
 from normswap.loading.weight_norm_names import renamed
 from normswap.options import Options
 from normswap.recipes.recurrent import make_recurrent
@@ -52,7 +53,8 @@ def migrate_state_dict(old: Mapping[str, Tensor], model: Any, *, to: str | None 
 
     Args:
         old: The state dict; not changed. Keys of torch's old ``weight_norm`` are understood, and given where the model
-            has them.
+            has them. So are names with a wrapper's parts in them (``module.``, ``_orig_mod.`` and their likes), as
+            DistributedDataParallel, compiled models and AveragedModel give.
         model: What ``convert`` returned, the converted model, or any model whose state dict differs by the names of
             weight normalization alone. Only read.
         to: ``"converted"`` or ``"batchnorm"``. Default: the other one than ``old`` is of, by its keys.
@@ -109,8 +111,13 @@ def _refuse_unusable(old: Any, model: Any, to: str | None) -> None:
 
 
 def _renamed(old: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Return ``old`` with weight normalization's names as ``model`` has them."""
-    return renamed(old, model.state_dict(keep_vars=True))
+    """Return ``old`` with the names that ``model`` has: weight normalization's in its form, none of a wrapper's."""
+    expected = model.state_dict(keep_vars=True)
+    found = match(old, expected)
+    others = {*found.foreign.values(), *found.outside}
+    if found.problems or any(name.rpartition(".")[2] != COUNTER for name in others):
+        return renamed(old, expected)  # tells best where it does not fit
+    return {name: old[own] for name, own in found.names.items()}
 
 
 def _misfit(state: Mapping[str, Any], model: nn.Module) -> str:
@@ -128,8 +135,8 @@ def _neither(model: nn.Module, found: Sequence[tuple[str, str]]) -> InputError:
         f"the state dict does not fit the {type(model).__name__}: "
         + "; ".join(f"{form}, {different}" for form, different in found),
         code="state-dict-mismatch",
-        hint="give a state dict of the model that was converted, or of the converted one; take prefixes such as "
-        "'module.' off first",
+        hint="give a state dict of the model that was converted, or of the converted one; where a "
+        "checkpoint holds more than that, give the entry that holds it, such as checkpoint['state_dict']",
     )
 
 
