@@ -6,9 +6,9 @@
 The pretrained CIFAR-10 ResNet-20 is first trained for `--before` steps, so that the optimizer has a state; then it is
 swapped, inexact recipes with 500 images of calibration, and training goes on with the same batches. Printed is the loss
 in the mean over ten steps, of the unswapped network and of the swapped one in both ways, and the mean distance of each
-curve from the unswapped one, over the first ten steps and over all, and the mean loss. With `--frozen` BatchNorms and mean-only norms keep
-their statistics after the swap. With `--scratch` the network is a new one, at ten times the rates, which is in the
-middle of its training when it is swapped.
+curve from the unswapped one, over the first ten steps and over all, and the mean loss. With `--frozen` BatchNorms and
+mean-only norms keep their statistics after the swap. With `--scratch` the network is a new one, at ten times the rates,
+which is in the middle of its training when it is swapped.
 """
 
 from __future__ import annotations
