@@ -488,8 +488,8 @@ def test_a_real_network_goes_on_as_it_would_have_after_300_steps(name: str) -> N
     model = model.eval()
     make: Make = (lambda p: optim.SGD(p, lr=1e-3, momentum=0.9)) if name == "SGD" else (lambda p: optim.AdamW(p, 1e-4))
     optimizer = make(model.parameters())
-    images, labels = cifar10_train(300 * 16)
-    for x, y in zip(images.split(16), labels.split(16), strict=True):
+    images, labels = cifar10_train(300 * 4)
+    for x, y in zip(images.split(4), labels.split(4), strict=True):
         optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()
         optimizer.step()

@@ -15,8 +15,8 @@ from normswap.norms import Incoming
 # Float32 rounding through up to 31 layers, relative to the output's largest value; seen: at most 2e-6.
 EXACT = 1e-4
 
-# Top-1 in percent of all 10,000 test images without any data; seen: 89.69, 88.75, 88.75 and 84.34.
-KEPT_WITHOUT_DATA = {"ln": 89.5, "gn": 88.5, "gn+aws": 88.5, "gn+ws": 83.0}
+# Top-1 in percent of 2,000 test images without any data; seen: 89.45, 89.10, 89.10 and 87.15.
+KEPT_WITHOUT_DATA = {"ln": 89.0, "gn": 88.5, "gn+aws": 88.5, "gn+ws": 86.0}
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +53,7 @@ def test_no_accuracy_is_lost_by_weight_norm_with_mean_only_batch_norm() -> None:
 
 @pytest.mark.parametrize("to", KEPT_WITHOUT_DATA)
 def test_a_trained_network_survives_the_swap_without_data(to: str) -> None:
-    images, labels = cifar10_test()
+    images, labels = cifar10_test(2000)
     model, _ = load("cifar10_resnet20")
     assert accuracy(ns.swap_norms(model, to), images, labels) >= KEPT_WITHOUT_DATA[to]
 
