@@ -1,17 +1,20 @@
 """Prints how much of published networks survives the swap: with fresh norms, γ and β copied, absorbed and matched.
 
     python benchmarks/fidelity.py cifar [--network ResNet-20 ...] [--draws 3] [--images 1000]
-    python benchmarks/fidelity.py imagenet [--to gn+ws ...] [--init absorb match tune] [--draws 3] [--images 200]
+    python benchmarks/fidelity.py imagenet [--to gn+ws ...] [--init absorb synthetic match tune] [--draws 3]
+        [--images 200] [--steps 300]
     python benchmarks/fidelity.py others
+    python benchmarks/fidelity.py synthetic [--images 64] [--steps 100]
     python benchmarks/fidelity.py tune [--images 1000] [--steps 300]
     python benchmarks/fidelity.py cost [--network resnet18 ...] [--images 64]
 
 cifar   Top-1 on the 10,000 CIFAR-10 test images. Calibrated on unlabelled training images, others in each draw (seeds
         0, 1, 2); the mean of the draws.
-imagenet  EfficientNet-Lite0 on photographs at 224×224: without data, matched and tuned on unlabelled ones, others in
-        each draw; measured on the rest, beside BatchNorm's own top-1 there.
+imagenet  EfficientNet-Lite0 on photographs at 224×224: without data, matched on 64 synthetic ones, matched and tuned on
+        unlabelled ones, others in each draw; measured on the rest, beside BatchNorm's own top-1 there.
 others  Networks for speech commands, earthquakes, pitch and vision, calibrated on one half of their data and measured
         on the other.
+synthetic  The networks of both, without data and matched on synthetic samples; measured as there.
 tune    ResNet-20, gn+ws, with gradient steps without labels on top.
 cost    Time and memory of matching, against a forward pass of both networks over the same data.
 
@@ -111,6 +114,8 @@ def imagenet(recipes: list[str], ways: list[str], draws: int, count: int, steps:
                 given = {} if init == "absorb" else {"calibration": list(images[train].split(25)), "init": init}
                 given |= {"tune_steps": steps} if init == "tune" else {}
                 start = time.perf_counter()
+                if init == "synthetic":
+                    given = {"calibration": ns.synthesize_samples(model, images[train][:1])}
                 converted = ns.swap_norms(model, to, example_inputs=images[train][:1], **given)
                 took = time.perf_counter() - start
                 expected, found = (_scores(m, images[test]) for m in (model, converted))
@@ -119,7 +124,9 @@ def imagenet(recipes: list[str], ways: list[str], draws: int, count: int, steps:
                 error = float((found - expected).norm() / expected.norm())
                 rows.append((right[0], 100 * right[0] / right[1], same, error, took))
             top, share, same, error, took = torch.tensor(rows).mean(0).tolist()
-            how = "absorb, no data" if init == "absorb" else f"{init}, {count} photographs"
+            how = {"absorb": "absorb, no data", "synthetic": "match, no data, 64 synthetic samples"}.get(
+                init, f"{init}, {count} photographs"
+            )
             print(
                 f"| `{to}` | {how} | {top:.2f} | {share:.1f} % | {same:.1f} | {error:.3f} | {took:.0f} s |", flush=True
             )
@@ -187,6 +194,43 @@ def others() -> None:
         error = (expected - expected.mean(0)).norm() / expected.norm()
         constant.append(f"{title.split(',')[0]} {float(error):.3f}")
     print(f"In brackets: the relative error of the output. That of a constant, the mean: {', '.join(constant)}")
+
+
+def synthetic(count: int, steps: int) -> None:
+    """Print the table of networks that are matched without data."""
+    test, raw = cifar10_test(), data.cifar10_images("test")
+    speech, frames, photographs = data.speech_commands(), data.pitch_frames()[0], data.visual_wake_words_stand_in(400)
+    measured: dict[str, tuple[str, Tensor, Tensor | None]] = {
+        "ResNet-20": ("cifar10_resnet20", *test),
+        "ResNet-32": ("cifar10_resnet32", *test),
+        "ResNet-8": ("cifar10_resnet8", *raw),
+        "DS-CNN": ("kws_dscnn", *(values[1::2] for values in speech)),
+        "PhaseNet": ("phasenet", data.seismic_phases()[0][1::2], None),
+        "CREPE": ("crepe_tiny", frames[1::2], None),
+        "MobileNetV1": ("vww_mobilenetv1", photographs[1::2], None),
+    }
+    recipes = ("ln", "gn+aws", "gn+ws")
+    print(f"| network | mismatch | initialized by | {' | '.join(f'`{to}`' for to in recipes)} |")
+    print("|---" * 6 + "|")
+    for title, (name, x, labels) in measured.items():
+        model, _ = load(name)
+        start = time.process_time()
+        samples = ns.synthesize_samples(model, x[:1], count=count, steps=steps)
+        took = time.process_time() - start
+
+        def score(m: nn.Module, reference: nn.Module = model, x: Tensor = x, labels: Tensor | None = labels) -> str:
+            top = "" if labels is None else f"{accuracy(m, x, labels):.2f} "
+            return f"{top}({relative_error(m, reference, x[:1000])})"
+
+        for how, given in (
+            ("absorb", {"example_inputs": x[:1]}),
+            (f"match, synthetic in {took:.0f} s", {"calibration": samples}),
+        ):
+            cells = [score(ns.swap_norms(model, to, **given)) for to in recipes]
+            top = "" if labels is None else f" ({accuracy(model, x, labels):.2f})"
+            change = "" if how == "absorb" else f"{samples.before:.2f} → {samples.after:.3f}"
+            print(f"| {title}{top} | {change} | {how} | {' | '.join(cells)} |", flush=True)
+    print(f"{count} samples, {steps} steps, {torch.get_num_threads()} threads; in brackets the output's relative error")
 
 
 def tune(count: int, steps: int) -> None:
@@ -259,11 +303,16 @@ def main() -> None:
     part.add_argument("--images", type=int, default=1000)
     part = parts.add_parser("imagenet")
     part.add_argument("--to", nargs="+", default=["ln", "gn+aws", "gn+ws"])
-    part.add_argument("--init", nargs="+", choices=["absorb", "match", "tune"], default=["absorb", "match", "tune"])
+    part.add_argument(
+        "--init", nargs="+", choices=["absorb", "synthetic", "match", "tune"], default=["absorb", "match", "tune"]
+    )
     part.add_argument("--draws", type=int, default=3)
     part.add_argument("--images", type=int, default=200)
     part.add_argument("--steps", type=int, default=300)
     parts.add_parser("others")
+    part = parts.add_parser("synthetic")
+    part.add_argument("--images", type=int, default=64)
+    part.add_argument("--steps", type=int, default=100)
     part = parts.add_parser("tune")
     part.add_argument("--images", type=int, default=1000)
     part.add_argument("--steps", type=int, default=300)
@@ -277,6 +326,8 @@ def main() -> None:
         imagenet(given.to, given.init, given.draws, given.images, given.steps)
     elif given.part == "others":
         others()
+    elif given.part == "synthetic":
+        synthetic(given.images, given.steps)
     elif given.part == "tune":
         tune(given.images, given.steps)
     else:

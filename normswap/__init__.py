@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from normswap.errors import NormswapError as NormswapError
     from normswap.exported.program import from_exported as from_exported
     from normswap.initialization.data_dependent import initialize as initialize
+    from normswap.initialization.synthetic import synthesize_samples as synthesize_samples
     from normswap.pipeline import Conversion as Conversion
     from normswap.pipeline import convert as convert
     from normswap.pipeline import plan as plan
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from normswap.records import InitReport as InitReport
     from normswap.records import Plan as Plan
     from normswap.records import SiteCost as SiteCost
+    from normswap.records import SyntheticSamples as SyntheticSamples
     from normswap.report import write_report as write_report
     from normswap.storage.store import load as load
     from normswap.storage.store import save as save
@@ -58,6 +60,7 @@ _HOMES = {
     "SiteCost": "records",
     "StateDictMigration": "training.records",
     "StatisticsUpdate": "training.statistics",
+    "SyntheticSamples": "records",
     "Verification": "checks.verification",
     "all_recipes": "recipes",
     "choose_recipes": "choosing",
@@ -76,6 +79,7 @@ _HOMES = {
     "load": "storage.store",
     "save": "storage.store",
     "swap_norms": "pipeline",
+    "synthesize_samples": "initialization.synthetic",
     "update_statistics": "training.statistics",
     "verify": "checks.comparison",
     "write_report": "report",

@@ -254,6 +254,7 @@ READ_ONLY = (
         "swap_norms",
         "rank_sites",
         "choose_recipes",
+        "synthesize_samples",
         "fold",
         "fold_with_report",
         "export_onnx",

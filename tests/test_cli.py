@@ -37,7 +37,7 @@ import normswap as ns
 from normswap import errors, options
 from normswap.cli import app, boundary, console, converting, deploying, flags, reporting
 from normswap.cli.flags import DataFlags, InputFlags
-from normswap.cli.inputs import calibration_batches, example_inputs
+from normswap.cli.inputs import calibration_data, example_inputs
 from normswap.cli.spelling import BY_OPTION, FLAGS, PYTHON_ONLY, flag_of, spell
 from normswap.cli.values import read_recipe_options, read_shapes
 from normswap.deploy.folding import FoldRow
@@ -293,7 +293,7 @@ def test_calibration_is_read_in_batches_without_its_labels(folder: Path) -> None
     np.savez("data.npz", np.random.default_rng(0).normal(size=(10, 3, 12, 12)).astype("float32"), np.arange(10))
     result = succeed("convert", "model.pt", "--calibration", "data.npz", "--batch-size", "4", "-o", "out.safetensors")
     assert "noted      of each batch's 2 entries the first was used" in result.stdout
-    batches = calibration_batches(make_model(), DataFlags(Path("data.npz"), 4))
+    batches = calibration_data(make_model(), DataFlags(Path("data.npz"), batch_size=4), InputFlags())
     assert batches is not None
     assert [len(x) for x, _ in batches] == [4, 4, 2]
 
@@ -646,7 +646,7 @@ def test_data_with_names_that_the_model_has_not_is_refused_with_the_one_it_takes
         "  hint: name the one with the inputs 'input', or give it alone, as one tensor or array\n",
     )
     np.savez("data.npz", input=images, labels=np.arange(4))  # what the hint asks for
-    assert calibration_batches(make_model(), DataFlags(Path("data.npz"), 4)) is not None
+    assert calibration_data(make_model(), DataFlags(Path("data.npz"), batch_size=4), InputFlags()) is not None
 
 
 def test_both_kinds_of_inputs_at_once_are_refused(folder: Path) -> None:

@@ -22,7 +22,7 @@ from normswap.cli.flags import (
     To,
     flattened,
 )
-from normswap.cli.inputs import calibration_batches, example_inputs, required_inputs, samples_of
+from normswap.cli.inputs import calibration_data, example_inputs, required_inputs, samples_of
 from normswap.cli.outputs import needing_normswap, needs_architecture, save_whole, store, write_text
 from normswap.cli.reading import Reading
 from normswap.cli.reporting import as_record, left_as_they_were, needs, show_conversion, show_plan
@@ -71,7 +71,8 @@ def convert_model(
     `normswap fold`. To deploy without training, --fold writes plain weights and --onnx an ONNX file.
 
     Some recipes, as wn+mobn, keep the model's outputs exactly. gn+ws, gn and ln lose some accuracy: little with
-    --calibration, some hundred inputs without labels; without it gn+ws may lose much.
+    --calibration, some hundred inputs without labels; without it gn+ws may lose much. Where there is no data,
+    --synthetic 64 makes samples from the BatchNorms' own statistics.
     """
     source = Source.of(reading)
     request = Request.of(to, at, plan, recipe, chosen)
@@ -79,7 +80,7 @@ def convert_model(
     with staged(*files.all(), inputs=(model,)) as place:
         network = source.open(model)
         inputs = example_inputs(network, given)
-        batches = calibration_batches(network, data)
+        batches = calibration_data(network, data, given, quiet=as_json)
         if writing.dry_run:
             made = _planned(network, request, inputs, batches, quiet=as_json)
             _save_plan(made, files, place)
@@ -112,7 +113,7 @@ def convert_model(
     if batches is None and result.init.method == "absorb" and not result.exact and result.plan.steps:
         note(
             f"{called(request.to)} without --calibration: measure how much accuracy is left before you use the model; "
-            "some hundred inputs without labels keep more of it"
+            "some hundred inputs without labels keep more of it, and so may --synthetic 64, which needs none"
         )
 
 

@@ -122,13 +122,22 @@ class InputFlags:
 
 @dataclass(frozen=True)
 class DataFlags:
-    """What the new norms are fitted to."""
+    """What the new norms are fitted to: data from a file, or samples made from the norms' own statistics."""
 
     calibration: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
             help="unlabelled inputs to fit the new norms to: .npz, .npy, .pt or .safetensors; 500-1000 are enough",
+            rich_help_panel=INPUTS,
+        ),
+    ] = None
+    synthetic: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="without data: make N samples, such as 64, from the BatchNorms' own statistics and fit to those",
             rich_help_panel=INPUTS,
         ),
     ] = None

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from normswap.cli.console import note, working
+import normswap as ns
+from normswap.cli.console import note, progressing, working
 from normswap.cli.flags import DataFlags, InputFlags
 from normswap.cli.values import Shapes
 from normswap.errors import InputError
@@ -15,7 +16,7 @@ from normswap.errors import InputError
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["calibration_batches", "example_inputs", "required_inputs", "samples_of", "stated_inputs"]
+__all__ = ["calibration_data", "example_inputs", "required_inputs", "samples_of", "stated_inputs"]
 
 SEED = 0
 
@@ -136,7 +137,22 @@ def _signature_hint(model: nn.Module, inputs: Any, option: str) -> str:
     return takes + (lists if option == "--input-shape" else "")
 
 
-def calibration_batches(model: nn.Module, given: DataFlags) -> list[Any] | None:
+def calibration_data(model: nn.Module, given: DataFlags, inputs: InputFlags, *, quiet: bool = False) -> Any:
+    """Return the data of --calibration, or --synthetic samples, in batches; None where neither is given.
+
+    Raises:
+        InputError: Both are given, or the model does not take the data.
+    """
+    if given.synthetic is None:
+        return _batches_of(model, given)
+    if given.calibration is not None:
+        raise InputError("--synthetic and --calibration are both given", code="inputs-twice", hint="give one of them")
+    example = required_inputs(model, inputs, " for the synthetic samples")
+    with progressing("making synthetic samples", quiet=quiet) as progress:
+        return ns.synthesize_samples(model, example, count=given.synthetic, progress=progress)
+
+
+def _batches_of(model: nn.Module, given: DataFlags) -> list[Any] | None:
     """Return the inputs in --calibration, cut along their first axis into batches of --batch-size."""
     path, size = given.calibration, given.batch_size
     if path is None:
@@ -159,7 +175,7 @@ def calibration_batches(model: nn.Module, given: DataFlags) -> list[Any] | None:
         return batches
 
 
-def samples_of(model: nn.Module, batches: list[Any] | None) -> Any:
+def samples_of(model: nn.Module, batches: Any) -> Any:
     """Return two samples of the calibration data, None without any or where a program has inputs of its own."""
     from torch import Tensor
     from torch.utils import _pytree as pytree

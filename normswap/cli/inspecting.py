@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import normswap as ns
 from normswap.cli.console import print_json, progressing, say, table, working
 from normswap.cli.flags import At, Chosen, DataFlags, InputFlags, Json, Model, To, flattened
-from normswap.cli.inputs import calibration_batches, example_inputs
+from normswap.cli.inputs import calibration_data, example_inputs
 from normswap.cli.reading import Reading
 from normswap.cli.reporting import costs_as_record, show_choice, show_costs, show_norms, show_plan
 from normswap.cli.requests import default_of
@@ -42,7 +42,7 @@ def inspect_model(
     """
     network = Source.of(reading).open(model)
     inputs = example_inputs(network, given)
-    batches = calibration_batches(network, data)
+    batches = calibration_data(network, data, given, quiet=as_json)
     recurrent = chosen.pop("recurrent", None)
     recipe = read_at(to or default_of(recurrent), at)
     if batches is not None and recipe == AUTO:

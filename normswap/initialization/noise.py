@@ -11,7 +11,7 @@ by what the layer's own BatchNorm has recorded of its output.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,7 +23,10 @@ from torch.overrides import TorchFunctionMode
 from normswap.norms import norm_of
 from normswap.runs.inputs import Inputs
 
-__all__ = ["noise_like", "noises_like", "shaped_by_statistics"]
+__all__ = ["batch_for", "noise_like", "noises_like", "seen_by_statistics", "shaped_by_statistics"]
+
+See = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Gets what reaches a BatchNorm, its recorded mean and variance, and gives what is to reach it."""
 
 _SLOPE = 1.5  # of the noise's amplitude over frequency
 _MOST_VALUES = 2**22
@@ -37,7 +40,7 @@ def noises_like(inputs: Inputs) -> tuple[Inputs, ...]:
     return noise_like(inputs), noise_like(inputs, batch=2), inputs
 
 
-def noise_like(example: Any, batch: int | None = None) -> Any:
+def noise_like(example: Any, batch: int | None = None, seed: int = 0) -> Any:
     """Return Gaussian noise shaped as the example; what is no float is repeated.
 
     Over space the noise has a spectrum like that of natural images, an amplitude of ``1/f^1.5``, which has no scale of
@@ -45,14 +48,11 @@ def noise_like(example: Any, batch: int | None = None) -> Any:
 
     Args:
         example: A tuple or dict of inputs.
-        batch: The number of samples; default 32, fewer where they are large and more where they are vectors.
+        batch: The number of samples; default :func:`batch_for`.
+        seed: Of the random numbers.
     """
-    generator = torch.Generator().manual_seed(0)
-    values = list(example.values()) if isinstance(example, Mapping) else list(example)
-    floats = [v for v in values if isinstance(v, Tensor) and v.is_floating_point() and v.ndim > 0]
-    if batch is None:
-        most = 32 if any(v.ndim > 2 for v in floats) else 1024
-        batch = max(4, min(most, _MOST_VALUES // max(1, sum(v[:1].numel() for v in floats))))
+    generator = torch.Generator().manual_seed(seed)
+    batch = batch_for(example) if batch is None else batch
 
     def noise(value: Any) -> Any:
         if not isinstance(value, Tensor) or value.ndim == 0:
@@ -65,6 +65,14 @@ def noise_like(example: Any, batch: int | None = None) -> Any:
     if isinstance(example, Mapping):
         return {name: noise(value) for name, value in example.items()}
     return tuple(noise(value) for value in example)
+
+
+def batch_for(example: Any) -> int:
+    """Return how many samples like the example run at once: 32, fewer where they are large, more of vectors."""
+    values = list(example.values()) if isinstance(example, Mapping) else list(example)
+    floats = [v for v in values if isinstance(v, Tensor) and v.is_floating_point() and v.ndim > 0]
+    most = 32 if any(v.ndim > 2 for v in floats) else 1024
+    return max(4, min(most, _MOST_VALUES // max(1, sum(v[:1].numel() for v in floats))))
 
 
 def _as_natural_images(x: Tensor) -> Tensor:
@@ -81,18 +89,38 @@ def _as_natural_images(x: Tensor) -> Tensor:
 @contextmanager
 def shaped_by_statistics(model: nn.Module) -> Iterator[None]:
     """Give what reaches each BatchNorm of ``model`` the recorded mean and variance (Note [Data-free moments])."""
+    with seen_by_statistics(model, _shaped):
+        yield
+
+
+@contextmanager
+def seen_by_statistics(model: nn.Module, see: See) -> Iterator[None]:
+    """Have ``see`` called on what reaches each BatchNorm of ``model`` that has statistics, and on these."""
+
+    def see_frozen(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        norm = norm_of(module)
+        assert norm is not None
+        state = norm.read(module)
+        if state.mean is None or state.var is None:
+            return args
+        return (see(args[0], state.mean, state.var), *args[1:])
+
     frozen = [m for m in model.modules() if (norm := norm_of(m)) is not None and norm.frozen(m)]
-    handles = [module.register_forward_pre_hook(_shape_frozen) for module in frozen]
+    handles = [module.register_forward_pre_hook(see_frozen) for module in frozen]
     try:
-        with _ShapedByStatistics():
+        with _SeenByStatistics(see):
             yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-class _ShapedByStatistics(TorchFunctionMode):
-    """Gives what reaches ``batch_norm`` the mean and variance that it has recorded."""
+class _SeenByStatistics(TorchFunctionMode):
+    """Calls ``see`` on what reaches ``batch_norm`` with statistics."""
+
+    def __init__(self, see: See) -> None:
+        super().__init__()
+        self._see = see
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -100,18 +128,9 @@ class _ShapedByStatistics(TorchFunctionMode):
             names = ("input", "running_mean", "running_var")
             given = dict(zip(names, args, strict=False)) | kwargs
             if given.get("running_mean") is not None and given.get("running_var") is not None:
-                x = _shaped(given["input"], given["running_mean"], given["running_var"])
+                x = self._see(given["input"], given["running_mean"], given["running_var"])
                 args, kwargs = (x, *args[1:]) if args else args, kwargs if args else kwargs | {"input": x}
         return func(*args, **kwargs)
-
-
-def _shape_frozen(norm: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    kind = norm_of(norm)
-    assert kind is not None
-    state = kind.read(norm)
-    if state.mean is None or state.var is None:
-        return args
-    return (_shaped(args[0], state.mean, state.var), *args[1:])
 
 
 def _shaped(x: Tensor, mean: Tensor, var: Tensor) -> Tensor:

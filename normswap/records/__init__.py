@@ -5,6 +5,7 @@ from normswap.records.plans import Plan, Step
 from normswap.records.recurrent import RecurrentSite, RecurrentStep
 from normswap.records.reports import Agreement, Fit, InitReport, InitRow, SiteCost
 from normswap.records.sites import SKIPPED, FoundBy, NormKind, Proof, Site, Skip
+from normswap.records.synthetic import SyntheticSamples
 from normswap.records.tables import text_table
 
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     "SiteCost",
     "Skip",
     "Step",
+    "SyntheticSamples",
     "text_table",
 ]

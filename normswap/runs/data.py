@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from normswap.errors import InputError
+from normswap.records import SyntheticSamples
 from normswap.runs.batches import bind_batches, sample_count, some_samples
 from normswap.runs.calling import Batch, run_on_data
 from normswap.runs.guard import set_mode, untouched
@@ -71,6 +72,8 @@ class Data:
         if calibration is None:
             return cls(example)
         notes: list[str] = []
+        if isinstance(calibration, SyntheticSamples):
+            notes.append(f"calibrated on {calibration}: how far the outputs agree on real data was not measured")
         stream = bind_batches(model, calibration, notes, forward_fn)
         enough: list[Batch] = []
         rest: list[Batch] = []
