@@ -135,6 +135,31 @@ def test_large_samples_are_cut_into_equal_batches_and_the_progress_is_told() -> 
     assert not torch.equal(samples.batches[0][0], samples.batches[1][0])
 
 
+class Pairs(nn.Module):
+    """Takes two samples and no other number, as a program may that was exported with two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = trained()
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert len(x) == 2
+        return self.net(x)
+
+
+def test_a_model_that_takes_one_number_of_samples_gets_it() -> None:
+    samples = ns.synthesize_samples(Pairs(), torch.zeros(2, 3, 12, 12), count=5, steps=2)
+    assert [len(x) for (x,) in samples] == [2, 2, 2]
+
+
+def test_the_callers_grad_mode_does_not_matter() -> None:
+    model = trained()
+    for off in (torch.no_grad(), torch.inference_mode()):
+        with off:
+            samples = ns.synthesize_samples(model, torch.zeros(1, 3, 12, 12), count=4, steps=2)
+        assert samples.after < samples.before
+
+
 class Deaf(nn.Module):
     """Its norm gets nothing by which a gradient could come back."""
 

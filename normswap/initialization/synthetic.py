@@ -24,11 +24,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from normswap.errors import InitializationError, InputError, argument
 from normswap.initialization.noise import batch_for, noise_like, seen_by_statistics
 from normswap.records import SyntheticSamples
-from normswap.runs.calling import call, does_not_run
+from normswap.runs.batches import sample_count
+from normswap.runs.calling import call, does_not_run, run_on_data
 from normswap.runs.guard import set_mode, untouched
 from normswap.runs.inputs import Inputs, example_of, make_up_inputs
 from normswap.runs.watching import not_finite
@@ -85,13 +87,13 @@ def synthesize_samples(
             code="inputs-missing",
             hint=f"give {argument('example_inputs')}",
         )
-    parts = -(-count // batch_for(example))
-    sizes = [count // parts + (number < count % parts) for number in range(parts)]
     made = []
-    with untouched(model), torch.enable_grad():
+    with untouched(model), torch.inference_mode(False), torch.enable_grad():
         set_mode(model, False)
         for parameter in model.parameters():
-            parameter.requires_grad_(False)
+            if not is_lazy(parameter):
+                parameter.requires_grad_(False)
+        sizes = _sizes(model, example, count)
         for number, batch in enumerate(sizes):
 
             def tell(step: int, done: int = number * steps) -> None:
@@ -100,7 +102,20 @@ def synthesize_samples(
 
             made.append(_moved(model, _Start.of(example, batch, number), steps, tell))
     batches, before, after = zip(*made, strict=True)
-    return SyntheticSamples(batches, sum(before) / parts, sum(after) / parts)
+    return SyntheticSamples(batches, sum(before) / len(made), sum(after) / len(made))
+
+
+def _sizes(model: nn.Module, example: Inputs, count: int) -> list[int]:
+    """Return how many samples are in each batch; as many as in the example where ``model`` takes no other number."""
+    parts = -(-count // batch_for(example))
+    sizes = [count // parts + (number < count % parts) for number in range(parts)]
+    try:
+        run_on_data(model, noise_like(example, sizes[0]))
+    except InputError:
+        own = sample_count(example)
+        run_on_data(model, noise_like(example, own))
+        return [own] * -(-count // own)
+    return sizes
 
 
 @dataclass(frozen=True)
@@ -118,9 +133,10 @@ class _Start:
         moved = tuple(k for k, v in values.items() if isinstance(v, Tensor) and v.is_floating_point() and v.ndim > 1)
         if not moved:
             raise InputError(
-                "the inputs hold no floating-point numbers that could be changed",
+                "no input is a batch of floating-point numbers, which could be changed",
                 code="inputs-type",
-                hint="synthetic samples are for images, sound and other numbers, not for words; calibrate with data",
+                hint="samples can be made of images, sound and other numbers in one tensor, not of words or lists of "
+                "images; calibrate with data",
             )
         return cls(values, isinstance(noise, Mapping), moved)
 
