@@ -46,7 +46,7 @@ import normswap as ns
 from normswap.errors import FoldError, InputError, NormswapError
 from normswap.initialization import absorb as absorption
 from normswap.nn import ChannelLayerNorm, MeanOnlyBatchNorm
-from normswap.nn.cosine import divides_by_lengths
+from normswap.nn.kinds import Answering
 from normswap.records import Plan
 
 NAMES = [entry.name for entry in ZOO]
@@ -957,7 +957,7 @@ def folded(name: str, recipe: str) -> nn.Module:
 
 def keeps_its_class(module: nn.Module) -> bool:
     """Whether torch.nn has nothing like it, or a forward hook of the user's is on it, which must go on seeing it."""
-    kept = isinstance(module, ChannelLayerNorm) or divides_by_lengths(module)
+    kept = isinstance(module, (ChannelLayerNorm, Answering))
     return kept or bool(module._forward_hooks or module._forward_pre_hooks)
 
 

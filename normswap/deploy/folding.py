@@ -17,7 +17,6 @@ from normswap.deploy.affines import Fused, fuse_affines, is_hooked, put, rank_of
 from normswap.deploy.rows import FoldRow
 from normswap.errors import FoldError, InputError, Text, VerificationError, argument, marked
 from normswap.nn import RankCheck
-from normswap.nn.cosine import divides_by_lengths
 from normswap.nn.plain import make_plain
 from normswap.norms import Affine, Stays, deployed
 from normswap.records import text_table
@@ -68,7 +67,8 @@ def fold_with_report(model: nn.Module, *, example_inputs: Any = None) -> Folding
 
     Weight norm (torch's two APIs, too), weight standardization and other parametrizations become plain weights;
     mean-only BatchNorms, remaining BatchNorms and per-channel affines go into the layer in front of them where the
-    graph proves that they may. No module of this package is left where torch.nn has its like.
+    graph proves that they may. No module of this package is left where torch.nn has its like; each that is left is
+    listed with the reason.
 
     Args:
         model: In eval mode. Of an AveragedModel its module is folded.
@@ -152,9 +152,6 @@ def _replace_the_rest(model: nn.Module, ranks: Mapping[int, int], left: Mapping[
                 put(model, name, module.plain())
             what = f"a Flatten(-1, {module.rank - 1}), which lets inputs of {module.rank} axes through alone"
             rows.append(FoldRow(fqn, what))
-        elif divides_by_lengths(module):
-            why = "torch.nn has no layer that divides by the length of what it reads: normswap must be there to load it"
-            rows.append(FoldRow(fqn, "as it was", why))
         elif isinstance(answer, Stays):
             rows.append(FoldRow(fqn, "as it was", answer.reason))
         elif isinstance(answer, Affine):

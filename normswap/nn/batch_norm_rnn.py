@@ -146,10 +146,10 @@ class BatchNormRNNBase(NormalizedRNNBase):
             var.lerp_(now[1] * (len(values) / (len(values) - 1)), self.momentum)
         return now
 
-    def plain(self) -> nn.RNNBase | None:
-        """Return the layer of torch's that is this one in evaluation; None where there is none."""
+    def deployed(self) -> nn.RNNBase | str:
+        """Return the layer of torch's that computes the same in evaluation, or why there is none."""
         if self.max_length is not None:
-            return None
+            return f"it has statistics of its own for each step, which torch.nn's {_TORCHS[self.mode].__name__} has not"
         like = next(self.parameters())
         options: dict[str, Any] = {"num_layers": self.num_layers, "batch_first": self.batch_first}
         options |= {"dropout": self.dropout, "bidirectional": self.bidirectional}

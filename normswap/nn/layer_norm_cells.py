@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normswap.nn.layer_norm_steps import PARTS, Direction, gru, lstm, rnn
+from normswap.nn.kinds import Answering
+from normswap.nn.layer_norm_steps import NO_LIKE, PARTS, Direction, gru, lstm, rnn
 from normswap.nn.recurrent_steps import GATES, Step
 
 __all__ = ["LayerNormGRUCell", "LayerNormLSTMCell", "LayerNormRNNCell"]
 
 
-class _Cell(nn.RNNCellBase):
+class _Cell(Answering, nn.RNNCellBase):
     """What the three cells share."""
 
     mode: str
@@ -48,6 +49,10 @@ class _Cell(nn.RNNCellBase):
                     parameter.uniform_(-limit, limit)
                 else:
                     parameter.fill_(float(name.startswith("ln") and name.endswith("_weight")))
+
+    def deployed(self) -> nn.Module | str:
+        """Say that torch.nn has no such cell."""
+        return NO_LIKE
 
     def _step(self, p: Direction, x: Tensor) -> tuple[Tensor, Step]:
         raise NotImplementedError

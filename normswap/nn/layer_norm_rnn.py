@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normswap.nn.layer_norm_steps import PARTS, Direction, gru, lstm, rnn
+from normswap.nn.layer_norm_steps import NO_LIKE, PARTS, Direction, gru, lstm, rnn
 from normswap.nn.normalized_rnn import NormalizedRNNBase, over_time
 from normswap.nn.recurrent_steps import GATES, State, Step
 
@@ -44,6 +44,10 @@ class LayerNormRNNBase(NormalizedRNNBase):
                     parameter.uniform_(-limit, limit)
                 else:
                     parameter.fill_(float(name.startswith("ln") and "_weight_" in name))
+
+    def deployed(self) -> nn.Module | str:
+        """Say that torch.nn has no such layer."""
+        return NO_LIKE
 
     def _direction(self, end: str) -> Direction:
         def pair(part: str) -> tuple[Tensor, Tensor] | None:

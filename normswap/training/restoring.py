@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from normswap.errors import InputError
 from normswap.nn import FilterLayout
-from normswap.nn.batch_norm_rnn import BatchNormRNNBase
 from normswap.nn.readers import fused_inputs
 from normswap.norms import Affine, deployed
 from normswap.stages.bound import BoundStep, bind
@@ -74,7 +73,8 @@ def restored(model: nn.Module, origin: Origin) -> tuple[dict[str, Any], list[str
         found = [(step, _Old(skeleton, known, step, before)) for step in bound.steps]
     for recurrent in bound.recurrent:
         module, name = model.get_submodule(recurrent.site.name), recurrent.site.name
-        of_torch = module.plain() if isinstance(module, BatchNormRNNBase) else None
+        answer = deployed(module)
+        of_torch = answer if isinstance(answer, nn.Module) else None
         if of_torch is not None and not recurrent.site.bias:
             raise InputError(
                 f"'{name}' had no biases, which its statistics have become since",
