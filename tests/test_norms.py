@@ -20,7 +20,7 @@ import normswap.nn
 from normswap.deploy.affines import standing_alone
 from normswap.deploy.unfolded import needs_package
 from normswap.errors import NormswapError
-from normswap.nn import ChannelAffine, ChannelLayerNorm, EstimatedStatistics, MeanOnlyBatchNorm
+from normswap.nn import ChannelAffine, ChannelLayerNorm, EstimatedStatistics, MeanOnlyBatchNorm, StreamingNorm
 from normswap.norms import Affine, Encoding, Incoming, Norm, Stays, deployed, is_convertible, norm_of
 from normswap.norms.base import registered
 from normswap.norms.batch import BatchNormalization
@@ -34,6 +34,7 @@ from normswap.norms.others import (
     LocalResponseNormalization,
     RootMeanSquareNormalization,
 )
+from normswap.norms.streaming import Streaming
 from normswap.recipes import Recipe, make_recipe
 from normswap.records import Site
 
@@ -59,6 +60,7 @@ MODULES: tuple[tuple[nn.Module, type[Norm]], ...] = (
     (MeanOnlyBatchNorm(4), MeanOnly),
     (ChannelAffine(4), Nothing),
     (EstimatedStatistics(4), BatchEstimates),
+    (StreamingNorm(4), Streaming),
     (nn.InstanceNorm1d(4), InstanceNormalization),
     (nn.InstanceNorm2d(4), InstanceNormalization),
     (nn.InstanceNorm3d(4), InstanceNormalization),

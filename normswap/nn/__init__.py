@@ -22,6 +22,7 @@ from normswap.nn.parametrizations import (
     parametrize_weight_norm,
 )
 from normswap.nn.rank_check import RankCheck
+from normswap.nn.streaming import StreamingNorm
 
 __all__ = [
     "BatchNormGRU",
@@ -48,6 +49,7 @@ __all__ = [
     "MeanOnlyBatchNorm",
     "RankCheck",
     "ScalarMultiplier",
+    "StreamingNorm",
     "WeightStandardization",
     "parametrize_weight_norm",
     "row_moments",

@@ -59,8 +59,8 @@ def update_statistics(
     """Give the BatchNorms and mean-only norms of ``model`` the exact statistics of a loader's data, in place.
 
     For weights that were averaged (SWA, EMA), or trained with batches too small for running statistics. While the data
-    goes through, these norms use each batch's own statistics, as in training, and all else is in evaluation: no
-    dropout. Afterwards modes and all else are as before, and ``num_batches_tracked`` is the number of batches.
+    goes through, these norms normalize as in training, and all else is in evaluation: no dropout. Afterwards modes and
+    all else are as before, and ``num_batches_tracked`` is the number of batches.
 
     Args:
         model: The model.
