@@ -21,7 +21,7 @@ from normswap.nn import ChannelAffine
 from normswap.operations.table import reads_no_value
 from normswap.runs.guard import untouched
 
-__all__ = ["Kind", "affine_at", "equal", "kinds_of", "meetings", "values_of"]
+__all__ = ["Kind", "affine_at", "equal", "kinds_of", "meetings", "values_of", "writes"]
 
 
 class Kind(Enum):
@@ -40,6 +40,8 @@ class Kind(Enum):
 _FORMS = ("view", "reshape", "expand", "repeat", "expand_as", "view_as", "reshape_as", "type_as", "to")
 _FORMED = {F.interpolate, *_FORMS}
 """What gives a value another form: arguments behind the first tell nothing of its values."""
+
+_IN_PLACE = ("iadd", "isub", "imul", "itruediv")
 
 _PARTS: Mapping[Any, str] = {
     target: name
@@ -70,8 +72,7 @@ def kinds_of(graph: fx.Graph, name: str) -> dict[fx.Node, Kind]:
 
 def _kind(node: fx.Node, known: Mapping[fx.Node, Kind]) -> Kind:
     kinds = {known[one] for one in node.all_input_nodes}
-    written = isinstance(node.target, str) and node.op == "call_method" and node.target.endswith("_")
-    if Kind.CLASS in kinds and written:
+    if Kind.CLASS in kinds and writes(node):
         return Kind.DATA
     if kinds <= {Kind.NOTHING, Kind.CLASS}:
         return Kind.CLASS if Kind.CLASS in kinds else Kind.NOTHING
@@ -82,14 +83,16 @@ def _kind(node: fx.Node, known: Mapping[fx.Node, Kind]) -> Kind:
     return Kind.FORM if sizes else Kind.DATA
 
 
+def writes(node: fx.Node) -> bool:
+    """Tell whether a call may write to what it is given."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    in_place = name in ("setitem", *_IN_PLACE) or (name.endswith("_") and not name.endswith("__"))
+    return (node.op in ("call_method", "call_function") and in_place) or bool(node.kwargs.get("inplace"))
+
+
 def meetings(graph: fx.Graph, kinds: Mapping[fx.Node, Kind]) -> dict[fx.Node, tuple[fx.Node, fx.Node] | None]:
     """Return where data meets the class: of a call of two values the class's and the data's, None of another."""
-    written = {
-        one
-        for node in graph.nodes
-        if node.op == "call_method" and str(node.target).endswith("_") and not str(node.target).endswith("__")
-        for one in node.all_input_nodes
-    }
+    written = {one for node in graph.nodes if writes(node) for one in node.all_input_nodes}
     found: dict[fx.Node, tuple[fx.Node, fx.Node] | None] = {}
     for node in graph.nodes:
         of = [one for one in node.all_input_nodes if kinds[one] is Kind.CLASS]
@@ -109,8 +112,9 @@ class _Kept(fx.Interpreter):
         self.values: dict[fx.Node, Any] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        self.values[n] = super().run_node(n)
-        return self.values[n]
+        value = super().run_node(n)
+        self.values[n] = value.clone() if isinstance(value, Tensor) else value  # it may be written to later
+        return value
 
 
 def values_of(traced: fx.GraphModule, given: Mapping[str, Any]) -> dict[fx.Node, Any]:

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 
 from normswap.checks.self_check import eval_output
 from normswap.deploy.affines import is_hooked
-from normswap.deploy.class_values import affine_at, equal, kinds_of, meetings, values_of
+from normswap.deploy.class_values import affine_at, equal, kinds_of, meetings, values_of, writes
 from normswap.deploy.rows import FoldRow
 from normswap.errors import FoldError, InputError, argument
 from normswap.graph.tracer import ScopeTracer, hook_barrier
@@ -102,7 +102,7 @@ def at_class(model: nn.Module, condition: Mapping[str, int], inputs: Inputs | No
             kept.append(node)
         else:
             _put_affine(traced, node, places[node], affine)
-    graph.eliminate_dead_code()
+    graph.eliminate_dead_code(lambda node: node.is_impure() or writes(node))
     traced.delete_all_unused_submodules()
     traced.recompile()
     where = ", ".join(dict.fromkeys(_place(node, model) for node in kept))
