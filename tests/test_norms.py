@@ -363,7 +363,7 @@ def test_some_modules_need_normswap_after_a_fold_and_others_do_not() -> None:
     answer = deployed(per_step)
     assert isinstance(answer, Stays)
     assert answer.reason == (
-        "it has statistics of its own for each step, which torch.nn's LSTM has not: normswap must be there to load the "
+        "it has statistics of its own for each step, which torch's LSTM has not: normswap must be there to load the "
         "model"
     )
 

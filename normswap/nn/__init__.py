@@ -1,5 +1,6 @@
 """The modules and parametrizations that a converted model may contain, beside those of torch.nn."""
 
+from normswap.nn.batch_norm_cells import BatchNormGRUCell, BatchNormLSTMCell, BatchNormRNNCell
 from normswap.nn.batch_norm_rnn import BatchNormGRU, BatchNormLSTM, BatchNormRNN
 from normswap.nn.cosine import (
     CosineConv1d,
@@ -26,8 +27,11 @@ from normswap.nn.streaming import StreamingNorm
 
 __all__ = [
     "BatchNormGRU",
+    "BatchNormGRUCell",
     "BatchNormLSTM",
+    "BatchNormLSTMCell",
     "BatchNormRNN",
+    "BatchNormRNNCell",
     "ChannelAffine",
     "ChannelLayerNorm",
     "CosineConv1d",

@@ -15,13 +15,10 @@ from torch import Tensor
 
 from normswap.nn.recurrent_steps import State, Step, gru_step, lstm_step
 
-__all__ = ["NO_LIKE", "PARTS", "Direction", "gru", "lstm", "rnn"]
+__all__ = ["PARTS", "Direction", "gru", "lstm", "rnn"]
 
 PARTS = {"LSTM": ("ih", "hh"), "GRU": ("ih", "hh"), "RNN_TANH": ("",), "RNN_RELU": ("",)}
 """What is normalized over all gates' units: what W_ih gives and what W_hh gives, or the sum of both."""
-
-NO_LIKE = "torch.nn has no layer-normalized recurrent layer"
-"""Why such a layer stays in a deployed model."""
 
 
 @dataclass(frozen=True)

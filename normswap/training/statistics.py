@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.errors import InputError
-from normswap.nn.batch_norm_rnn import BatchNormRNNBase
+from normswap.nn.batch_normalized import BatchNormalized
 from normswap.norms import norm_of
 from normswap.runs.batches import bind_batches
 from normswap.runs.calling import first_input, run_on_data
@@ -158,7 +158,7 @@ def _tables(model: nn.Module) -> tuple[dict[str, dict[str, Tensor]], list[tuple[
     left: list[tuple[str, str]] = []
     for fqn, module in model.named_modules():
         norm = norm_of(module)
-        if isinstance(module, BatchNormRNNBase):
+        if isinstance(module, BatchNormalized):
             left.append((fqn, "is a recurrent layer, whose statistics follow its training alone"))
         if norm is None or not norm.follows_batches:
             continue
