@@ -106,6 +106,14 @@ def initialized(rank: int, size: int) -> dict[str, Any]:
     return {"state": model.state_dict(), "init": str(report)}
 
 
+def initialized_over_time(rank: int, size: int) -> dict[str, Any]:
+    torch.manual_seed(0)
+    model = nn.GRU(4, 6, batch_first=True, bidirectional=True).double()
+    data = [x.mean(3)[:, :, :4] for x in batches(rank, size, torch.float64)]
+    report = ns.initialize(model, torch.cat(data), recurrent=True)
+    return {"state": model.state_dict(), "init": str(report)}
+
+
 def estimated(rank: int, size: int) -> dict[str, Any]:
     model = net(torch.float64)
     report = ns.update_statistics(model, batches(rank, size, torch.float64))
@@ -149,6 +157,7 @@ EQUAL: dict[str, Callable[[int, int], dict[str, Any]]] = {
     "recurrent": recurrent,
     "tune": tuned_alike,
     "initialize": initialized,
+    "initialize, recurrent": initialized_over_time,
     "update_statistics": estimated,
     "rank_sites": ranked,
     "synchronized": synchronized,

@@ -13,7 +13,7 @@ from laws import distance
 from torch import Tensor, nn
 
 import normswap as ns
-from normswap.nn import EstimatedStatistics, MeanOnlyBatchNorm
+from normswap.nn import EstimatedStatistics, MeanOnlyBatchNorm, StreamingNorm
 
 Array = np.ndarray
 
@@ -61,7 +61,7 @@ def test_the_batchs_own_statistics_or_the_former_estimates_would_be_told_apart()
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
-@pytest.mark.parametrize("kind", [EstimatedStatistics, MeanOnlyBatchNorm])
+@pytest.mark.parametrize("kind", [EstimatedStatistics, MeanOnlyBatchNorm, StreamingNorm])
 def test_a_batch_without_samples_leaves_the_statistics(kind: type[nn.Module], momentum: float | None) -> None:
     """A detector's head gets one where nothing was proposed; a BatchNorm takes it, too."""
     norm = kind(6, momentum=momentum)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from laws import EXACT, INEXACT, distance
 from torch import Tensor, nn
 
 import normswap as ns
+from normswap.errors import NormswapError
 
 CLASSES, CHANNELS = 4, 8
 NORMS = {"bn", "norm", "stored_mean_norm"}
@@ -197,3 +199,161 @@ def test_training_after_a_swap_trains_the_classes() -> None:
     converted = copy.deepcopy(ns.swap_norms(model, "gn", example_inputs=(z, label))).train()
     converted(z, label).square().mean().backward()
     assert bool(converted.norm.classes.weight.grad.bool().any(1).all())
+
+
+# --- folded at one class ----------------------------------------------------------------------------------------------
+
+
+def at(model: nn.Module, k: int, z: Tensor, label: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(z, torch.full_like(label, k))
+
+
+@EACH
+@pytest.mark.parametrize("recipe", [None, "none", "wn+mobn"])
+def test_at_one_class_it_folds_into_plain_layers(form: type[nn.Module], recipe: str | None) -> None:
+    if recipe is None and form in (Linears, Derives):
+        return  # a functional norm, and a norm's own class, which stay; see below
+    model, (z, label) = generator(form), inputs(12)
+    converted = model if recipe is None else ns.swap_norms(model, recipe, example_inputs=(z, label))
+    for k in (0, 2):
+        folding = ns.fold_with_report(converted, example_inputs=(z, label), condition={"label": k})
+        assert not folding.left
+        assert folding.check is not None
+        assert folding.check.ok
+        assert {type(m) for m in folding.model.children()} == {nn.Linear, nn.Conv2d}
+        assert len(list(folding.model.parameters())) == 6  # of Linear, Conv2d and Conv2d
+        with torch.no_grad():
+            for size in (12, 1, 5):
+                assert distance(folding.model(z[:size]), at(model, k, z, label)[:size]) <= 1e-12
+            assert distance(folding.model(z), at(model, k + 1, z, label)) > 1e-2
+            folding.model.conv.bias += 1e-6
+            assert distance(folding.model(z), at(model, k, z, label)) > 1e-9
+    assert model(z, label).shape == (12, 3, 3, 3)  # and the model is as it was
+
+
+def test_at_one_class_it_is_exported_and_behind_another_norm_stands_an_affine(tmp_path: Path) -> None:
+    model, (z, label) = generator(Holds).float(), inputs(12)
+    z = z.float()
+    normalized = ns.swap_norms(model, "gn", example_inputs=(z, label))
+    folding = ns.fold_with_report(normalized, example_inputs={"z": z, "label": label}, condition={"label": 1})
+    assert [type(m) for m in folding.model.children()] == [nn.Linear, nn.Conv2d, nn.Module, nn.Conv2d, nn.Conv2d]
+    assert distance(folding.model(z).detach(), at(normalized, 1, z, label)) < 1e-6
+    artifact = ns.export_onnx(folding.model, tmp_path / "one.onnx", example_inputs=(z,))
+    assert [value.name for value in artifact.inputs] == ["z"]
+
+
+class OfOne(Holds):
+    """The class is one for the batch."""
+
+    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+        gamma, beta = self.classes(label).chunk(2, -1)
+        return gamma[..., None, None] * self.bn(x) + beta[..., None, None]
+
+
+def test_a_class_may_be_one_for_all_samples() -> None:
+    model, (z, _) = generator(OfOne), inputs(12)
+    label = torch.tensor(3)
+    folding = ns.fold_with_report(model, example_inputs=(z, label), condition={"label": 2})
+    assert not folding.left
+    with torch.no_grad():
+        assert distance(folding.model(z), model(z, torch.tensor(2))) <= 1e-12
+        assert distance(folding.model(z), model(z, label)) > 1e-2
+
+
+class Mixed(Holds):
+    """γ depends on the sample as well as on its class (Brock et al. 2019); β does not."""
+
+    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+        gamma, beta = self.classes(label).chunk(2, 1)
+        gamma = gamma + x.mean((2, 3))
+        return gamma[..., None, None] * self.bn(x) + beta[..., None, None]
+
+
+class Sized(Holds):
+    """γ depends on the size of the map."""
+
+    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+        gamma, beta = self.classes(label).chunk(2, 1)
+        return (gamma * x.size(2))[..., None, None] * self.bn(x) + beta[..., None, None]
+
+
+class InPlace(Holds):
+    """γ is written to, and multiplied in place."""
+
+    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+        gamma, beta = self.classes(label).chunk(2, 1)
+        gamma = gamma.clone()
+        gamma.mul_(2)
+        out = self.bn(x) + beta[..., None, None]
+        out *= gamma[..., None, None]
+        return out
+
+
+class WritesLater(Holds):
+    """γ is written to after its use."""
+
+    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+        gamma, beta = self.classes(label).chunk(2, 1)
+        gamma = gamma.clone()[..., None, None]
+        out = gamma * self.bn(x)
+        gamma *= 2
+        return out + gamma + beta[..., None, None]
+
+
+class ByPosition(Holds):
+    """γ depends on the position, too."""
+
+    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+        gamma, beta = self.classes(label).chunk(2, 1)
+        where = torch.arange(x.size(2), dtype=x.dtype).view(1, 1, -1, 1)
+        return (gamma[..., None, None] * where) * self.bn(x) + beta[..., None, None]
+
+
+@pytest.mark.parametrize("form", [Mixed, Sized, InPlace, WritesLater, ByPosition, Linears, Derives])
+def test_what_is_no_affine_of_the_class_stays_and_is_right(form: type[nn.Module]) -> None:
+    model, (z, label) = generator(form), inputs(12)
+    folding = ns.fold_with_report(model, example_inputs=(z, label), condition={"label": 2})
+    with torch.no_grad():
+        for size in (12, 4):
+            assert distance(folding.model(z[:size]), at(model, 2, z, label)[:size]) <= 1e-12
+    if form in (Mixed, WritesLater, Linears):  # γ is added to what the sample gives; a trace has *= as a product
+        assert "label" not in {row.name for row in folding.left}
+        return
+    row = next(row for row in folding.left if row.name == "label")
+    assert row.result == "computed in each call"
+    assert row.reason == "what it gives to 'norm' is not one factor and one summand of each channel"
+
+
+class Branches(Generator):
+    def forward(self, z: Tensor, label: Tensor) -> Tensor:
+        return super().forward(z if label.sum() > 0 else -z, label)
+
+
+def hooked() -> nn.Module:
+    model = generator(Holds)
+    model.norm.register_forward_hook(lambda *_: None)
+    return model
+
+
+Z, LABEL = inputs(12)
+REFUSED: dict[str, tuple[nn.Module, Any, dict[str, Any], str]] = {
+    "no inputs": (generator(Holds), None, {"label": 1}, "condition=.* needs inputs|needs inputs"),
+    "another name": (generator(Holds), (Z, LABEL), {"y": 1}, "no 'y'"),
+    "a vector": (generator(Holds), (Z, torch.eye(CLASSES)[LABEL]), {"label": 1}, "float32 of shape"),
+    "a map": (generator(Maps), (Z, LABEL[:, None, None]), {"label": 1}, r"int64 of shape \(12, 1, 1\)"),
+    "two": (generator(Holds), (Z, LABEL), {"label": 1, "z": 2}, "is no class"),
+    "none": (generator(Holds), (Z, LABEL), {}, "is no class"),
+    "below zero": (generator(Holds), (Z, LABEL), {"label": -1}, "is no class"),
+    "no number": (generator(Holds), (Z, LABEL), {"label": "cat"}, "is no class"),
+    "too large": (generator(Holds), (Z, LABEL), {"label": CLASSES}, "index out of range"),
+    "a branch": (Branches(Holds).double().eval(), (Z, LABEL), {"label": 1}, "cannot be written as a graph"),
+    "a hook": (hooked(), (Z, LABEL), {"label": 1}, "a forward hook is on 'norm'"),
+}
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_what_cannot_be_held_at_one_class_is_refused(why: str) -> None:
+    model, given, condition, message = REFUSED[why]
+    with pytest.raises(NormswapError, match=message):
+        ns.fold(model, example_inputs=given, condition=condition)

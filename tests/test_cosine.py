@@ -214,7 +214,7 @@ def test_what_has_no_input_to_divide_is_refused() -> None:
         nn.BatchNorm2d(3), Own(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1, groups=4), nn.BatchNorm2d(4)
     )
     skips = {skip.name: skip.reason for skip in ns.plan(model, "cosine").skips if skip.what == "norm"}
-    assert "no layer whose input could be divided" in skips["0"]
+    assert "there is no layer for it to normalize" in skips["0"]
     assert "Own is a class of its own" in skips["2"]
     assert (
         skips["4"] == "the cosine of single values are its sign".replace("are its", "is their") or "sign" in skips["4"]

@@ -46,7 +46,7 @@ import normswap as ns
 from normswap.errors import FoldError, InputError, NormswapError
 from normswap.initialization import absorb as absorption
 from normswap.nn import ChannelLayerNorm, MeanOnlyBatchNorm
-from normswap.nn.cosine import divides_by_lengths
+from normswap.nn.kinds import Answering
 from normswap.records import Plan
 
 NAMES = [entry.name for entry in ZOO]
@@ -122,7 +122,7 @@ def test_every_recipe_meets_its_share_of_the_entries() -> None:
 
 # Every norm that stays although it was to be converted, by (entry, recipe) and with the plan's code; "*" is every
 # recipe. This is with example inputs. A refusal that is not written here fails a test, and so does one that has gone.
-NEEDS_LAYER = "ws, cosine"
+NEEDS_LAYER = ", ".join(name for name, recipe in ns.all_recipes().items() if recipe.needs_layer)
 REFUSALS: dict[tuple[str, str], dict[str, str]] = {
     ("norm_beside_groupnorm", "*"): {"1": "not-batch-norm"},
     ("no_running_statistics", "*"): {"1": "no-statistics"},
@@ -959,7 +959,7 @@ def folded(name: str, recipe: str) -> nn.Module:
 
 def keeps_its_class(module: nn.Module) -> bool:
     """Whether torch.nn has nothing like it, or a forward hook of the user's is on it, which must go on seeing it."""
-    kept = isinstance(module, ChannelLayerNorm) or divides_by_lengths(module)
+    kept = isinstance(module, (ChannelLayerNorm, Answering))
     return kept or bool(module._forward_hooks or module._forward_pre_hooks)
 
 

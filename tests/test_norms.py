@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,11 @@ from torch import Tensor, nn
 from zoo import FrozenBatchNorm2d, NormRelu, randomize_
 
 import normswap as ns
+import normswap.nn
 from normswap.deploy.affines import standing_alone
+from normswap.deploy.unfolded import needs_package
 from normswap.errors import NormswapError
-from normswap.nn import ChannelAffine, ChannelLayerNorm, EstimatedStatistics, MeanOnlyBatchNorm
+from normswap.nn import ChannelAffine, ChannelLayerNorm, EstimatedStatistics, MeanOnlyBatchNorm, StreamingNorm
 from normswap.norms import Affine, Encoding, Incoming, Norm, Stays, deployed, is_convertible, norm_of
 from normswap.norms.base import registered
 from normswap.norms.batch import BatchNormalization
@@ -31,6 +34,7 @@ from normswap.norms.others import (
     LocalResponseNormalization,
     RootMeanSquareNormalization,
 )
+from normswap.norms.streaming import Streaming
 from normswap.recipes import Recipe, make_recipe
 from normswap.records import Site
 
@@ -56,6 +60,7 @@ MODULES: tuple[tuple[nn.Module, type[Norm]], ...] = (
     (MeanOnlyBatchNorm(4), MeanOnly),
     (ChannelAffine(4), Nothing),
     (EstimatedStatistics(4), BatchEstimates),
+    (StreamingNorm(4), Streaming),
     (nn.InstanceNorm1d(4), InstanceNormalization),
     (nn.InstanceNorm2d(4), InstanceNormalization),
     (nn.InstanceNorm3d(4), InstanceNormalization),
@@ -316,6 +321,51 @@ def test_some_recipes_need_a_fold_and_others_do_not() -> None:
         for model in (converted(make_recipe("gn+ws"), 4), network(4))
     }
     assert found == {True, False}
+
+
+PER_STEP = {"max_length": 3}
+STANDING: list[tuple[str, dict[str, Any]]] = [
+    (name, options)
+    for name in normswap.nn.__all__
+    if isinstance(kind := getattr(normswap.nn, name), type)
+    and issubclass(kind, nn.Module)
+    and not hasattr(kind, "right_inverse")  # what stands in a module, not what computes its weight
+    for options in ([{}, PER_STEP] if name.startswith("BatchNorm") else [{}])
+]
+
+
+def standing(name: str, options: dict[str, Any]) -> nn.Module:
+    """A module of this package that is made directly, and not by a conversion."""
+    kind = getattr(normswap.nn, name)
+    sizes: tuple[int, ...] = (4,)
+    if issubclass(kind, (nn.RNNBase, nn.RNNCellBase, nn.Linear)):
+        sizes = (4, 4)
+    elif issubclass(kind, nn.modules.conv._ConvNd):
+        sizes = (4, 4, 3)
+    module: nn.Module = kind(*sizes, **options)
+    return module
+
+
+@pytest.mark.parametrize(("name", "options"), STANDING, ids=lambda value: str(value))
+def test_a_fold_lists_whatever_goes_on_needing_normswap(name: str, options: dict[str, Any]) -> None:
+    model = nn.Sequential(OrderedDict(part=standing(name, options))).eval()
+    folding = ns.fold_with_report(model)
+    assert needs_package(folding.model) == [row.name for row in folding.left]
+    assert all(row.reason for row in folding.left)
+
+
+def test_some_modules_need_normswap_after_a_fold_and_others_do_not() -> None:
+    """The control of the test above: it has seen both, also of one class."""
+    shared, per_step = (standing("BatchNormLSTM", options).eval() for options in ({}, PER_STEP))
+    assert not needs_package(ns.fold(nn.Sequential(shared).eval()))
+    assert needs_package(ns.fold(nn.Sequential(per_step).eval())) == ["0"]
+    assert isinstance(deployed(shared), nn.LSTM)
+    answer = deployed(per_step)
+    assert isinstance(answer, Stays)
+    assert answer.reason == (
+        "it has statistics of its own for each step, which torch's LSTM has not: normswap must be there to load the "
+        "model"
+    )
 
 
 class Hidden(nn.Module):

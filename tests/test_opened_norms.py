@@ -94,7 +94,7 @@ def test_a_subclass_over_the_last_axis_keeps_its_function(
 
 
 INEXACT = [name for name, one in ns.all_recipes().items() if not one.exact]
-NEED_A_LAYER = ("ws", "cosine")
+NEED_A_LAYER = tuple(name for name, one in ns.all_recipes().items() if one.needs_layer)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 import normswap as ns
 from normswap.errors import InputError, NothingToConvertError
-from normswap.nn import ChannelAffine, RankCheck
+from normswap.nn import ChannelAffine, RankCheck, StreamingNorm
 from normswap.recipes import all_recipes
 
 VECTORS, MAPS = torch.randn(4, 8), torch.randn(4, 8, 8)
@@ -74,15 +74,13 @@ def test_what_no_layer_took_up_is_right_for_every_rank(recipe: str) -> None:
     converted = ns.swap_norms(original, recipe, example_inputs=MAPS).eval()
     assert distance(converted, original, MAPS) < 1e-5
     assert distance(converted, original, VECTORS) < 1e-5
-    next(m for m in converted.modules() if isinstance(m, ChannelAffine)).bias.data[0] += 1
+    next(m for m in converted.modules() if isinstance(m, (ChannelAffine, StreamingNorm))).bias.data[0] += 1
     assert distance(converted, original, VECTORS) > 1e-2  # negative control
 
 
 @pytest.mark.parametrize("given", [None, MAPS, VECTORS], ids=["no inputs", "maps", "vectors"])
 @pytest.mark.parametrize("converted_with", [VECTORS, MAPS], ids=["from vectors", "from maps"])
-@pytest.mark.parametrize(
-    "recipe", [name for name in ABSORBING if name != "cosine"]
-)  # it takes vectors alone, and stays
+@pytest.mark.parametrize("recipe", [name for name, recipe in all_recipes().items() if not recipe.needs_layer])
 def test_a_folded_model_is_right_or_refuses(recipe: str, converted_with: Tensor, given: Tensor | None) -> None:
     converted = ns.swap_norms(mlp(), recipe, example_inputs=converted_with).eval()
     if given is not None and refuses(converted, given):

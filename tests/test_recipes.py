@@ -264,3 +264,13 @@ def test_groups_are_those_that_were_asked_for_on_any_map(option: dict[str, int],
 def test_groups_are_of_16_channels_where_no_input_shows_the_map() -> None:
     (step,) = ns.plan(nn.Sequential(nn.Conv2d(3, 64, 1), nn.BatchNorm2d(64)), "gn").steps
     assert step.num_groups == 4
+
+
+@pytest.mark.parametrize("recipe", ns.all_recipes())
+def test_a_recipe_needs_a_layer_where_it_says_so(recipe: str) -> None:
+    model = nn.Sequential(nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6)).eval()
+    plan = ns.plan(model, recipe, example_inputs=torch.randn(2, 6, 5, 5))
+    refused = {skip.name: skip.reason for skip in plan.skips if skip.what == "norm"}
+    assert ("0" in refused) is ns.all_recipes()[recipe].needs_layer
+    assert "3" not in refused
+    assert all(reason.startswith("there is no layer for it to normalize: ") for reason in refused.values())

@@ -138,6 +138,9 @@ def test_it_is_stored_copied_and_folded_as_it_is(tmp_path: Path) -> None:
     assert error(model, again, WORDS) == 0
     folding = ns.fold_with_report(model.eval(), example_inputs=WORDS)
     assert type(folding.model.rnn) is LayerNormLSTM
+    assert [(row.name, row.reason) for row in folding.left] == [
+        ("rnn", "torch.nn has no layer-normalized recurrent layer: normswap must be there to load the model")
+    ]
     assert error(model, folding.model, WORDS) == 0
 
 

@@ -16,6 +16,7 @@ MOST_LINES, MOST_LINES_OF_A_FUNCTION = 300, 60
 NORM_CLASSES = {
     *("GroupNorm", "LayerNorm", "RMSNorm", "LocalResponseNorm", "SyncBatchNorm", "_BatchNorm", "_InstanceNorm"),
     *("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "ChannelAffine", "ChannelLayerNorm", "MeanOnlyBatchNorm"),
+    "StreamingNorm",
 }
 HELPERS = [TESTS / f"{name}.py" for name in ("laws", "conversion_checks", "oracles", "oracle_export")]
 

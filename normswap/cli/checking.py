@@ -72,8 +72,9 @@ def show_recipes(as_json: Json = False) -> None:
     """List what a BatchNorm can be swapped for.
 
     gn+ws, gn+aws, gn and ln normalize each sample by itself: batches of any size train alike. wn+mobn and mobn take the
-    batch's mean and no variance, bcn estimates of both over many batches. cosine divides by the length of each input,
-    wn and none take nothing from the data. ws keeps the BatchNorm.
+    batch's mean and no variance, bcn estimates of both over many batches, streaming mixes the batch's with those of
+    earlier ones: these four share something between samples and are not for differential privacy. cosine divides by
+    the length of each input, wn and none take nothing from the data. ws keeps the BatchNorm.
 
     With --to auto the calibration data chooses, norm by norm, between gn+ws, gn+aws and ln, or those named by
     --option recipes=gn,ln, the most wanted first. --option max_error=0.1 keeps the first as far as the output's

@@ -51,8 +51,9 @@ def fold_model(
     torch.nn's modules, a .pt2 program needs no class, and the weights in a .safetensors file are for load_state_dict of
     a model with the layers of the folded one.
 
-    One norm has no equal in torch.nn, that of `convert --to ln --option axes=channel`: a .pt file with it loads only
-    where normswap is installed, which the report says; a .pt2 program or an ONNX file needs no normswap.
+    Some have no equal in torch.nn: the norm of `convert --to ln --option axes=channel`, the layers of `--to cosine`,
+    and recurrent layers with layer normalization or batch statistics per step. A .pt file with them loads only where
+    normswap is installed, which the report says; a .pt2 program or an ONNX file needs no normswap.
     """
     program = model.suffix == ".pt2"
     target = output or model.with_name(f"{model.stem}.folded.pt{2 if program else ''}")

@@ -14,10 +14,10 @@ from normswap.checks.conversion import refuse_unfit
 from normswap.checks.self_check import broken, eval_output, keeps_output
 from normswap.checks.verification import Verification
 from normswap.deploy.affines import Fused, fuse_affines, is_hooked, put, rank_of, ranks_on, standing_alone
+from normswap.deploy.conditions import at_class, without_identities
 from normswap.deploy.rows import FoldRow
 from normswap.errors import FoldError, InputError, Text, VerificationError, argument, marked
 from normswap.nn import RankCheck
-from normswap.nn.cosine import divides_by_lengths
 from normswap.nn.plain import make_plain
 from normswap.norms import Affine, Stays, deployed
 from normswap.records import text_table
@@ -57,26 +57,32 @@ class Folding:
         return text_table(("what", "became", "why"), lines) if lines else "nothing to fold"
 
 
-def fold(model: nn.Module, *, example_inputs: Any = None) -> nn.Module:
+def fold(model: nn.Module, *, example_inputs: Any = None, condition: Mapping[str, int] | None = None) -> nn.Module:
     """Return a copy of ``model`` with plain weights, for deployment; see :func:`fold_with_report`."""
-    return fold_with_report(model, example_inputs=example_inputs).model
+    return fold_with_report(model, example_inputs=example_inputs, condition=condition).model
 
 
 @settings_kept()  # a parametrization may draw random numbers wherever its weight is read
-def fold_with_report(model: nn.Module, *, example_inputs: Any = None) -> Folding:
+def fold_with_report(
+    model: nn.Module, *, example_inputs: Any = None, condition: Mapping[str, int] | None = None
+) -> Folding:
     """Return a copy of ``model`` with plain weights, what was folded, and what could not be.
 
     Weight norm (torch's two APIs, too), weight standardization and other parametrizations become plain weights;
     mean-only BatchNorms, remaining BatchNorms and per-channel affines go into the layer in front of them where the
-    graph proves that they may. No module of this package is left where torch.nn has its like.
+    graph proves that they may. No module of this package is left where torch.nn has its like; each that is left is
+    listed with the reason.
 
     Args:
         model: In eval mode. Of an AveragedModel its module is folded.
         example_inputs: Inputs to compare both models on; without, inputs are made up where the model takes them. They
             also show, by runs, which layers feed what inside modules that cannot be traced.
+        condition: The class at which a class-conditional model is folded, by the name of the argument that gives it:
+            ``{"label": 3}``. The folded model does not take that argument, and γ and β of the class go where other
+            per-channel affines go. It needs example inputs, with the class as a whole number for each sample.
 
     Raises:
-        FoldError: The model is in train mode.
+        FoldError: The model is in train mode, or cannot be written as a graph, which ``condition`` needs.
         InputError: A tensor of the model holds values that are none, or the model does not run on the inputs.
         VerificationError: The output moved.
     """
@@ -89,11 +95,15 @@ def fold_with_report(model: nn.Module, *, example_inputs: Any = None) -> Folding
         )
     refuse_sharded(model)
     refuse_unfit(model)
-    folded = copy_of(model)
-    inputs = example_of(model, example_inputs)
-    ranks = {} if inputs is None else ranks_on(folded, inputs)
+    folded, inputs = copy_of(model), example_of(model, example_inputs)
+    fixed = None if condition is None else at_class(folded, condition, inputs)
+    given = inputs
     rows: list[FoldRow] = []
     left: list[FoldRow] = []
+    if fixed is not None:
+        folded, given, inputs = fixed.model, fixed.original, fixed.inputs
+        left += fixed.left
+    ranks = {} if inputs is None else ranks_on(folded, inputs)
     for name, reason in make_plain(folded):
         (left if reason else rows).append(FoldRow(name, "as it was" if reason else "a plain weight", reason))
     fused = _fused(folded, inputs, ranks)
@@ -107,9 +117,11 @@ def fold_with_report(model: nn.Module, *, example_inputs: Any = None) -> Folding
         _simplify(folded)
         for row in _replace_the_rest(folded, ranks, fused.left):
             (left if row.reason else rows).append(row)
+    if fixed is not None:
+        without_identities(fixed.model)
     folded = _plain_forwards(folded)
     forget(folded)
-    return Folding(folded, tuple(rows), tuple(left), _check(model, folded, inputs))
+    return Folding(folded, tuple(rows), tuple(left), _check(model, folded, given, inputs))
 
 
 def _fused(model: nn.Module, inputs: Inputs | None, ranks: Mapping[int, int]) -> Fused:
@@ -152,9 +164,6 @@ def _replace_the_rest(model: nn.Module, ranks: Mapping[int, int], left: Mapping[
                 put(model, name, module.plain())
             what = f"a Flatten(-1, {module.rank - 1}), which lets inputs of {module.rank} axes through alone"
             rows.append(FoldRow(fqn, what))
-        elif divides_by_lengths(module):
-            why = "torch.nn has no layer that divides by the length of what it reads: normswap must be there to load it"
-            rows.append(FoldRow(fqn, "as it was", why))
         elif isinstance(answer, Stays):
             rows.append(FoldRow(fqn, "as it was", answer.reason))
         elif isinstance(answer, Affine):
@@ -206,13 +215,14 @@ def _holds_rank(module: nn.Module) -> bool:
     return isinstance(module, nn.Flatten) and module.start_dim == -1
 
 
-def _check(model: nn.Module, folded: nn.Module, example: Inputs | None) -> Verification | None:
+def _check(model: nn.Module, folded: nn.Module, given: Inputs | None, example: Inputs | None) -> Verification | None:
+    """Compare both models: the folded one on ``example``, the other on ``given``, which may have a class more."""
     inputs = example if example is not None else make_up_inputs(model, folded)
     if inputs is None and not any(_holds_rank(module) for module in folded.modules()):
         inputs = make_up_inputs(model)  # nothing explains that the folded model takes no input that the model takes
     if inputs is None:
         return None
-    check = keeps_output(eval_output(model, inputs), folded, inputs)
+    check = keeps_output(eval_output(model, inputs if given is None else given), folded, inputs)
     if check is not None and not check.ok:
         raise VerificationError(
             f"folding moved the output by {check.max_rel:.1e} of its size (allowed {check.tolerance:.0e})",

@@ -98,7 +98,7 @@ def absorb(
         bias = NewValue(handed.excess * old.detach().double(), (LinearOf("layer.bias", handed.excess),))
     if bias is not None:
         values[f"{'affine' if layer is None else 'layer'}.bias"] = bias
-    method = "exact" if norm.takes is Takes.AFFINE and not step.weight.reads_inputs else "absorbed"
+    method = "exact" if step.recipe.exact else "absorbed"
     return Absorbed(_with_known_terms(values, state, layer, "layer"), InitRow(site.norm, method, handed.notes))
 
 

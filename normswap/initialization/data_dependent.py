@@ -33,12 +33,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from normswap.errors import InitializationError, InputError
+from normswap.errors import InitializationError, InputError, Text, argument
 from normswap.graph import capture_recorded, capture_symbolic
 from normswap.graph.linearity import scales_with_its_parameters
 from normswap.graph.residual import output_layers, residual_branches
 from normswap.initialization.gains import Gains, gains_of
-from normswap.initialization.output_statistics import statistics_along
+from normswap.initialization.output_statistics import factors_to, scaled, statistics_along
+from normswap.initialization.recurrent_rows import settle_rows
 from normswap.nn import EstimatedStatistics, FilterLayout, MeanOnlyBatchNorm
 from normswap.nn.kinds import is_layer
 from normswap.nn.recurrent import is_recurrent
@@ -65,6 +66,7 @@ def initialize(
     *,
     fresh: bool = False,
     seed: int = 0,
+    recurrent: bool = False,
     processes: bool = True,
 ) -> InitReport:
     """Initialize ``model`` in place from one minibatch, in one forward pass; converted or not.
@@ -78,8 +80,11 @@ def initialize(
     Args:
         model: The model; left as it was if anything fails.
         batch: A minibatch: a tensor, a tuple or dict of inputs, or an iterable of which the first is taken.
-        fresh: Whether to draw the weights anew first, from N(0, 0.05²).
+        fresh: Whether to draw the weights anew first, from N(0, 0.05²); those of recurrent layers stay.
         seed: The seed of that draw.
+        recurrent: Whether the pre-activations of the gates of LSTM, GRU and RNN get mean 0 and deviation 1 over all
+            steps, too, by the scales of the rows of W_ih and by b_ih, while W_hh and b_hh stay. The authors keep the
+            usual initialization of recurrent networks.
         processes: Whether all processes of an initialized ``torch.distributed`` group call this, each with a minibatch
             of its own: the statistics are then those of all of them, and the values are the same. False works alone.
 
@@ -92,23 +97,26 @@ def initialize(
     """
     with together(processes):
         refuse_different_models(model)
-        report = _initialized(model, batch, fresh=fresh, seed=seed)
+        report = _initialized(model, batch, seed if fresh else None, recurrent=recurrent)
         make_equal(model)
     return report
 
 
-def _initialized(model: nn.Module, batch: Any, *, fresh: bool, seed: int) -> InitReport:
+def _initialized(model: nn.Module, batch: Any, seed: int | None, *, recurrent: bool) -> InitReport:
     inputs = next(bind_batches(model, batch))
     layers = {name: module for name, module in model.named_modules() if is_layer(module)}
+    over_time = {name: module for name, module in model.named_modules() if is_recurrent(module)}
     small, notes = _small_layers(model, inputs)
     refuse_different("residual branches", str(sorted(small.items())), "give inputs that take the same way through it")
     run = _Pass(small)
     try:
         with untouched(model):
-            if fresh:
+            if seed is not None:
                 run.draw(layers.values(), torch.Generator().manual_seed(seed))
             for name, layer in layers.items():
                 layer.register_forward_hook(partial(run.settle, name), prepend=True)
+            for name, layer in over_time.items() if recurrent else ():
+                layer.register_forward_hook(partial(run.settle_rows, name), prepend=True, with_kwargs=True)
             for module in model.modules():
                 if isinstance(module, _NORMS):
                     module.register_forward_pre_hook(run.adopt)
@@ -125,12 +133,11 @@ def _initialized(model: nn.Module, batch: Any, *, fresh: bool, seed: int) -> Ini
             hint="give a batch that the model takes; the model is as it was",
         ) from cause
     rows = [InitRow(name, *run.found[name]) for name in run.found]
-    missed = [
-        InitRow(name, "not initialized", ("the batch never reached it",)) for name in layers if name not in run.found
-    ]
-    why = "a recurrent layer: its rows keep the scale that they have"
-    recurrent = [InitRow(name, "not initialized", (why,)) for name, m in model.named_modules() if is_recurrent(m)]
-    return InitReport("data-dependent", (*rows, *missed, *recurrent), notes)
+    unasked = Text(f"a recurrent layer: its rows keep the scale that they have ({argument('recurrent', True)} sets it)")
+    why = dict.fromkeys(over_time, "the batch never reached it" if recurrent else unasked)
+    why = dict.fromkeys(layers, "the batch never reached it") | why
+    missed = [InitRow(name, "not initialized", (reason,)) for name, reason in why.items() if name not in run.found]
+    return InitReport("data-dependent", (*rows, *missed), notes)
 
 
 def _small_layers(model: nn.Module, inputs: Batch) -> tuple[Mapping[str, str], tuple[str, ...]]:
@@ -217,7 +224,7 @@ class _Pass:
             )
         notes: list[str] = []
         wanted = _SMALL_STD if name in self.small else 1.0
-        factor, constant = _factors(mean, std, wanted)
+        factor, constant = factors_to(mean, std, wanted)
         if stuck := int(constant.sum()):
             notes.append(f"{stuck} constant channels keep their scale")
         if self.scaled & set(map(id, weight.gains)):
@@ -231,7 +238,7 @@ class _Pass:
             _multiply(layer, weight, factor, bias, mean)
         new_mean = mean * factor if bias is None else torch.zeros_like(mean)
         if proportional:
-            new = _scaled(centred, factor, new_mean, axis).to(out.dtype)
+            new = scaled(centred, factor, new_mean, axis).to(out.dtype)
         else:
             new = layer.forward(*args)
             deviation = statistics_along(new, axis, name)[1]
@@ -250,6 +257,15 @@ class _Pass:
         self.found[name] = "scale" if bias is None else "scale and bias", tuple(notes)
         self.last = name, new, (new_mean, (std * factor).square()) if axis == 1 else None
         return new
+
+    def settle_rows(self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+        """Do the same for the pre-activations of a recurrent layer's gates; return its new output."""
+        self.last = None
+        if name in self.found:
+            self.note(name, "shared: initialized at its first call")
+            return out
+        self.found[name] = settle_rows(name, layer, (args, kwargs), self.changing, self.scaled)
+        return layer.forward(*args, **kwargs)
 
     def adopt(self, norm: nn.Module, args: tuple[Any, ...]) -> None:
         """Give a norm with running statistics those of the minibatch, at its first call."""
@@ -272,20 +288,6 @@ class _Pass:
         with self.changing(*(buffer for buffer, _ in buffers)):
             for buffer, values in buffers:
                 buffer.copy_(values)
-
-
-@unwatched()
-def _factors(mean: Tensor, std: Tensor, wanted: float) -> tuple[Tensor, Tensor]:
-    """Return what gives each channel that deviation, and which are constant: rounding noise must not be blown up."""
-    constant = std <= 1e-6 * torch.maximum(mean.abs(), std.amax())
-    return torch.where(constant, 1.0, wanted / std.clamp(min=torch.finfo(std.dtype).tiny)), constant
-
-
-@unwatched()
-def _scaled(centred: Tensor, factor: Tensor, mean: Tensor, axis: int) -> Tensor:
-    """Return what has the given mean and ``factor`` times the deviation of ``centred``, which is overwritten."""
-    shape = [-1 if a == axis else 1 for a in range(centred.ndim)]
-    return centred.mul_(factor.view(shape)).add_(mean.view(shape))
 
 
 def _multiply(layer: nn.Module, weight: Gains, factor: Tensor, bias: Tensor | None, mean: Tensor) -> None:

@@ -45,15 +45,15 @@ class Gains:
                 tensor.mul_(own.view(_like(tensor)))
 
 
-def gains_of(layer: nn.Module) -> Gains:
-    """Return the tensors of ``layer``, whichever way its weight is written."""
-    if isinstance(layer._parameters.get("weight_g"), Tensor):  # torch's older weight norm, a hook
-        return Gains(layer.weight_v, (layer.weight_g,))  # type: ignore[arg-type]
-    if not parametrize.is_parametrized(layer, "weight"):
-        weight = layer.weight
+def gains_of(layer: nn.Module, name: str = "weight") -> Gains:
+    """Return the tensors of ``layer``, whichever way its weight of this name is written."""
+    if isinstance(layer._parameters.get(f"{name}_g"), Tensor):  # torch's older weight norm, a hook
+        return Gains(getattr(layer, f"{name}_v"), (getattr(layer, f"{name}_g"),))
+    if not parametrize.is_parametrized(layer, name):
+        weight = getattr(layer, name)
         assert isinstance(weight, Tensor)
         return Gains(weight, (weight,))
-    originals = layer.get_submodule("parametrizations.weight")
+    originals = layer.get_submodule(f"parametrizations.{name}")
     assert isinstance(originals, parametrize.ParametrizationList)
     tensors = [
         getattr(originals, n) for n in ("original", "original0", "original1", "original2") if hasattr(originals, n)

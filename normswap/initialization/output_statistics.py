@@ -8,7 +8,7 @@ from torch import Tensor
 from normswap.runs.processes import alone, summed
 from normswap.runs.writes import unwatched
 
-__all__ = ["statistics_along"]
+__all__ = ["factors_to", "scaled", "statistics_along"]
 
 
 @unwatched()
@@ -28,3 +28,17 @@ def statistics_along(x: Tensor, axis: int, where: str) -> tuple[Tensor, Tensor, 
     squares = torch.linalg.vector_norm(centred, dim=axes, dtype=torch.float64).square()
     (squares,) = summed(f"the deviation at '{where}'", squares)
     return mean.flatten(), (squares / number).sqrt().to(values.dtype), centred
+
+
+@unwatched()
+def factors_to(mean: Tensor, std: Tensor, wanted: float) -> tuple[Tensor, Tensor]:
+    """Return what gives each channel that deviation, and which are constant: rounding noise must not be blown up."""
+    constant = std <= 1e-6 * torch.maximum(mean.abs(), std.amax())
+    return torch.where(constant, 1.0, wanted / std.clamp(min=torch.finfo(std.dtype).tiny)), constant
+
+
+@unwatched()
+def scaled(centred: Tensor, factor: Tensor, mean: Tensor, axis: int) -> Tensor:
+    """Return what has the given mean and ``factor`` times the deviation of ``centred``, which is overwritten."""
+    shape = [-1 if a == axis else 1 for a in range(centred.ndim)]
+    return centred.mul_(factor.view(shape)).add_(mean.view(shape))

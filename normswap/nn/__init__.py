@@ -1,5 +1,6 @@
 """The modules and parametrizations that a converted model may contain, beside those of torch.nn."""
 
+from normswap.nn.batch_norm_cells import BatchNormGRUCell, BatchNormLSTMCell, BatchNormRNNCell
 from normswap.nn.batch_norm_rnn import BatchNormGRU, BatchNormLSTM, BatchNormRNN
 from normswap.nn.cosine import (
     CosineConv1d,
@@ -22,11 +23,15 @@ from normswap.nn.parametrizations import (
     parametrize_weight_norm,
 )
 from normswap.nn.rank_check import RankCheck
+from normswap.nn.streaming import StreamingNorm
 
 __all__ = [
     "BatchNormGRU",
+    "BatchNormGRUCell",
     "BatchNormLSTM",
+    "BatchNormLSTMCell",
     "BatchNormRNN",
+    "BatchNormRNNCell",
     "ChannelAffine",
     "ChannelLayerNorm",
     "CosineConv1d",
@@ -48,6 +53,7 @@ __all__ = [
     "MeanOnlyBatchNorm",
     "RankCheck",
     "ScalarMultiplier",
+    "StreamingNorm",
     "WeightStandardization",
     "parametrize_weight_norm",
     "row_moments",

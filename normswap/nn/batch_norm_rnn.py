@@ -18,8 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normswap.nn.batch_normalized import BatchNormalized
+from normswap.nn.normalized import without_cell_norm
 from normswap.nn.normalized_rnn import NormalizedRNNBase, over_time, states_before, turned
-from normswap.nn.recurrent_steps import GATES, State, gru_step, lstm_step
+from normswap.nn.recurrent_steps import State
 
 __all__ = ["BatchNormGRU", "BatchNormLSTM", "BatchNormRNN", "BatchNormRNNBase"]
 
@@ -32,55 +34,13 @@ _KERNELS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
 _TORCHS: dict[str, type[nn.RNNBase]] = {"LSTM": nn.LSTM, "GRU": nn.GRU, "RNN_TANH": nn.RNN, "RNN_RELU": nn.RNN}
 
 
-class BatchNormRNNBase(NormalizedRNNBase):
+class BatchNormRNNBase(BatchNormalized, NormalizedRNNBase):
     """What the three layers share."""
 
-    def __init__(
-        self,
-        mode: str,
-        *args: Any,
-        max_length: int | None = None,
-        input_only: bool = False,
-        cell_norm: bool = False,
-        gain: float = 0.1,
-        eps: float = 1e-5,
-        momentum: float = 0.1,
-        **options: Any,
-    ) -> None:
+    def __init__(self, mode: str, *args: Any, **options: Any) -> None:
+        settings = self._taken_from(options)
         super().__init__(mode, *args, **options)
-        if max_length is not None and max_length < 1:
-            raise ValueError(f"max_length must be at least 1, got {max_length}")
-        if cell_norm and max_length is None:
-            raise ValueError("cell_norm=True needs statistics per step: give max_length")
-        self.max_length, self.input_only, self.cell_norm = max_length, input_only, cell_norm
-        self.gain, self.eps, self.momentum = gain, eps, momentum
-        like = next(self.parameters()).detach()
-        for end in self._ends():
-            for part, units in self._norms():
-                for kind in ("weight", "bias") if part == "c" else ("weight",):
-                    setattr(self, f"bn_{part}_{kind}_{end}", nn.Parameter(like.new_empty(units)))
-                for kind in ("mean", "var"):
-                    shape = (units,) if max_length is None else (max_length, units)
-                    self.register_buffer(f"bn_{part}_{kind}_{end}", like.new_empty(shape))
-        self.reset_parameters()
-
-    def _norms(self) -> list[tuple[str, int]]:
-        """Return what is normalized, as it stands in the names, and how many units it has."""
-        units = GATES[self.mode] * self.hidden_size
-        found = [("ih", units)] if self.input_only else [("ih", units), ("hh", units)]
-        return [*found, ("c", self.hidden_size)] if self.cell_norm else found
-
-    def reset_parameters(self) -> None:
-        """Draw the matrices as torch does; biases start at 0, gains at ``gain``, the statistics at 0 and 1."""
-        limit = self.hidden_size**-0.5
-        with torch.no_grad():
-            for name, parameter in self.named_parameters():
-                if name.startswith("weight"):
-                    parameter.uniform_(-limit, limit)
-                else:
-                    parameter.fill_(self.gain if name.startswith("bn") and "_weight_" in name else 0.0)
-            for name, buffer in self.named_buffers():
-                buffer.fill_(float("_var_" in name))
+        self._settle(**settings)
 
     def _one_layer(self, k: int, x: Tensor, sizes: list[int], first: Sequence[State]) -> tuple[Tensor, list[State]]:
         ends = self._ends(k)
@@ -107,49 +67,14 @@ class BatchNormRNNBase(NormalizedRNNBase):
             with torch.no_grad():
                 for d, (end, own) in enumerate(zip(ends, y.chunk(len(ends), -1), strict=True)):
                     before = states_before(own, first[d][0], sizes, backwards=d == 1)
-                    self._follow("hh", end, F.linear(before, getattr(self, f"weight_hh_{end}")))
+                    self._follow("hh", end, F.linear(before, self._own("weight_hh", end)))
         last_c = last[1] if self.mode == "LSTM" else c
         return y, [(last[0][d], last_c[d]) for d in range(len(ends))]
 
-    def _plain(self, end: str, x: Tensor | None = None) -> dict[str, Tensor]:
-        """Return the tensors with which a layer of torch's is this one; with ``x``, the batch's statistics are its."""
-        found: dict[str, Tensor] = {}
-        for part in ("ih", "hh"):
-            weight, bias = getattr(self, f"weight_{part}_{end}"), getattr(self, f"bias_{part}_{end}", None)
-            bias = weight.new_zeros(len(weight)) if bias is None else bias
-            if part == "ih" or not self.input_only:
-                gain, mean, var = (getattr(self, f"bn_{part}_{kind}_{end}") for kind in ("weight", "mean", "var"))
-                if x is not None:  # what is used here does not change before the gradients are taken
-                    of_batch = part == "ih"
-                    mean, var = (
-                        self._follow(part, end, F.linear(x, weight)) if of_batch else (mean.clone(), var.clone())
-                    )
-                factor = gain * (var + self.eps).rsqrt()
-                weight, bias = factor[:, None] * weight, bias - factor * mean
-            found |= {f"weight_{part}_{end}": weight, f"bias_{part}_{end}": bias}
-        order = (*(f"{kind}_{part}_{end}" for kind in ("weight", "bias") for part in ("ih", "hh")),)
-        found = {name: found[name] for name in order}
-        return found | ({f"weight_hr_{end}": getattr(self, f"weight_hr_{end}")} if self.proj_size else {})
-
-    def _follow(self, part: str, end: str, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Let the running statistics follow ``values``, ``(rows, units)``, and return the mean and the variance."""
-        if len(values) < 2:
-            raise ValueError(
-                f"a batch in training must have more than one value per unit, and has {len(values)}: give longer "
-                "sequences or more of them"
-            )
-        mean, var = (getattr(self, f"bn_{part}_{kind}_{end}") for kind in ("mean", "var"))
-        values = values.to(mean.dtype)
-        now = values.mean(0), values.var(0, correction=0)
-        with torch.no_grad():
-            mean.lerp_(now[0], self.momentum)
-            var.lerp_(now[1] * (len(values) / (len(values) - 1)), self.momentum)
-        return now
-
-    def plain(self) -> nn.RNNBase | None:
-        """Return the layer of torch's that is this one in evaluation; None where there is none."""
-        if self.max_length is not None:
-            return None
+    def deployed(self) -> nn.RNNBase | str:
+        """Return the layer of torch's that computes the same in evaluation, or why there is none."""
+        if reason := self._why_no_torchs(_TORCHS[self.mode].__name__):
+            return reason
         like = next(self.parameters())
         options: dict[str, Any] = {"num_layers": self.num_layers, "batch_first": self.batch_first}
         options |= {"dropout": self.dropout, "bidirectional": self.bidirectional}
@@ -172,41 +97,17 @@ class BatchNormRNNBase(NormalizedRNNBase):
     ) -> tuple[Tensor, State]:
         """Run one direction, step by step; backwards each sequence is turned round by itself, so all begin at once."""
         order = turned(sizes, x.device) if backwards else None
-        w_ih, w_hh, w_hr = (getattr(self, f"weight_{part}_{end}", None) for part in ("ih", "hh", "hr"))
-        assert w_ih is not None
-        assert w_hh is not None
-        u = F.linear(x if order is None else x[order], w_ih)
+        u = F.linear(x if order is None else x[order], self._own("weight_ih", end))
         time = itertools.count()
 
         def step(now: Tensor, state: State) -> State:
-            t, alone = next(time), sizes[0] > 1 and len(now) == 1
-            of_input = self._at("ih", end, now, t, alone=alone)
-            of_state = self._at("hh", end, F.linear(state[0], w_hh), t, alone=alone)
-            if self.mode == "LSTM":
-                cell = (lambda c: self._at("c", end, c, t, alone=alone)) if self.cell_norm else None
-                return lstm_step(of_input + of_state, state[1], w_hr, cell)
-            if self.mode == "GRU":
-                parts = (2 * self.hidden_size, self.hidden_size)
-                (gates, new), (more, recurrent) = of_input.split(parts, -1), of_state.split(parts, -1)
-                return gru_step(gates + more, new, recurrent, state[0]), state[1]
-            return (torch.relu if self.mode == "RNN_RELU" else torch.tanh)(of_input + of_state), state[1]
+            return self._at(end, now, state, next(time), alone=sizes[0] > 1 and len(now) == 1)
 
         y, last = over_time(step, u, sizes, first, backwards=False)
         return y if order is None else y[order], last
 
-    def _at(self, part: str, end: str, x: Tensor, t: int, *, alone: bool) -> Tensor:
-        """Return what is made of ``x`` at step ``t``; of a sample that goes on ``alone`` with the running values."""
-        bias = getattr(self, f"bn_c_bias_{end}" if part == "c" else f"bias_{part}_{end}", None)
-        if part == "hh" and self.input_only:
-            return x if bias is None else x + bias
-        gain, mean, var = (getattr(self, f"bn_{part}_{kind}_{end}") for kind in ("weight", "mean", "var"))
-        k = min(t, len(mean) - 1)
-        return F.batch_norm(x, mean[k], var[k], gain, bias, self.training and not alone, self.momentum, self.eps)
-
     def extra_repr(self) -> str:
-        more = "" if self.max_length is None else f", max_length={self.max_length}"
-        more += ", input_only=True" if self.input_only else ""
-        return super().extra_repr() + more + (", cell_norm=True" if self.cell_norm else "")
+        return super().extra_repr() + self._settings()
 
 
 class BatchNormLSTM(BatchNormRNNBase):
@@ -258,7 +159,7 @@ class BatchNormGRU(BatchNormRNNBase):
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__("GRU", *args, **_without_cell(options))
+        super().__init__("GRU", *args, **without_cell_norm(options))
 
 
 class BatchNormRNN(BatchNormRNNBase):
@@ -277,11 +178,5 @@ class BatchNormRNN(BatchNormRNNBase):
     def __init__(self, *args: Any, nonlinearity: str = "tanh", **options: Any) -> None:
         if nonlinearity not in ("tanh", "relu"):
             raise ValueError(f"the nonlinearity must be 'tanh' or 'relu', got {nonlinearity!r}")
-        super().__init__(f"RNN_{nonlinearity.upper()}", *args, **_without_cell(options))
+        super().__init__(f"RNN_{nonlinearity.upper()}", *args, **without_cell_norm(options))
         self.nonlinearity = nonlinearity
-
-
-def _without_cell(options: dict[str, Any]) -> dict[str, Any]:
-    if options.get("cell_norm"):
-        raise TypeError("cell_norm is an LSTM's: this layer has no c")
-    return options

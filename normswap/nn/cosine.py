@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normswap.nn.kinds import class_of
+from normswap.nn.kinds import Answering
 
 __all__ = [
     "CosineConv1d",
@@ -17,7 +17,6 @@ __all__ = [
     "CosineConvTranspose2d",
     "CosineConvTranspose3d",
     "CosineLinear",
-    "divides_by_lengths",
     "make_cosine",
 ]
 
@@ -37,7 +36,13 @@ def _over_length(layer: nn.Module, y: Tensor, squares: Tensor, axis: int) -> Ten
     return y / length + bias.view(-1, *(1,) * (-axis - 1))
 
 
-class CosineLinear(nn.Linear):
+class _Cosine(Answering):
+    def deployed(self) -> nn.Module | str:
+        """Say that torch.nn has no such layer."""
+        return "torch.nn has no layer that divides by the length of what it reads"
+
+
+class CosineLinear(_Cosine, nn.Linear):
     """``y = W u/‖u‖ + b``; the constructor, shapes and parameters of ``nn.Linear``.
 
     With ``W = g v/‖v‖`` per row (``torch.nn.utils.parametrizations.weight_norm``) it is ``g cos(v, u) + b``. An input
@@ -53,7 +58,7 @@ class CosineLinear(nn.Linear):
         return _over_length(self, F.linear(input, self.weight), squares, -1)
 
 
-class _CosineConv(nn.modules.conv._ConvNd):
+class _CosineConv(_Cosine, nn.modules.conv._ConvNd):
     def forward(self, input: Tensor) -> Tensor:
         """Return the cosines of the filters with the patches of ``input``, times their gains, and the bias."""
         apply: Any = self._conv_forward
@@ -77,7 +82,7 @@ class CosineConv3d(_CosineConv, nn.Conv3d):
 _TRANSPOSED: tuple[Any, ...] = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
 
-class _CosineConvTranspose(nn.modules.conv._ConvTransposeNd):
+class _CosineConvTranspose(_Cosine, nn.modules.conv._ConvTransposeNd):
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Return the cosines of the filters with what they read of ``input``, times their gains, and the bias."""
         axes = len(self.kernel_size)
@@ -129,8 +134,3 @@ def make_cosine(layer: nn.Module) -> None:
     if type(layer) not in _KINDS:
         raise TypeError(f"{type(layer).__name__} is no layer of torch's own")
     layer.__class__ = _KINDS[type(layer)]
-
-
-def divides_by_lengths(module: nn.Module) -> bool:
-    """Tell whether ``module`` is such a layer."""
-    return issubclass(class_of(module), tuple(_KINDS.values()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-__all__ = ["LAYERS", "class_of", "is_layer"]
+__all__ = ["LAYERS", "Answering", "class_of", "is_layer"]
 
 LAYERS = (
     nn.Conv1d,
@@ -15,6 +15,14 @@ LAYERS = (
     nn.ConvTranspose3d,
     nn.Linear,
 )
+
+
+class Answering:
+    """A base of modules that are no norm and say themselves what becomes of them in a deployed model, as norms do."""
+
+    def deployed(self) -> nn.Module | str:
+        """Return the module of torch.nn that computes the same in evaluation, or why there is none."""
+        raise NotImplementedError
 
 
 def class_of(module: nn.Module) -> type[nn.Module]:

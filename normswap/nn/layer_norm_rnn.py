@@ -6,59 +6,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from normswap.nn.layer_norm_steps import PARTS, Direction, gru, lstm, rnn
+from normswap.nn.layer_norm_steps import Direction, gru, lstm, rnn
+from normswap.nn.layer_normalized import LayerNormalized
 from normswap.nn.normalized_rnn import NormalizedRNNBase, over_time
-from normswap.nn.recurrent_steps import GATES, State, Step
+from normswap.nn.recurrent_steps import State, Step
 
 __all__ = ["LayerNormGRU", "LayerNormLSTM", "LayerNormRNN", "LayerNormRNNBase"]
 
 
-class LayerNormRNNBase(NormalizedRNNBase):
+class LayerNormRNNBase(LayerNormalized, NormalizedRNNBase):
     """What the three layers share. What the inputs give is computed and normalized for all steps at once."""
 
     def __init__(self, mode: str, *args: Any, eps: float = 1e-5, cell_norm: bool = False, **options: Any) -> None:
         super().__init__(mode, *args, **options)
-        self.eps, self.cell_norm = eps, cell_norm
-        like = next(self.parameters())
-        for end in self._ends():
-            for part, size in self._norms():
-                for kind in ("weight", "bias"):
-                    value = torch.empty(size, device=like.device, dtype=like.dtype)
-                    setattr(self, f"ln{part}_{kind}_{end}", nn.Parameter(value))
-        self.reset_parameters()
-
-    def _norms(self) -> list[tuple[str, int]]:
-        """Return what is normalized, as it stands in the names, and over how many units."""
-        units = GATES[self.mode] * self.hidden_size
-        found = [(f"_{part}" if part else "", units) for part in PARTS[self.mode]]
-        return [*found, ("_c", self.hidden_size)] if self.cell_norm else found
-
-    def reset_parameters(self) -> None:
-        """Draw the matrices as torch does; gains start at 1, shifts and the biases within the norms at 0."""
-        limit = self.hidden_size**-0.5
-        with torch.no_grad():
-            for name, parameter in self.named_parameters():
-                if name.startswith("weight"):
-                    parameter.uniform_(-limit, limit)
-                else:
-                    parameter.fill_(float(name.startswith("ln") and "_weight_" in name))
-
-    def _direction(self, end: str) -> Direction:
-        def pair(part: str) -> tuple[Tensor, Tensor] | None:
-            name = f"ln{part}_%s_{end}"
-            found = [getattr(self, name % kind, None) for kind in ("weight", "bias")]
-            return None if found[0] is None or found[1] is None else (found[0], found[1])
-
-        w_ih, w_hh = (getattr(self, f"weight_{part}_{end}") for part in ("ih", "hh"))
-        rest = [getattr(self, f"{name}_{end}", None) for name in ("bias_ih", "bias_hh", "weight_hr")]
-        of_input = pair("_ih") or pair("")
-        assert of_input is not None
-        return Direction(w_ih, w_hh, rest[0], rest[1], rest[2], of_input, pair("_hh"), pair("_c"), self.eps)
-
-    def _step(self, p: Direction, x: Tensor) -> tuple[Tensor, Step]:
-        raise NotImplementedError
+        self._settle(eps=eps, cell_norm=cell_norm)
 
     def _one_layer(self, k: int, x: Tensor, sizes: list[int], first: Sequence[State]) -> tuple[Tensor, list[State]]:
         found, last = [], []

@@ -12,13 +12,14 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
+from normswap.nn.normalized import Normalized
 from normswap.nn.recurrent import LiveBase
 from normswap.nn.recurrent_steps import State, Step
 
 __all__ = ["NormalizedRNNBase", "over_time", "states_before", "turned"]
 
 
-class NormalizedRNNBase(LiveBase):
+class NormalizedRNNBase(Normalized, LiveBase):
     """A recurrent layer whose classes say what one layer of it computes; inputs, outputs and states are torch's."""
 
     def _ends(self, layer: int | None = None) -> list[str]:

@@ -24,10 +24,10 @@ from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weig
 from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDictPreHook
 from torch.nn.utils.weight_norm import WeightNorm
 
-from normswap.nn.batch_norm_rnn import BatchNormRNNBase
+from normswap.nn.kinds import Answering
 from normswap.nn.recurrent import make_torchs
 
-__all__ = ["batch_norm_made_plain", "legacy_hooks", "make_plain"]
+__all__ = ["legacy_hooks", "made_torchs", "make_plain"]
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,8 @@ def make_plain(model: nn.Module) -> Iterator[tuple[str, str]]:
     """Replace every parametrized tensor in ``model``, in eval mode, by a plain parameter of its present value.
 
     The hooks of torch's older weight norm, spectral norm and pruning count, and any parametrization whose value does
-    not change from one reading to the next. A batch-normalized recurrent layer becomes torch's own where it may.
+    not change from one reading to the next. A module that is one of torch.nn in evaluation, as a
+    batch-normalized recurrent layer may be, becomes that.
 
     Yields:
         (fqn of the tensor, '') for each that is plain now, (fqn, reason) for each that stays.
@@ -90,14 +91,14 @@ def make_plain(model: nn.Module) -> Iterator[tuple[str, str]]:
                 _unparametrize(module, names)
             for name in names:
                 yield f"{prefix}{name}", f"{random[0]} changes from one reading to the next" if random else ""
-        if batch_norm_made_plain(module):
+        if made_torchs(module):
             yield from ((f"{prefix}{name}", "") for name, _ in module.named_parameters())
 
 
-def batch_norm_made_plain(module: nn.Module) -> bool:
-    """Make a batch-normalized recurrent layer one of torch's, in place, with its hooks; tell whether it was and may."""
-    plain = module.plain() if isinstance(module, BatchNormRNNBase) else None
-    if plain is None:
+def made_torchs(module: nn.Module) -> bool:
+    """Make of a module the one of torch.nn that it says it is, in place, with its hooks; tell whether it is one."""
+    plain = module.deployed() if isinstance(module, Answering) else ""
+    if isinstance(plain, str):
         return False
     module.__class__ = type(plain)
     hooks = {name: value for name, value in vars(module).items() if "_hooks" in name}

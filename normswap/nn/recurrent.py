@@ -27,6 +27,7 @@ __all__ = [
     "LiveGRU",
     "LiveLSTM",
     "LiveRNN",
+    "is_plain",
     "is_recurrent",
     "make_live",
     "make_torchs",
@@ -84,6 +85,11 @@ _LIVE: dict[type[nn.RNNBase], type[LiveBase]] = {nn.LSTM: LiveLSTM, nn.GRU: Live
 def is_recurrent(module: nn.Module) -> bool:
     """Tell whether ``module`` is an LSTM, GRU or RNN, a cell of one, or of a class that derives from these."""
     return isinstance(module, (nn.RNNBase, nn.RNNCellBase))
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Tell whether ``module`` is one of torch's own layers, whose matrices may be computed."""
+    return class_of(module) in {*_LIVE, *_LIVE.values()}
 
 
 def matrices_of(module: nn.Module) -> tuple[str, ...] | None:

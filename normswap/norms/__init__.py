@@ -9,6 +9,7 @@ from functools import cache
 
 from torch import nn
 
+from normswap.nn.kinds import Answering
 from normswap.norms.assignment import Along, Assignment, LinearOf, NewValue, apply, named, of_present, tensor_in
 from normswap.norms.base import Norm, registered
 from normswap.norms.records import Affine, Bias, Encoding, Incoming, NormState, Stays, Takes
@@ -60,6 +61,13 @@ def is_convertible(module: nn.Module) -> bool:
 
 
 def deployed(module: nn.Module) -> Affine | Stays | nn.Module | None:
-    """Return what becomes of ``module`` in a deployed model, None where it is no norm; see :meth:`Norm.deployed`."""
-    norm = norm_of(module)
-    return None if norm is None else norm.deployed(module)
+    """Return what becomes of ``module`` in a deployed model, see :meth:`Norm.deployed`.
+
+    None of what is no norm, and no module of this package that answers for itself.
+    """
+    if (norm := norm_of(module)) is not None:
+        return norm.deployed(module)
+    if not isinstance(module, Answering):
+        return None
+    answer = module.deployed()
+    return Stays(f"{answer}: normswap must be there to load the model") if isinstance(answer, str) else answer

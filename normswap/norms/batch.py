@@ -98,9 +98,13 @@ class BatchNormalization(Norm):
 
     @classmethod
     def deployed(cls, module: nn.Module) -> Affine | Stays | nn.Module:
+        return module if cls.read(module).mean is None else cls.affine(module)
+
+    @classmethod
+    def affine(cls, module: nn.Module) -> Affine:
+        """Return the affine that a norm with stored statistics is in evaluation."""
         state = cls.read(module)
-        if state.mean is None:
-            return module
+        assert state.mean is not None
         scale = state.gamma.double() * state.inverse_std
         return Affine(scale, state.beta.double() - scale * state.mean.double(), otherwise=module)
 

@@ -39,6 +39,8 @@ class Recipe(Described):
 
     by_itself: ClassVar[bool] = True
     """Whether its name alone chooses it; else it needs options."""
+    needs_layer: ClassVar[bool] = False
+    """Whether it normalizes the layer, so that it does nothing where none takes the norm up."""
 
     @property
     def patterns(self) -> tuple[str, ...]:
@@ -51,6 +53,8 @@ class Recipe(Described):
 
     def refuse(self, site: Site) -> str | None:
         """Return why this recipe cannot be used at ``site``, or None."""
+        if self.needs_layer and site.layer is None:
+            return f"there is no layer for it to normalize: {site.reason}"
         return None
 
     def weight(self, site: Site) -> Weight:

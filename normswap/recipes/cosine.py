@@ -30,10 +30,11 @@ class CosineNormalization(Recipe):
     equation = "g v·u/(‖v‖ ‖u‖) + b, no norm"
     paper = "Luo et al. 2017"
     exact = False
+    needs_layer = True
 
     def refuse(self, site: Site) -> str | None:
-        if site.layer is None:
-            return f"no layer whose input could be divided by its length: {site.reason}"
+        if reason := super().refuse(site):
+            return reason
         if site.layer_type not in _OWN:
             return f"{site.layer_type} is a class of its own, whose forward may do more than multiply"
         if site.fan_in == 1:

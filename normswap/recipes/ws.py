@@ -33,10 +33,11 @@ class WeightStandardizationOnly(Recipe):
     equation = "W = gain (v − mean v)/sqrt(n (var v + eps)), the BatchNorm stays"
     paper = "Qiao et al. 2019"
     exact = False
+    needs_layer = True
 
     def refuse(self, site: Site) -> str | None:
-        if site.layer is None:
-            return f"no layer whose weight could be standardized: {site.reason}"
+        if reason := super().refuse(site):
+            return reason
         if site.fan_in == 1:
             return "a filter of one value has no deviation to divide by"
         if site.depthwise and not self.depthwise:

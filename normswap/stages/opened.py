@@ -14,7 +14,6 @@ from normswap.graph.calls import Calls
 from normswap.graph.code_reads import reads_in_code
 from normswap.graph.opening import opened_form
 from normswap.graph.symbolic import capture_symbolic
-from normswap.norms import norm_of
 from normswap.runs.modes import held_modules
 from normswap.stages.references import referenced
 
@@ -42,8 +41,7 @@ class Opened:
             holder = model.get_submodule(parent)
             form = holder._modules[child]
             plain = form._modules.get(name) if isinstance(form, fx.GraphModule) else None
-            kind = None if plain is None else norm_of(plain)
-            if plain is None or kind is None or not (kind.converts and kind.only_normalizes(plain)):
+            if plain is None or not isinstance(norm, type(plain)):  # it was made as one of a base of the norm's class
                 continue
             if id(form) not in closed:
                 closed[id(form)] = _with_tensors_of(norm, plain)

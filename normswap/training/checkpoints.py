@@ -45,8 +45,8 @@ def migrate_state_dict(old: Mapping[str, Tensor], model: Any, *, to: str | None 
     """Return the state dict that a converted model has with the values of an old one, or the reverse.
 
     For a later checkpoint of the same training, an average of weights, another fold. With an exact recipe (``wn``,
-    ``wn+mobn``, ``mobn``, ``none``) both are the same function in evaluation, up to rounding. With another, the
-    checkpoint is converted as without data, whatever data the conversion had; a report says so.
+    ``wn+mobn``, ``mobn``, ``streaming``, ``none``) both are the same function in evaluation, up to rounding. With
+    another, the checkpoint is converted as without data, whatever data the conversion had; a report says so.
 
     Back, γ, μ and σ are told apart by what the conversion remembers of the old ones, so that there and back gives the
     same values where they have not been trained meanwhile; ``W' = γ/σ·W`` alone would not tell.

@@ -8,6 +8,8 @@ without a mean-only norm, μ are the old ones, which the conversion remembers, a
 - else γ is the old one, and ``W = W' σ/γ``, 1 where the old one is 0;
 - a mean-only norm's running mean m gives ``μ = b + m σ/γ``, as it did when BatchNorm's gave it;
 - β is what is left.
+
+A norm that has all of a BatchNorm's values gives them back as they are, with b added to the mean.
 """
 
 from __future__ import annotations
@@ -20,9 +22,8 @@ from torch import Tensor, nn
 
 from normswap.errors import InputError
 from normswap.nn import FilterLayout
-from normswap.nn.batch_norm_rnn import BatchNormRNNBase
 from normswap.nn.readers import fused_inputs
-from normswap.norms import Affine, deployed
+from normswap.norms import Affine, Bias, NormState, deployed, is_convertible, norm_of
 from normswap.stages.bound import BoundStep, bind
 from normswap.stages.moves import old_tensors
 from normswap.stages.opened import opened
@@ -74,7 +75,8 @@ def restored(model: nn.Module, origin: Origin) -> tuple[dict[str, Any], list[str
         found = [(step, _Old(skeleton, known, step, before)) for step in bound.steps]
     for recurrent in bound.recurrent:
         module, name = model.get_submodule(recurrent.site.name), recurrent.site.name
-        of_torch = module.plain() if isinstance(module, BatchNormRNNBase) else None
+        answer = deployed(module)
+        of_torch = answer if isinstance(answer, nn.Module) else None
         if of_torch is not None and not recurrent.site.bias:
             raise InputError(
                 f"'{name}' had no biases, which its statistics have become since",
@@ -115,11 +117,15 @@ def restored(model: nn.Module, origin: Origin) -> tuple[dict[str, Any], list[str
 
 def _restore(model: nn.Module, step: BoundStep, old: _Old) -> None:
     """Give one step's old tensors their values."""
-    site = step.site
+    site, parts = step.site, _parts(model, step)
+    if (whole := next(filter(is_convertible, parts), None)) is not None:
+        norm = norm_of(whole)
+        assert norm is not None
+        _restore_values(model, step, old, norm.read(whole))
+        return
     sigma = (old.get("norm.running_var", 1.0 - step.state.eps) + step.state.eps).sqrt()
     gamma, mean = old.get("norm.weight", 1.0), old.get("norm.running_mean", 0.0)
     old.set("norm.running_var", sigma.square() - step.state.eps)
-    parts = _parts(model, step)
     subtracted = next((value for part in parts if (value := _running_mean(part)) is not None), None)
     after = [found for part in parts if isinstance(found := deployed(part), Affine)]
     if step.step.reader is not None:
@@ -147,6 +153,26 @@ def _restore(model: nn.Module, step: BoundStep, old: _Old) -> None:
         mean = torch.where(gamma == 0, mean, bias + subtracted * sigma / gamma)
     offset = bias if site.layer is not None else torch.zeros_like(mean)
     beta = shift + gamma * (mean - offset) / sigma
+    _set_norm(old, gamma, beta, mean, sigma)
+
+
+def _restore_values(model: nn.Module, step: BoundStep, old: _Old, state: NormState) -> None:
+    """Give the values of a norm that has all of a BatchNorm's."""
+    if step.norm.bias is Bias.KEPT:
+        return  # it is the old norm itself, and so is its layer's bias
+    assert state.mean is not None
+    assert state.var is not None
+    var, bias = state.var.double(), old.get("layer.bias", 0.0)
+    if step.site.layer is not None:
+        old.set("layer.weight", FilterLayout.weight(model.get_submodule(step.site.layer)).detach().double())
+        old.set("layer.bias", bias)
+    old.set("norm.running_var", var)
+    gamma = _gain(old, state.gamma.double(), step)
+    mean = state.mean.double() + (bias if "layer.bias" in old.names else torch.zeros_like(bias))
+    _set_norm(old, gamma, state.beta.double(), mean, (var + state.eps).sqrt())
+
+
+def _set_norm(old: _Old, gamma: Tensor, beta: Tensor, mean: Tensor, sigma: Tensor) -> None:
     if "norm.bias" not in old.names:  # μ has to make up for it
         mean, beta = mean - beta * sigma / gamma, torch.zeros_like(beta)
     old.set("norm.running_mean", mean)

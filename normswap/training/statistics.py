@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.errors import InputError
-from normswap.nn.batch_norm_rnn import BatchNormRNNBase
+from normswap.nn.batch_normalized import BatchNormalized
 from normswap.norms import norm_of
 from normswap.runs.batches import bind_batches
 from normswap.runs.calling import first_input, run_on_data
@@ -59,8 +59,8 @@ def update_statistics(
     """Give the BatchNorms and mean-only norms of ``model`` the exact statistics of a loader's data, in place.
 
     For weights that were averaged (SWA, EMA), or trained with batches too small for running statistics. While the data
-    goes through, these norms use each batch's own statistics, as in training, and all else is in evaluation: no
-    dropout. Afterwards modes and all else are as before, and ``num_batches_tracked`` is the number of batches.
+    goes through, these norms normalize as in training, and all else is in evaluation: no dropout. Afterwards modes and
+    all else are as before, and ``num_batches_tracked`` is the number of batches.
 
     Args:
         model: The model.
@@ -158,7 +158,7 @@ def _tables(model: nn.Module) -> tuple[dict[str, dict[str, Tensor]], list[tuple[
     left: list[tuple[str, str]] = []
     for fqn, module in model.named_modules():
         norm = norm_of(module)
-        if isinstance(module, BatchNormRNNBase):
+        if isinstance(module, BatchNormalized):
             left.append((fqn, "is a recurrent layer, whose statistics follow its training alone"))
         if norm is None or not norm.follows_batches:
             continue

@@ -12,7 +12,7 @@ from normswap.deploy.onnx.normalized import lower_normalized, write_scans
 from normswap.deploy.onnx.quiet import quiet
 from normswap.deploy.onnx.recurrent import TRANSLATIONS, lower_recurrent
 from normswap.errors import ExportError, InputError, argument, first_line, full_cause
-from normswap.nn.plain import batch_norm_made_plain
+from normswap.nn.plain import made_torchs
 from normswap.runs.arguments import named_leaves
 from normswap.runs.guard import copy_of, untouched
 
@@ -77,7 +77,7 @@ def lowered(model: nn.Module) -> nn.Module:
         return model
     copied = copy_of(model)
     for module in copied.modules():
-        batch_norm_made_plain(module)
+        made_torchs(module)
     lower_recurrent(copied)
     lower_normalized(copied)
     return copied

@@ -1,0 +1,217 @@
+"""A class-conditional model at one class: the argument that gives the class becomes a constant.
+
+Conditional BatchNorm is ``y = γ_k (x − μ)/σ + β_k`` with k the sample's class. At one class γ_k and β_k are one factor
+and one summand of each channel, which folding merges into a neighbour. Here the model is traced, the class is written
+into the graph, and each product, sum, difference and quotient of what depends on data with what depends on the class
+alone becomes a per-channel affine. What the class gives otherwise stays as it is, computed in each call.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from normswap.checks.self_check import eval_output
+from normswap.deploy.affines import is_hooked
+from normswap.deploy.class_values import affine_at, equal, kinds_of, meetings, values_of, writes
+from normswap.deploy.rows import FoldRow
+from normswap.errors import FoldError, InputError, argument
+from normswap.graph.tracer import ScopeTracer, hook_barrier
+from normswap.nn import ChannelAffine
+from normswap.runs.guard import untouched
+from normswap.runs.inputs import Inputs
+
+__all__ = ["AtClass", "at_class", "without_identities"]
+
+
+@dataclass(frozen=True)
+class AtClass:
+    """A model at one class.
+
+    Args:
+        model: A graph of the model without the argument that gave the class; its modules are the model's own.
+        original: The inputs of the model as it was, of that class.
+        inputs: The inputs of the model at the class.
+        left: What of the class is still computed in each call, and why.
+    """
+
+    model: fx.GraphModule
+    original: Inputs
+    inputs: Inputs
+    left: tuple[FoldRow, ...]
+
+
+def at_class(model: nn.Module, condition: Mapping[str, int], inputs: Inputs | None) -> AtClass:
+    """Return ``model``, in eval mode, at one class.
+
+    Args:
+        model: The model. It loses nothing but to the graph that is returned, which holds its modules.
+        condition: The name of the argument that gives the class, and the class.
+        inputs: Example inputs, with the class as a whole number for each sample, or one for all.
+
+    Raises:
+        InputError: There is no such argument, it gives no class, or there are no example inputs.
+        FoldError: The model's forward cannot be written as a graph.
+    """
+    name, index = _condition(condition)
+    if inputs is None:
+        raise InputError(
+            f"{argument('condition')} needs inputs, which show what the class gives",
+            code="fold-condition",
+            hint=f"give {argument('example_inputs')}, the class among them",
+        )
+    given = _bound(model, inputs, name)
+    label = given[name]
+    whole = isinstance(label, Tensor) and not label.is_floating_point() and not label.is_complex()
+    if not whole or label.ndim > 1 or label.dtype is torch.bool:
+        what = f"{label.dtype} of shape {tuple(label.shape)}" if isinstance(label, Tensor) else type(label).__name__
+        raise InputError(
+            f"'{name}' is no class of each sample: it is a {what}",
+            code="fold-condition",
+            hint="only a whole number for each sample can be held at one value: of a map, a vector or a mixture of "
+            "classes γ and β differ from sample to sample",
+        )
+    given[name] = torch.full_like(label, index)
+    eval_output(model, given)  # it has such a class
+    graph = _graph(model)
+    batch = next(
+        (key for key, v in given.items() if key != name and isinstance(v, Tensor) and v.shape[:1] == label.shape), None
+    )
+    if label.ndim and batch is None:
+        raise InputError(
+            f"no other argument of {type(model).__name__} has as many samples as '{name}'",
+            code="fold-condition",
+            hint="give example inputs of one batch size",
+        )
+    kinds = kinds_of(graph, name)
+    traced = fx.GraphModule(model, graph, class_name=type(model).__name__).eval()
+    values, again = values_of(traced, given), values_of(traced, given)
+    kept, meets = list[fx.Node](), meetings(graph, kinds)
+    _fix(traced, name, index, label, batch)
+    places = {node: node.args.index(of[1]) for node, of in meets.items() if of is not None}  # until it is another's
+    for node, of in meets.items():
+        fixed = of is not None and equal(values[of[0]], again[of[0]])
+        affine = affine_at(node, *of, values) if of is not None and fixed else None
+        if of is None or affine is None:
+            kept.append(node)
+        else:
+            _put_affine(traced, node, places[node], affine)
+    graph.eliminate_dead_code(lambda node: node.is_impure() or writes(node))
+    traced.delete_all_unused_submodules()
+    traced.recompile()
+    where = ", ".join(dict.fromkeys(_place(node, model) for node in kept))
+    why = f"what it gives to {where} is not one factor and one summand of each channel"
+    left = (FoldRow(name, "computed in each call", why),) if kept else ()
+    rest = {key: value for key, value in given.items() if key != name}
+    return AtClass(traced, given, rest, left)
+
+
+def without_identities(model: fx.GraphModule) -> None:
+    """Take what folding has left nothing of out of a graph."""
+    for node in list(model.graph.nodes):
+        module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if type(module) is nn.Identity and not is_hooked(module):
+            node.replace_all_uses_with(node.args[0])
+            model.graph.erase_node(node)
+    model.delete_all_unused_submodules()
+    model.recompile()
+
+
+def _place(node: fx.Node, model: nn.Module) -> str:
+    found = node.target if node.op == "call_module" else node.meta.get("owner")
+    return f"'{found}'" if found else f"the {type(model).__name__}"
+
+
+def _condition(condition: Mapping[str, int]) -> tuple[str, int]:
+    (pair, *more) = [*condition.items()] or [("", -1)]
+    if more or not pair[0] or isinstance(pair[1], bool) or not isinstance(pair[1], int) or pair[1] < 0:
+        raise InputError(
+            f"{argument('condition', dict(condition))} is no class",
+            code="fold-condition",
+            hint=f"give the argument's name and the class's number: {argument('condition', {'label': 3})}",
+        )
+    return pair
+
+
+def _bound(model: nn.Module, inputs: Inputs, name: str) -> dict[str, Any]:
+    """Return the arguments of a call on ``inputs`` by name."""
+    signature = inspect.signature(model.forward)
+    try:
+        bound = signature.bind(**inputs) if isinstance(inputs, Mapping) else signature.bind(*inputs)
+    except TypeError as cause:
+        raise InputError(
+            f"the inputs do not fit {type(model).__name__}: {cause}", code="model-does-not-run", hint="give others"
+        ) from cause
+    if name not in bound.arguments:
+        raise InputError(
+            f"the example inputs give {type(model).__name__} no '{name}'",
+            code="fold-condition",
+            hint=f"its arguments are {', '.join(signature.parameters)}",
+        )
+    return dict(bound.arguments)
+
+
+def _graph(model: nn.Module) -> fx.Graph:
+    """Return the graph of a model's forward, its layers and norms as leaves."""
+
+    def refused(why: str) -> FoldError:
+        return FoldError(
+            f"{type(model).__name__} cannot be written as a graph: {why}",
+            code="fold-condition",
+            hint=f"fold it without {argument('condition')}, and give the class in each call",
+        )
+
+    with untouched(model) as before:
+        try:
+            graph = ScopeTracer().trace(model)
+        except Exception as cause:
+            raise refused(f"{type(cause).__name__}: {cause}") from cause
+    if before.changed:
+        raise refused("its forward keeps state")
+    if any(str(node.target).startswith("*") for node in graph.nodes if node.op == "placeholder"):
+        raise refused("it takes any number of arguments")
+    called = {node.target for node in graph.nodes if node.op == "call_module"}
+    for fqn, module in model.named_modules():
+        inside = any(fqn.startswith(f"{leaf}.") for leaf in called)
+        if (module._forward_hooks or module._forward_pre_hooks) and fqn not in called and not inside:
+            raise refused(f"a forward hook is on '{fqn}', which would not be called")
+    for node in list(graph.nodes):
+        if node.target is hook_barrier:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    return graph
+
+
+def _fix(traced: fx.GraphModule, name: str, index: int, label: Tensor, batch: str | None) -> None:
+    """Write the class into the graph, for as many samples as the argument ``batch`` has."""
+    graph = traced.graph
+    places = {str(node.target): node for node in graph.nodes if node.op == "placeholder"}
+    last = [*places.values()][-1]
+    with graph.inserting_after(last):
+        if batch is None:
+            new = graph.call_function(torch.full, ((), index), {"dtype": label.dtype, "device": label.device})
+        else:
+            size = graph.call_method("size", (places[batch], 0))
+            device = graph.call_function(getattr, (places[batch], "device"))
+            new = graph.call_function(torch.full, ((size,), index), {"dtype": label.dtype, "device": device})
+            last.append(size)
+            size.append(device)
+            device.append(new)
+    places[name].replace_all_uses_with(new)
+    graph.erase_node(places[name])
+
+
+def _put_affine(traced: fx.GraphModule, node: fx.Node, place: int, affine: ChannelAffine) -> None:
+    """Put an affine in the place of ``node``, whose data is the argument at ``place``."""
+    stem = f"{node.meta.get('owner') or 'model'}_affine".replace(".", "_")
+    name = next(name for n in itertools.count() if not hasattr(traced, name := f"{stem}{n or ''}"))
+    traced.add_submodule(name, affine.eval())
+    with traced.graph.inserting_after(node):
+        call = traced.graph.call_module(name, (node.args[place],))
+    node.replace_all_uses_with(call)
