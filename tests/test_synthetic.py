@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from normswap.cli import app
 from normswap.demo.data import load_digits, load_network
 from normswap.errors import InitializationError, InputError
 from normswap.initialization.noise import noise_like
+from normswap.runs.data import FAR
 
 
 def trained(scale: float = 1.0, offset: float = 0.0) -> nn.Sequential:
@@ -89,6 +91,9 @@ def test_a_conversion_says_that_it_had_no_data() -> None:
     samples = ns.synthesize_samples(model, torch.zeros(1, 3, 12, 12), count=16, steps=2)
     notes = ns.convert(model, "gn+ws", calibration=samples).init.notes
     assert any("how far the outputs agree on real data was not measured" in note for note in notes)
+    for after in (FAR, 1.01 * FAR):
+        notes = ns.convert(model, "gn+ws", calibration=replace(samples, after=after)).init.notes
+        assert any("far from the recorded statistics" in note for note in notes) == (after > FAR)
     assert not any(
         "synthetic" in note for note in ns.convert(model, "gn+ws", calibration=samples.batches[0]).init.notes
     )

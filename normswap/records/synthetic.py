@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 __all__ = ["SyntheticSamples"]
@@ -19,7 +19,7 @@ class SyntheticSamples:
         after: How far they are.
     """
 
-    batches: tuple[Any, ...]
+    batches: tuple[Any, ...] = field(repr=False)
     before: float
     after: float
 
