@@ -771,6 +771,18 @@ def test_a_file_with_wrong_bytes_gives_no_traceback(tmp_path: Path) -> None:
     assert refused > 100
 
 
+def test_a_plan_that_its_model_does_not_allow_is_a_damaged_file(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    save(ns.swap_norms(model, "gn", num_groups=4), path := tmp_path / "model.safetensors")
+    whole = path.read_bytes()
+    damaged = whole.replace(b'\\"num_groups\\": 4', b'\\"num_groups\\": 3')
+    assert damaged != whole
+    path.write_bytes(damaged)
+    with pytest.raises(InputError, match="is damaged: ValueError: num_channels") as caught:
+        load(path)
+    assert caught.value.code == "file-damaged"
+
+
 # ---------------------------------------------------------------------------------------- all of a file or nothing
 
 

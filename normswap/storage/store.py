@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from normswap.errors import InputError, argument
+from normswap.errors import InputError, NormswapError, argument
 from normswap.loading.files import expect_kind, kind_of, open_file
 from normswap.loading.readable import why_unreadable
 from normswap.loading.trust import Trust
@@ -113,9 +113,10 @@ def load(
         )
     else:
         skeleton = copied(model)
-    replayed = replayed_on(skeleton, steps, stored.moves)
     try:
-        return give(replayed, stored.contents)
+        return give(replayed_on(skeleton, steps, stored.moves), stored.contents)
+    except NormswapError:
+        raise
     except MISFITS as cause:
         raise damaged(path, cause) from cause
 
