@@ -13,7 +13,7 @@ imagenet  EfficientNet-Lite0 on photographs at 224×224: without data, matched a
 others  Networks for speech commands, earthquakes, pitch and vision, calibrated on one half of their data and measured
         on the other.
 tune    ResNet-20, gn+ws, with gradient steps without labels on top.
-cost    Time and memory of matching, against a forward pass of both networks over the same data.
+cost    CPU time and memory of matching, against a forward pass of both networks over the same data.
 
 Weights and data lie in the folder NORMSWAP_DATA (default ../shared/data).
 """
@@ -213,15 +213,15 @@ def cost(names: list[str], count: int) -> None:
         model = models.get_model(name, weights=None).eval()
         other = ns.swap_norms(model, "gn+ws", init="fresh")
         with _Peak() as plain:
-            start = time.perf_counter()
+            start = time.process_time()
             with torch.no_grad():
                 for batch in batches:
                     model(batch), other(batch)
-            forward = time.perf_counter() - start
+            forward = time.process_time() - start
         with _Peak() as matching:
-            start = time.perf_counter()
+            start = time.process_time()
             result = ns.convert(model, "gn+ws", calibration=batches)
-            took = time.perf_counter() - start
+            took = time.process_time() - start
         above = (matching.bytes - plain.bytes) / 2**30
         norms = len(result.plan.steps)
         print(
