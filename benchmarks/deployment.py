@@ -1,17 +1,18 @@
 """What a swapped and folded network costs where it is deployed: onnxruntime, OpenVINO where it is installed, int8.
 
-    python benchmarks/deployment.py                                    # ResNet-50, one image, about five minutes
-    python benchmarks/deployment.py --network mobilenet_v3_large --batch 8
+    python benchmarks/deployment.py                                    # ResNet-50, one image, about two minutes
+    python benchmarks/deployment.py --network resnet50 mobilenet_v3_small --batch 1 8 --threads 1 2
     python benchmarks/deployment.py --int8                             # and quantized by onnxruntime's own tool
 
-Every file is of the same network and weights. In each round each one runs once, in turn, and its CPU time on one thread
-is divided by that of the folded BatchNorm in the same round; the table has the median of these ratios and their
-quartiles. Beside normswap's files run torch's own export of the same GroupNorm (``Mul`` and ``Add`` behind
-InstanceNormalization), its opset-21 GroupNormalization, and the network without any norm.
+Every file is of the same network and weights. In each round each one runs once, in turn, and the CPU time of all its
+threads is divided by that of the folded BatchNorm in the same round; the table has the median of these ratios and
+their quartiles. Beside normswap's files run torch's own export of the same GroupNorm (``Mul`` and ``Add`` behind
+InstanceNormalization), its opset-21 GroupNormalization, and the network without any norm. Where several settings are
+asked for, the last table has all their ratios.
 
 "reorders" counts, in the graph that onnxruntime has optimized, the copies between its blocked layout (NCHWc), which
-convolutions run in, and the plain one. With ``--int8``, the error is the largest difference from the float file's
-output on held-out noise, relative to that output's largest value; for both.
+convolutions run in, and the plain one. "error" is the largest difference from torch's output, relative to that output's
+largest value, also of the files that ``--int8`` quantizes.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ import argparse
 import contextlib
 import copy
 import io
+import itertools
 import logging
 import statistics
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +71,8 @@ def torchs_own(model: nn.Module, path: Path, x: Tensor) -> None:
         torch.onnx.export(model, (x,), path, dynamo=True, opset_version=18, external_data=False, verbose=False)
 
 
-def files(model: nn.Module, x: Tensor, folder: Path) -> Iterator[tuple[str, Path]]:
-    """Write each form of the network, and yield its name and file."""
+def files(model: nn.Module, x: Tensor, folder: Path) -> Iterator[tuple[str, Path, nn.Module]]:
+    """Write each form of the network, and yield its name, its file and the form itself."""
     norms = {"gn+ws": ns.fold(ns.swap_norms(model, "gn+ws").eval()), "wn+mobn": ns.swap_norms(model, "wn+mobn").eval()}
     norms["wn+mobn"] = ns.fold(norms["wn+mobn"])
     forms = {
@@ -82,24 +85,25 @@ def files(model: nn.Module, x: Tensor, folder: Path) -> Iterator[tuple[str, Path
     for number, (name, (form, opset)) in enumerate(forms.items()):
         path = folder / f"{number}.onnx"
         ns.export_onnx(form, path, example_inputs=(x,), opset=opset, verify_outputs=False)
-        yield name, path
+        yield name, path, form
     path = folder / "torch.onnx"
     torchs_own(norms["gn+ws"], path, x)
-    yield "the same, torch's own export", path
+    yield "the same, torch's own export", path, norms["gn+ws"]
 
 
-def session(path: Path, threads: int, optimized: Path | None = None) -> ort.InferenceSession:
-    """Return an onnxruntime session on the CPU; ``optimized`` is where its graph is written to."""
+def session(path: Path, threads: int, written: Path | None = None) -> ort.InferenceSession:
+    """Return an onnxruntime session on the CPU; ``written`` is where its graph goes, as it is optimized."""
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
-    if optimized is not None:
-        options.optimized_model_filepath = str(optimized)
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # a thread that waits takes no CPU time
+    if written is not None:
+        options.optimized_model_filepath = str(written)
     return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-def in_onnxruntime(path: Path, threads: int, optimized: Path | None = None) -> Run:
+def in_onnxruntime(path: Path, threads: int) -> Run:
     """Return what runs a file in onnxruntime."""
-    running = session(path, threads, optimized)
+    running = session(path, threads)
     name = running.get_inputs()[0].name
     return lambda x: running.run(None, {name: x})[0]
 
@@ -111,6 +115,13 @@ def in_openvino(path: Path, threads: int) -> Run:
     settings = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32"}
     compiled = openvino.Core().compile_model(str(path), "CPU", settings)
     return lambda x: compiled(x)[0]
+
+
+def optimized(path: Path, threads: int) -> Path:
+    """Return the file of the graph that onnxruntime makes of a file."""
+    written = path.with_suffix(".optimized.onnx")
+    session(path, threads, written)
+    return written
 
 
 def reorders(path: Path) -> int:
@@ -167,59 +178,76 @@ def quartiles(values: Sequence[float]) -> str:
     return f"{low:.2f}–{high:.2f}"
 
 
-def has_openvino() -> bool:
+def runtimes() -> dict[str, Callable[[Path, int], Run]]:
+    """Return what runs a file, by the runtime's name; a runtime that is not installed is left out with a sentence."""
+    found = {f"onnxruntime {ort.__version__}": in_onnxruntime}
     try:
-        import openvino  # type: ignore[import-not-found, unused-ignore] # noqa: F401
+        import openvino  # type: ignore[import-not-found, unused-ignore]
     except ImportError:
-        return False
-    return True
+        print("OpenVINO is not installed, so that only onnxruntime is measured (pip install openvino)\n")
+        return found
+    return {**found, f"OpenVINO {openvino.__version__.partition('-')[0]}": in_openvino}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is deployed, and on how many threads."""
+
+    network: str
+    batch: int
+    side: int
+    threads: int
+
+    def __str__(self) -> str:
+        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
+        return f"{self.network}, {self.batch}×3×{self.side}×{self.side}, {threads}"
+
+
+def measured(setting: Setting, rounds: int, int8: bool) -> Iterator[tuple[str, dict[str, float]]]:
+    """Print what each form costs in each runtime, and yield the ratios, by the runtime and the form."""
+    torch.manual_seed(0)
+    torch.set_num_threads(setting.threads)
+    x = torch.randn(setting.batch, 3, setting.side, setting.side)
+    with tempfile.TemporaryDirectory() as place:
+        written = list(files(network(setting.network), x, Path(place)))
+        paths = {name: path for name, path, _ in written}
+        with torch.no_grad():
+            expected = {name: form(x).numpy() for name, _, form in written}
+        rows = []
+        for runtime, opened in runtimes().items():
+            runs = {name: opened(path, setting.threads) for name, path in paths.items()}
+            errors = {name: relative_error(run(x.numpy()), expected[name]) for name, run in runs.items()}
+            for name, (median, ratios) in compared(runs, x.numpy(), rounds).items():
+                copies = str(reorders(optimized(paths[name], setting.threads))) if opened is in_onnxruntime else "–"
+                cells = f"{median:.1f} ms", f"{statistics.median(ratios):.2f}", quartiles(ratios), copies
+                rows.append((runtime, name, *cells, f"{errors[name]:.1e}"))
+            yield runtime, {row[1]: float(row[3]) for row in rows if row[0] == runtime}
+        print(f"{setting}, {rounds} rounds\n")
+        headings = ("runtime", "network", "CPU time", "ratio", "quartiles", "reorders", "error")
+        print(text_table(headings, rows) + "\n", flush=True)
+        rows = []
+        for name in (REFERENCE, "wn+mobn, folded", "gn+ws, folded") if int8 else ():
+            run = in_onnxruntime(quantized(paths[name], x, setting.threads), setting.threads)
+            rows.append((name, f"{relative_error(run(x.numpy()), expected[name]):.1e}"))
+        if rows:
+            print(text_table(("int8 in onnxruntime", "error"), rows) + "\n", flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--network", default="resnet50", help="of torchvision.models")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--side", type=int, default=224)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--network", nargs="+", default=["resnet50"], help="of torchvision.models; one or more")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1])
+    parser.add_argument("--side", type=int, nargs="+", default=[224])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--int8", action="store_true", help="quantize the files, and compare their outputs")
     options = parser.parse_args(arguments)
-    torch.manual_seed(0)
-    torch.set_num_threads(options.threads)
-    x = torch.randn(options.batch, 3, options.side, options.side)
-    rows, errors = [], []
-    with tempfile.TemporaryDirectory() as place:
-        paths = dict(files(network(options.network), x, Path(place)))
-        graphs = {name: path.with_suffix(".optimized.onnx") for name, path in paths.items()}
-        runs = {name: in_onnxruntime(path, options.threads, graphs[name]) for name, path in paths.items()}
-        for name, (median, ratios) in compared(runs, x.numpy(), options.rounds).items():
-            cells = (
-                f"{median:.1f} ms",
-                f"{statistics.median(ratios):.2f}",
-                quartiles(ratios),
-                str(reorders(graphs[name])),
-            )
-            rows.append(("onnxruntime", name, *cells))
-        if has_openvino():
-            runs = {name: in_openvino(path, options.threads) for name, path in paths.items()}
-            expected = in_onnxruntime(paths["gn+ws, folded"], options.threads)(x.numpy())
-            errors.append(("OpenVINO", "gn+ws, folded", relative_error(runs["gn+ws, folded"](x.numpy()), expected)))
-            for name, (median, ratios) in compared(runs, x.numpy(), options.rounds).items():
-                rows.append(
-                    ("OpenVINO", name, f"{median:.1f} ms", f"{statistics.median(ratios):.2f}", quartiles(ratios), "–")
-                )
-        print(text_table(("runtime", "network", "CPU time", "ratio", "quartiles", "reorders"), rows), flush=True)
-        for name in (REFERENCE, "wn+mobn, folded", "gn+ws, folded") if options.int8 else ():
-            expected = in_onnxruntime(paths[name], options.threads)(x.numpy())
-            run = in_onnxruntime(quantized(paths[name], x, options.threads), options.threads)
-            errors.append(("int8 in onnxruntime", name, relative_error(run(x.numpy()), expected)))
-    if errors:
-        print("\n" + text_table(("", "network", "error"), [(a, b, f"{error:.1e}") for a, b, error in errors]))
-    shape = "×".join(map(str, x.shape))
-    print(
-        f"\n{options.network}, {shape}, {options.threads} threads, {options.rounds} rounds, "
-        f"onnxruntime {ort.__version__}"
-    )
+    summary: list[tuple[str, ...]] = []
+    for choice in itertools.product(options.network, options.batch, options.side, options.threads):
+        setting = Setting(*choice)
+        for runtime, ratios in measured(setting, options.rounds, options.int8):
+            summary.append((str(setting), runtime, *(f"{ratio:.2f}" for ratio in ratios.values())))
+    print(text_table(("ratios", "runtime", *ratios), summary))
     return 0
 
 

@@ -16,7 +16,7 @@ others  Networks for speech commands, earthquakes, pitch and vision, calibrated 
         on the other.
 synthetic  The networks of both, without data and matched on synthetic samples; measured as there.
 tune    ResNet-20, gn+ws, with gradient steps without labels on top.
-cost    Time and memory of matching, against a forward pass of both networks over the same data.
+cost    CPU time and memory of matching, against a forward pass of both networks over the same data.
 
 Weights and data lie in the folder NORMSWAP_DATA (default ../shared/data).
 """
@@ -257,15 +257,15 @@ def cost(names: list[str], count: int) -> None:
         model = models.get_model(name, weights=None).eval()
         other = ns.swap_norms(model, "gn+ws", init="fresh")
         with _Peak() as plain:
-            start = time.perf_counter()
+            start = time.process_time()
             with torch.no_grad():
                 for batch in batches:
                     model(batch), other(batch)
-            forward = time.perf_counter() - start
+            forward = time.process_time() - start
         with _Peak() as matching:
-            start = time.perf_counter()
+            start = time.process_time()
             result = ns.convert(model, "gn+ws", calibration=batches)
-            took = time.perf_counter() - start
+            took = time.process_time() - start
         above = (matching.bytes - plain.bytes) / 2**30
         norms = len(result.plan.steps)
         print(

@@ -21,8 +21,11 @@ from zoo import ZOO, leaves
 import normswap as ns
 from normswap.checks.agreement import agreement
 from normswap.errors import InitializationError, InputError
+from normswap.initialization.sampling import Sampling
+from normswap.initialization.targets import RegressionTarget
 from normswap.pipeline import Conversion
 from normswap.records import Plan
+from normswap.runs.paired_sites import SiteBatch
 from normswap.runs.pausing import THREAD
 
 C = 8
@@ -299,6 +302,27 @@ def test_samples_are_held_out_of_batches_that_cannot_be_taken_apart_too() -> Non
     few = agreement(model, other, [(batches[0][:9],)])
     assert few is not None
     assert few.samples == 9
+
+
+def test_of_the_held_out_samples_alone_the_same_outputs_are_computed() -> None:
+    """Five batches, the second too small to have a sample that is held out; the layer runs on no more than it must."""
+    layer, seen = nn.Conv2d(3, 4, 3, padding=1), []
+    with torch.no_grad():
+        batches = [SiteBatch(x, layer(x)) for x in images(48).split([10, 3, 16, 15, 4])]
+
+        def outputs(x: Tensor) -> Tensor:
+            seen.append(len(x))
+            return layer(x)
+
+        sampling = Sampling(batches, RegressionTarget.of_layer(layer), 27)
+        all_samples, computed = sampling.outputs(outputs), sum(seen)
+        seen.clear()
+        held_out = sampling.outputs(outputs, only_held_out=True)
+    assert (computed, sum(seen)) == (48, 9 + 3)
+    assert torch.equal(held_out.validation.y, all_samples.validation.y)
+    assert torch.allclose(held_out.validation.values, all_samples.validation.values, atol=1e-6)
+    assert torch.allclose(held_out.validation.values, held_out.validation.y, atol=1e-6)
+    assert not torch.allclose(held_out.validation.values, held_out.validation.y.roll(1, 0), atol=1e-2)
 
 
 def test_spread_makes_the_swap_closer() -> None:

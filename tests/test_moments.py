@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from zoo import FrozenBatchNorm2d
 
@@ -165,6 +166,25 @@ def test_noise_has_the_shape_of_the_example_and_repeats() -> None:
     assert noise_like({"x": torch.zeros(2, 40)})["x"].shape == (1024, 40)
     neighbours = torch.corrcoef(torch.stack([noise[..., 1:].flatten(), noise[..., :-1].flatten()]))[0, 1]
     assert neighbours > 0.8  # smooth, as images are
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-11), (torch.float32, 2e-4), (torch.bfloat16, 0.15)])
+def test_a_shaped_channel_is_numpys_and_a_constant_one_has_the_recorded_mean(dtype: torch.dtype, atol: float) -> None:
+    """Also where a channel's mean is a hundred times its deviation; 0.1 is no binary number, and sums of it round."""
+    x = torch.randn(40, 4, 9, 9, dtype=torch.float64) + torch.tensor([0.0, 100, 0, 0]).view(-1, 1, 1)
+    x[:, 2], x[:, 3] = 0.1, 0.0
+    x = x.to(dtype)
+    mean, var = torch.tensor([3.0, -2, 5, 7], dtype=dtype), torch.tensor([4.0, 9, 2, 1], dtype=dtype)
+    values = x.double().numpy()
+    own_mean, own_var = (f(values, (0, 2, 3), keepdims=True) for f in (np.mean, np.var))
+    own_var[:, 2:] = np.inf
+    expected = (values - own_mean) * np.sqrt(var.double().view(-1, 1, 1).numpy() / own_var)
+    expected += mean.double().view(-1, 1, 1).numpy()
+    with shaped_by_statistics(nn.Identity()):  # the affine takes back what the norm does
+        found = F.batch_norm(x, mean, var, var.sqrt(), mean, eps=0.0).double().numpy()
+    np.testing.assert_allclose(found, expected, atol=atol)
+    plain = F.batch_norm(x, mean, var, var.sqrt(), mean, eps=0.0).double().numpy()
+    assert (np.abs(plain - expected).max((0, 2, 3)) > 1).all()
 
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d, FrozenBatchNorm2d])

@@ -103,9 +103,9 @@ class SiteRegression:
         if not everywhere("shapes", all(self._agrees(batch) for batch in self.batches)):
             return InitRow(name, "absorbed", ("the networks' shapes differ here: not fitted",))
         sample = self.sampling.patches(self.values.patches)
-        fit, held = _moments(sample.train), _moments(sample.validation)
+        fit = _moments(sample.train)
         statistics = self.sampling.statistics()
-        if not bool(fit.inputs.isfinite().all() and statistics.var.isfinite().all()):
+        if not (fit.finite and bool(statistics.var.isfinite().all())):
             return InitRow(name, "absorbed", ("its values are not finite: not fitted",))
         if (
             self.placed is not None and self.placed.bound.measured_by_fit
@@ -118,7 +118,7 @@ class SiteRegression:
         before = best = self._measure(None)
         if not math.isfinite(before.noise):
             return InitRow(name, "absorbed", ("its values are not finite: not fitted",))
-        solution = self._regress(sample, fit, held)
+        solution = self._regress(sample.centred(fit.input_mean), fit)
         del sample
         for candidate in () if solution is None else self._candidates(solution):
             found = self._measure(candidate)
@@ -152,27 +152,33 @@ class SiteRegression:
 
     # --------------------------------------------------------------------------------------- the layer's weights
 
-    def _regress(self, sample: Sample, fit: Covariances, held: Covariances) -> Solution | None:
-        """Return the source's weights by ridge regression; None where the moments are not finite."""
+    def _regress(self, sample: Sample, fit: Covariances) -> Solution | None:
+        """Return the source's weights by ridge regression; None where the moments are not finite.
+
+        Args:
+            sample: Patches, less the mean of those to fit to.
+            fit: The moments of those.
+        """
         groups = self.values.layout.groups
         anchor = self.target.anchor.unflatten(0, (groups, -1))
         if self.target.weight.reads_inputs and not self.target.weight.centres:
             anchor = anchor * fit.best_scale(anchor)
         zero_sum = self.target.weight.centres
-        importance = self.target.gain.double().square().view(groups, -1)
+        judging, fitting = sample.validation, sample.train
+        importance = self.target.gain.double().square()
         solution: Solution | None = None
         least = math.inf
         # Where no sample is held out a weaker ridge would always seem better.
         for ridge in _RIDGES if self.sampling.holds_out else _RIDGES[:2]:
             found = solve(fit, anchor, ridge, zero_sum=zero_sum, like=solution)
-            error = agreed("a ridge", float((held.error(found) * importance).sum()))
+            missed = mean_over_rows("errors", (found.apply(judging.values) - judging.t).square())
+            error = agreed("a ridge", float((missed * importance).sum()))
             if error >= least:
                 break
             solution, least = found, error
         if solution is None or sample.train.threshold is None:
             return solution
         best, least = solution, math.inf
-        judging, fitting = sample.validation, sample.train
         for _ in range(_ROUNDS + 1):
             error = agreed("a round", float(judging.error(self._predicted(solution, judging)).sum()))
             if not error < least:
@@ -240,10 +246,11 @@ class SiteRegression:
             if self.placed is not None and self.site.front is not None:
                 self.placed.bound.norm.follow(self.site.front, *self._units())
             self.values.set_affine(torch.ones_like(self.target.gain), torch.zeros_like(self.target.gain))
-        sample = self.sampling.outputs(self.site.output)
+        fits_affine = candidate is not None and self.site.norm is not None
+        sample = self.sampling.outputs(self.site.output, only_held_out=not fits_affine)
         judging = sample.validation
         outputs = judging.values
-        if candidate is not None and self.site.norm is not None:
+        if candidate is not None and fits_affine:
             gain, shift = _affine(sample.train, candidate.prior.float())
             self.values.set_affine(gain, shift)
             outputs = gain * outputs + shift

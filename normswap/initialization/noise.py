@@ -30,6 +30,7 @@ See = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 _SLOPE = 1.5  # of the noise's amplitude over frequency
 _MOST_VALUES = 2**22
+_ROUNDING = 4.0  # of a channel's mean, in units of the last place
 
 
 def noises_like(inputs: Inputs) -> tuple[Inputs, ...]:
@@ -137,6 +138,10 @@ def _shaped(x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
     """Return ``(N, C, …)`` shifted and scaled to this mean and variance of each channel; a constant one to the mean."""
     axes = [0, *range(2, x.ndim)]
     shape = (1, -1, *(1,) * (x.ndim - 2))
-    own_var, own_mean = torch.var_mean(x, axes, correction=0, keepdim=True)
-    factor = torch.where(own_var > 0, (var.view(shape) / own_var.clamp(min=1e-30)).sqrt(), torch.zeros_like(own_var))
-    return ((x - own_mean) * factor + mean.view(shape)).to(x.dtype)
+    exact = x if x.dtype == torch.float64 else x.float()
+    own_mean = exact.mean(axes, keepdim=True)
+    centred = exact - own_mean
+    own_var = centred.square().mean(axes, keepdim=True)  # torch.var_mean over inner axes is slow
+    rounding = (_ROUNDING * torch.finfo(exact.dtype).eps * own_mean).square()  # what it leaves of a constant channel
+    factor = torch.where(own_var > rounding, (var.view(shape) / own_var).sqrt(), torch.zeros_like(own_var))
+    return centred.mul_(factor).add_(mean.view(shape)).to(x.dtype)

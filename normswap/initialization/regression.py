@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from normswap.initialization.symmetric import gram
 from normswap.runs.processes import alone, mean_over_rows, summed
 
 __all__ = ["Covariances", "SecondMoments", "Solution", "clamped", "solve", "surrogate_target"]
@@ -57,7 +58,7 @@ class SecondMoments:
         if self._origin is None:
             self._origin = u.mean(1, keepdim=True), t.mean(1, keepdim=True)
         u, t = u - self._origin[0], t - self._origin[1]
-        sums = (u.sum(1), t.sum(1), u.mT @ u, t.mT @ u, t.square().sum(1))
+        sums = (u.sum(1), t.sum(1), gram(u.mT), t.mT @ u, t.square().sum(1))
         self.count += patches.shape[0]
         if self._sums:
             for total, value in zip(self._sums, sums, strict=True):
@@ -73,13 +74,17 @@ class SecondMoments:
         """
         if self._origin is None:
             raise ValueError("there is no data")
-        u, t, uu, tu, tt = (total / self.count for total in self._sums)
+        u, t, tt = (self._sums[i] / self.count for i in (0, 1, 4))
+
+        def about_mean(total: Tensor, mean: Tensor) -> Tensor:
+            return torch.baddbmm(total, mean[:, :, None], u[:, None], beta=1 / self.count, alpha=-1)
+
         return Covariances(
             self.count,
             self._origin[0][:, 0].double() + u,
             self._origin[1][:, 0].double() + t,
-            uu - u[:, :, None] * u[:, None],
-            tu - t[:, :, None] * u[:, None],
+            about_mean(self._sums[2], u),
+            about_mean(self._sums[3], t),
             (tt - t.square()).clamp(min=0),
         )
 
@@ -143,14 +148,18 @@ class Covariances:
         scale = torch.einsum("gop,gop->g", weight, self.cross) / power
         return torch.where(power > 0, scale, torch.ones_like(scale))[:, None, None]
 
-    def retargeted(self, patches: Tensor, target: Tensor) -> Covariances:
-        """Return the same with other targets of the same patches, ``(n, G, p)`` and ``(n, C)``."""
+    @property
+    def finite(self) -> bool:
+        """Whether the inputs' covariances are: where one is not, one of its two variances is not either."""
+        return bool(self.inputs.diagonal(dim1=1, dim2=2).isfinite().all())
+
+    def retargeted(self, centred: Tensor, target: Tensor) -> Covariances:
+        """Return the same with other targets of the same patches, ``(n, G, p)`` less their mean, and ``(n, C)``."""
         mean = mean_over_rows("means of targets", target)
         target = target - mean
-        patches = patches - self.input_mean.to(patches.dtype)
         by_group = target.unflatten(1, self.target_mean.shape).transpose(0, 1)  # (G, n, o)
         count, cross = summed(
-            "targets", self.target_mean.new_tensor(float(len(target))), (by_group.mT @ patches.transpose(0, 1)).double()
+            "targets", self.target_mean.new_tensor(float(len(target))), (by_group.mT @ centred.transpose(0, 1)).double()
         )
         return replace(
             self,
@@ -158,13 +167,6 @@ class Covariances:
             cross=cross / count,
             targets=mean_over_rows("variances of targets", target.square()).double().view_as(self.targets),
         )
-
-    def error(self, solution: Solution) -> Tensor:
-        """Return ``E (W u + b − t)²`` per channel. ``(G, o)``"""
-        weight = solution.weight
-        shift = self.target_mean - (weight @ self.input_mean[..., None])[..., 0] - solution.bias
-        covariance = self.targets - 2 * (weight * self.cross).sum(-1) + ((weight @ self.inputs) * weight).sum(-1)
-        return covariance.clamp(min=0) + shift.square()
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,7 @@ class Solution:
     Args:
         weight: W.
         bias: b.
+        centre: ``W E[u] + b``, which is E[t].
         ridge: λ.
         factor: The Cholesky factor of A.
         of_ones: ``1ᵀA⁻¹``. ``(G, 1, p)``
@@ -182,15 +185,16 @@ class Solution:
 
     weight: Tensor
     bias: Tensor
+    centre: Tensor
     ridge: float
     factor: Tensor
     of_ones: Tensor
     of_anchor: Tensor
 
-    def apply(self, patches: Tensor) -> Tensor:
-        """Return ``W u + b`` of patches ``(n, G, p)``. ``(n, C)``"""
-        weight, bias = self.weight.to(patches.dtype), self.bias.to(patches.dtype)
-        return torch.baddbmm(bias[:, None], patches.transpose(0, 1), weight.mT).transpose(0, 1).flatten(1)
+    def apply(self, centred: Tensor) -> Tensor:
+        """Return ``W u + b`` of patches ``(n, G, p)`` that are given less their mean. ``(n, C)``"""
+        weight, centre = self.weight.to(centred.dtype), self.centre.to(centred.dtype)
+        return torch.baddbmm(centre[:, None], centred.transpose(0, 1), weight.mT).transpose(0, 1).flatten(1)
 
 
 _MOST_RIDGE = 1e6
@@ -221,7 +225,7 @@ def solve(
     if zero_sum:
         weight = weight - weight.sum(-1, keepdim=True) * (of_ones / of_ones.sum(-1, keepdim=True))
     bias = data.target_mean - (weight @ data.input_mean[..., None])[..., 0]
-    return Solution(weight, bias, ridge, factor, of_ones, of_anchor)
+    return Solution(weight, bias, data.target_mean, ridge, factor, of_ones, of_anchor)
 
 
 def _factor(data: Covariances, ridge: float) -> tuple[Tensor, float]:

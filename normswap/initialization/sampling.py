@@ -82,6 +82,12 @@ class Sample:
     train: Rows
     validation: Rows
 
+    def centred(self, mean: Tensor) -> Sample:
+        """Subtract a mean from all patches, in place, for they are what takes most room. ``(G, p)``"""
+        for values in {id(rows.values): rows.values for rows in (self.train, self.validation)}.values():
+            values.sub_(mean.to(values.dtype))
+        return self
+
 
 class Sampling:
     """Random choices of the positions of one site, the same each time, whichever process has a sample.
@@ -102,9 +108,12 @@ class Sampling:
         """Return some patches. ``of`` maps a layer's input and a choice of positions to these, ``(n, G, p)``."""
         return self._sample(of, self.fan_in, _MOST_PATCHES)
 
-    def outputs(self, of: Callable[[Tensor], Tensor]) -> Sample:
-        """Return some outputs. ``of`` maps a layer's input to its output, ``(N, C, …)``."""
-        return self._sample(lambda x, index: at_positions(of(x), index), 1, _MOST_OUTPUTS)
+    def outputs(self, of: Callable[[Tensor], Tensor], *, only_held_out: bool = False) -> Sample:
+        """Return some outputs. ``of`` maps a layer's input to its output, ``(N, C, …)``, sample by sample.
+
+        With ``only_held_out`` none of other samples is computed, where samples are held out.
+        """
+        return self._sample(lambda x, index: at_positions(of(x), index), 1, _MOST_OUTPUTS, only_held_out)
 
     def statistics(self) -> Statistics:
         """Return the statistics of what reaches the original's norm at some positions, held-out samples left out."""
@@ -129,13 +138,16 @@ class Sampling:
         for batch, before in zip(self.batches, self._before, strict=True):
             yield batch, held_out(len(batch.x), before).to(batch.x.device) & self.holds_out, before
 
-    def _sample(self, values: Callable[[Tensor, Tensor], Tensor], width: int, most: int) -> Sample:
+    def _sample(
+        self, values: Callable[[Tensor, Tensor], Tensor], width: int, most: int, only_held_out: bool = False
+    ) -> Sample:
         """Return a random choice of the positions.
 
         Args:
             values: Takes a chunk's input and which of its positions are wanted, and returns what is there, as rows.
             width: How many values such a row has; it has one of each channel at least.
             most: How many values are wanted at the most.
+            only_held_out: Whether the rows to fit to may be left out.
         """
         channels = len(self.target.gain)
         share = max(most // max(width, channels), _LEAST_ROWS) / (self._in_all // channels)
@@ -148,11 +160,15 @@ class Sampling:
                 index = some.sort().values
             index = index.to(chunk.x.device)
             apart = held[index // positions]
-            index = torch.cat((index[~apart], index[apart]))
+            x, place = chunk.x, torch.cat((index[~apart], index[apart]))
+            index = place
+            if only_held_out and bool(held.any()):
+                x, index = chunk.x[held], index[len(index) - int(apart.sum()) :]
+                place = (held.cumsum(0) - 1)[index // positions] * positions + index % positions
             here = chunk.at(index)
             t, y = self.target.targets(here)
             threshold = None if here.threshold is None else here.threshold.to(y.dtype)
-            rows = Rows(values(chunk.x, index).to(y.dtype), t, y, threshold)
+            rows = Rows(values(x, place).to(y.dtype), t, y, threshold)
             parts.append(rows.split(len(index) - int(apart.sum())))
         train, validation = (Rows.joined(several) for several in zip(*parts, strict=True))
         return Sample(train, validation if sum(objects("held-out rows", len(validation.y))) else train)
