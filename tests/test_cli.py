@@ -395,7 +395,7 @@ def test_verify_says_what_an_inexact_recipe_does(folder: Path) -> None:
     succeed("convert", "model.pt", "--to", "ln", "-o", "ln.safetensors")
     result = run("verify", "model.pt", "ln.safetensors")
     assert result.exit_code == 1
-    assert "note: only exact recipes (mobn, none, wn, wn+mobn) keep a model's output" in result.stderr
+    assert "note: only exact recipes (mobn, none, streaming, wn, wn+mobn) keep a model's output" in result.stderr
 
 
 EMPTY = """

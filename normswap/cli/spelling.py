@@ -14,10 +14,10 @@ FLAGS = {
 }
 """The arguments whose flag is not their name with dashes."""
 
-PYTHON_ONLY = {"inplace", "kind", "lr", "momentum", "names", "rates", "recipe", "result"}
+PYTHON_ONLY = {"condition", "inplace", "kind", "lr", "momentum", "names", "rates", "recipe", "result"}
 """The arguments that no command has: they are shown as Python spells them."""
 
-BY_OPTION = {"leave", "max_error", "recipes"}
+BY_OPTION = {"alpha", "beta", "leave", "max_error", "recipes"}
 """The options of recipes that have no flag of their own."""
 
 
