@@ -17,7 +17,7 @@ FLAGS = {
 PYTHON_ONLY = {"condition", "inplace", "kind", "lr", "momentum", "names", "rates", "recipe", "result"}
 """The arguments that no command has: they are shown as Python spells them."""
 
-BY_OPTION = {"leave", "max_error", "recipes"}
+BY_OPTION = {"alpha", "beta", "leave", "max_error", "recipes"}
 """The options of recipes that have no flag of their own."""
 
 

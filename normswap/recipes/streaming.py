@@ -34,7 +34,7 @@ class StreamingNormalization(Recipe):
     beta: float = 0.7
 
     name = "streaming"
-    equation = "γ (x − μ̂)/sqrt(σ̂² + eps) + β, μ̂ and σ̂² of this and of earlier batches"
+    equation = "γ (x − μ̂)/sqrt(σ̂² + eps) + β, earlier batches count"
     paper = "Liao et al. 2016"
     exact = True
 
