@@ -61,7 +61,7 @@ def test_the_mismatch_is_the_formulas_and_falls_to_a_tenth() -> None:
     assert "1 batch of synthetic samples" in str(samples)
 
 
-@pytest.mark.parametrize(("scale", "offset"), [(1.0, 0.0), (60.0, 120.0), (0.01, 0.0)])
+@pytest.mark.parametrize(("scale", "offset"), [(1.0, 0.0), (60.0, 120.0), (0.01, 0.0), (10.0, 50.0)])
 def test_the_samples_are_in_the_units_of_the_data(scale: float, offset: float) -> None:
     samples = ns.synthesize_samples(trained(scale, offset), torch.zeros(1, 3, 12, 12), count=16, steps=80)
     assert samples.after < 0.05
