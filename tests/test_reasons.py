@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from normswap.errors import ExportError, InputError, NormswapError, Verification
 from normswap.loading import load_model
 from normswap.records import Agreement
 from normswap.runs import inputs
+from normswap.runs.cell_calls import refuse_misfitting_cells
 
 
 def conv_net() -> nn.Sequential:
@@ -363,3 +366,65 @@ def test_the_command_line_says_which_flag_gives_the_inputs(tmp_path: Path, monke
     assert code == 0
     said = "note: no inputs were made up, as a run takes longer than 0.3 s: give --input-shape or --input-file"
     assert notes.splitlines().count(said) == 1
+
+
+# ----------------------------------------------------------------------------------------------- cells without a batch
+
+
+class Steps(nn.Module):
+    """A loop over time that makes its state from the batch's size, as everyone writes it."""
+
+    def __init__(self, cell: nn.Module) -> None:
+        super().__init__()
+        self.cell, self.head = cell, nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.new_zeros(x.shape[1], 3)
+        for one in x:
+            new = self.cell(one, (h, h) if isinstance(self.cell, nn.LSTMCell) else h)
+            h = new[0] if isinstance(new, tuple) else new
+        return self.head(h)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+def test_no_size_is_tried_on_which_a_recurrent_cell_ends_the_process(kind: type[nn.RNNCellBase]) -> None:
+    model = Steps(kind(3, 3)).eval()
+    made_up = inputs.make_up_inputs(model)
+    assert made_up is not None
+    assert made_up[0].ndim == 3  # (2, 3), which is tried first, gives x[t] no batch axis
+    check = ns.fold_with_report(model).check
+    assert check is not None
+    assert check.ok
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, h: torch.ops.aten.lstm_cell.default(x, (h, h), torch.ones(12, 3), torch.ones(12, 3)),
+        lambda x, h: torch.lstm_cell(input=x, hx=(h, h), w_ih=torch.ones(12, 3), w_hh=torch.ones(12, 3)),
+        lambda x, h: torch.gru_cell(x, h, torch.ones(9, 3), torch.ones(9, 3)),
+    ],
+)
+def test_a_cell_is_refused_a_state_with_an_axis_too_many_and_no_other(call: Callable[[Tensor, Tensor], object]) -> None:
+    with refuse_misfitting_cells():
+        call(torch.ones(2, 3), torch.ones(2, 3))  # negative control
+        with pytest.raises(ValueError, match=r"a recurrent cell takes \(N, features\) and got \("):
+            call(torch.ones(1, 3), torch.ones(1, 3, 3))
+
+
+class Unbatched(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.LSTMCell(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.zeros(3, 3)
+        return self.cell(x[0], (h, h))[0]
+
+
+def test_no_inputs_are_made_up_for_an_lstm_cell_in_torchscript() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is deprecated, and yet in use
+        cell, other = torch.jit.script(Unbatched()), torch.jit.script(nn.Linear(3, 3))
+    assert inputs.make_up_inputs(nn.Sequential(nn.Linear(3, 3), cell).eval()) is None
+    assert inputs.make_up_inputs(nn.Sequential(nn.Linear(3, 3), other).eval()) is not None  # negative control

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.export._unlift import GuardsFn
@@ -16,7 +15,6 @@ from normswap.operations.table import TABLE, lifted_from, named, of_call, of_mod
 
 __all__ = [
     "LAYER_CALLS",
-    "RECURRENT_CALLS",
     "STATISTICS_CALLS",
     "is_functional_norm",
     "is_leaf",
@@ -28,13 +26,6 @@ __all__ = [
 _LAYERS = tuple(row for row in TABLE.rows if set(row.modules) & set(LAYERS))
 LAYER_CALLS: frozenset[Any] = lifted_from(*_LAYERS).union(*(row.functions for row in _LAYERS))
 """The functions that apply a convolution or a linear layer to a weight that they are given."""
-RECURRENT_CALLS: dict[Any, str] = {
-    overload: name
-    for name in ("lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
-    for packet in (getattr(torch.ops.aten, name),)
-    for overload in (getattr(torch, name), *(getattr(packet, one) for one in packet.overloads()))
-}
-"""The functions that compute a recurrent layer, or one step of it, from the tensors that they are given."""
 STATISTICS_CALLS: frozenset[Any] = frozenset(
     overload for overload in lifted_from(named("batch_norm")) if len(overload._schema.returns) > 1
 )

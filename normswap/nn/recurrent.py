@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
@@ -22,6 +23,7 @@ from normswap.nn.kinds import class_of
 
 __all__ = [
     "CELLS",
+    "RECURRENT_CALLS",
     "ROWS",
     "LiveBase",
     "LiveGRU",
@@ -38,6 +40,14 @@ ROWS = FilterLayout()
 """How a matrix of a recurrent layer splits into filters: each row is one."""
 
 CELLS = (nn.LSTMCell, nn.GRUCell, nn.RNNCell)
+
+RECURRENT_CALLS: dict[Any, str] = {
+    overload: name
+    for name in ("lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
+    for packet in (getattr(torch.ops.aten, name),)
+    for overload in (getattr(torch, name), packet, *(getattr(packet, one) for one in packet.overloads()))
+}
+"""The functions that compute a recurrent layer, or one step of it, from the tensors that they are given."""
 
 
 class LiveBase(nn.RNNBase):

@@ -15,6 +15,7 @@ from normswap.errors import InputError, Text, argument
 from normswap.nn import FilterLayout
 from normswap.nn.kinds import is_layer
 from normswap.runs.calling import run_on
+from normswap.runs.cell_calls import refuse_misfitting_cells, seen_by_no_mode
 from normswap.runs.deadline import RanTooLong, at_most
 from normswap.runs.guard import set_mode, untouched
 from normswap.runs.recorded_inputs import recorded_inputs
@@ -67,9 +68,12 @@ def make_up_inputs(model: nn.Module, *others: nn.Module, batch: int = 2) -> tupl
     ``others`` must take it, too. None is returned as well where all this takes longer than 5 s: a detector enlarges any
     image to 800 pixels. Made-up inputs show whether two models compute the same; they say nothing about the
     shapes that a user's data has.
+
+    A size is tried by running the model on it, and some that do not fit would end the process: a recurrent cell's
+    (:mod:`normswap.runs.cell_calls`).
     """
     layers = [m for m in model.modules() if is_layer(m)]
-    if not layers or any(p.is_meta for p in model.parameters()):
+    if not layers or any(p.is_meta for p in model.parameters()) or any(map(seen_by_no_mode, (model, *others))):
         return None
     first, generator = layers[0], torch.Generator().manual_seed(0)
     like = FilterLayout.of(first).weight(first)
@@ -89,7 +93,7 @@ def make_up_inputs(model: nn.Module, *others: nn.Module, batch: int = 2) -> tupl
         for shape in shapes:
             x = torch.randn(*shape, generator=generator).to(like)
             try:
-                with at_most(max(end - time.monotonic(), 0)):
+                with at_most(max(end - time.monotonic(), 0)), refuse_misfitting_cells():
                     for one in (model, *others):
                         run_on(one, (x,))
             except RanTooLong:

@@ -19,10 +19,9 @@ from torch.nn.utils import parametrize
 from normswap.errors import Text, argument, parameter
 from normswap.graph.bytecode import codes_of, has_code
 from normswap.graph.dataflow import Dataflow
-from normswap.graph.ops import RECURRENT_CALLS
 from normswap.nn.kinds import class_of
 from normswap.nn.plain import legacy_hooks
-from normswap.nn.recurrent import ROWS, is_recurrent, make_live, matrices_of
+from normswap.nn.recurrent import RECURRENT_CALLS, ROWS, is_recurrent, make_live, matrices_of
 from normswap.norms import NewValue, apply, tensor_in
 from normswap.options import Options
 from normswap.recipes.recurrent import RecurrentRecipe, make_recurrent
