@@ -397,6 +397,28 @@ def test_standardized_rows_need_data_and_biases() -> None:
     assert [step.weight for step in ns.plan(Crnn(), "gn", recurrent="ws", example_inputs=IMAGES).recurrent] == ["ws"]
 
 
+ONE_VALUE: dict[str, tuple[nn.Module, str]] = {
+    "a series of one variable": (nn.LSTM(1, 6), "weight_ih_l0"),
+    "a state of one value": (nn.GRU(5, 1), "weight_hh_l0"),
+    "a projection on one value": (nn.LSTM(5, 6, proj_size=1), "weight_hh_l0"),
+    "a cell of one value": (nn.RNNCell(5, 1), "weight_hh"),
+}
+
+
+@pytest.mark.parametrize("recipe", ["ws", "aws"])
+@pytest.mark.parametrize("name", ONE_VALUE)
+def test_rows_of_one_value_are_not_standardized(recipe: str, name: str) -> None:
+    layer, matrix = ONE_VALUE[name]
+    plan = ns.plan(nn.Sequential(layer), None, recurrent=recipe)
+    reason = f"a row of one value, as its {matrix} has, has no deviation to divide by"
+    assert [skip.reason for skip in plan.skips] == [reason]
+    assert ns.plan(nn.Sequential(layer), None, recurrent="wn").recurrent  # negative control: a length it has
+    both = nn.Sequential(nn.LSTM(2, 3, 2, bidirectional=True, proj_size=2))
+    (step,) = ns.plan(both, None, recurrent=recipe).recurrent  # negative control: rows of two values and more
+    shapes = {name: both[0].get_parameter(name).shape[1] for name in step.site.matrices}
+    assert {name: step.site.fan_in(name) for name in step.site.matrices} == shapes
+
+
 def test_a_stored_model_with_standardized_rows_is_made_again(tmp_path: Path) -> None:
     model = trained(ns.swap_norms(Tagger(), None, recurrent="ws", calibration=torch.randint(11, (40, 7))))
     ns.save(model, tmp_path / "model.safetensors")

@@ -42,6 +42,16 @@ class RecurrentSite:
         """All of its fqns."""
         return (self.name, *self.aliases)
 
+    def fan_in(self, matrix: str) -> int:
+        """How many values a row of one of its matrices has."""
+        out = self.proj_size or self.hidden_size
+        if matrix.startswith("weight_hr"):
+            return self.hidden_size
+        if matrix.startswith("weight_hh"):
+            return out
+        first = matrix.removesuffix("_reverse") in ("weight_ih", "weight_ih_l0")
+        return self.input_size if first else out * (1 + self.bidirectional)
+
     @property
     def sizes(self) -> str:
         """The sizes in words: ``28 → 64, 2 layers, bidirectional``."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from normswap.recipes.recurrent.base import RecurrentRecipe
+from normswap.recipes.recurrent.base import RecurrentRecipe, why_no_deviation
+from normswap.records import RecurrentSite
 from normswap.weights import Weight, WeightStd
 
 __all__ = ["RecurrentAffineStandardization"]
@@ -28,6 +29,9 @@ class RecurrentAffineStandardization(RecurrentRecipe):
     equation = "W_j = (g_j (v_j − mean v_j)/√(var v_j + eps) + o_j)/√n per row of each matrix"
     paper = "Qiao et al. 2019"
     exact = True
+
+    def refuse(self, site: RecurrentSite) -> str | None:
+        return why_no_deviation(site, self.matrices(site))
 
     def weight(self) -> Weight:
         return WeightStd(offset=True, eps=self.eps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import ClassVar
@@ -12,7 +13,7 @@ from normswap.recipes.described import Described
 from normswap.records import RecurrentSite
 from normswap.weights import Weight
 
-__all__ = ["RecurrentRecipe", "Start"]
+__all__ = ["RecurrentRecipe", "Start", "why_no_deviation"]
 
 
 class Start(Enum):
@@ -62,3 +63,9 @@ class RecurrentRecipe(Described):
     def replacement(self, old: nn.Module) -> nn.Module:
         """Return the layer that comes in the place of ``old``, with any values."""
         raise NotImplementedError
+
+
+def why_no_deviation(site: RecurrentSite, matrices: Iterable[str]) -> str | None:
+    """Return which of ``matrices`` has rows of one value each, which have no deviation, or None."""
+    found = next((name for name in matrices if site.fan_in(name) == 1), None)
+    return None if found is None else f"a row of one value, as its {found} has, has no deviation to divide by"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from normswap.recipes.recurrent.base import RecurrentRecipe, Start
+from normswap.recipes.recurrent.base import RecurrentRecipe, Start, why_no_deviation
 from normswap.records import RecurrentSite
 from normswap.weights import Weight, WeightStd
 
@@ -39,4 +39,6 @@ class RecurrentStandardization(RecurrentRecipe):
         return tuple(name for name in site.matrices if not name.startswith("weight_hr"))
 
     def refuse(self, site: RecurrentSite) -> str | None:
-        return None if site.bias else "it has no biases, which make up for the means that the rows lose"
+        if not site.bias:
+            return "it has no biases, which make up for the means that the rows lose"
+        return why_no_deviation(site, self.matrices(site))
