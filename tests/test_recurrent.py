@@ -729,6 +729,13 @@ def own_class() -> nn.Module:
     return model
 
 
+def replaced_forward() -> nn.Module:
+    model = Alone()
+    former = model.rnn.forward
+    model.rnn.forward = lambda *inputs: (3 * former(*inputs)[0], None)
+    return model
+
+
 def functional() -> nn.Module:
     class Functional(nn.Module):
         def __init__(self) -> None:
@@ -760,6 +767,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], bool, str]] = {
     "weight dropped": (WeightDropped, True, "its weight_hh_l0 is no parameter: the model computes it"),
     "tied": (Tied, True, "the weight_hh_l0 of first is tied to second.weight_hh_l0"),
     "a class of its own": (own_class, True, "OwnLSTM is a class of its own"),
+    "a forward of its own": (replaced_forward, True, "its forward was replaced on the instance"),
     "hooked": (Hooked, True, "a forward pre-hook is on it"),
     "parametrized": (parametrized, True, "its matrices are already parametrized"),
     "legacy weight norm": (legacy, True, "a torch.nn.utils.weight_norm hook computes its weight_hh_l0"),

@@ -12,9 +12,9 @@ from recurrent_models import Crnn, Tagger
 from torch import Tensor, nn
 
 import normswap as ns
-from normswap.errors import InitializationError, InputError
+from normswap.errors import InitializationError, InputError, PlanError
 from normswap.initialization.null_space import offsets
-from normswap.nn import LayerNormLSTM, LayerNormLSTMCell
+from normswap.nn import BatchNormLSTM, LayerNormLSTM, LayerNormLSTMCell
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 
@@ -191,3 +191,91 @@ def test_in_place_and_beside_norms_that_are_fitted(recurrent: str) -> None:
     assert ns.swap_norms(own, "gn", recurrent=recurrent, calibration=data, inplace=True) is own
     assert error(apart, own, data) == 0
     assert error(model, own, torch.randn(20, 1, 8, 9)) < 0.2
+
+
+# ------------------------------------------------------------------------------- what another layer in its place keeps
+
+
+def added_to(layer: nn.Module) -> nn.Module:
+    """A layer with what a user may add to it, and no code of the user's."""
+    layer.note, layer.inner = {"k": 1}, nn.Linear(2, 3)
+    layer.register_buffer("table", torch.arange(3.0), persistent=False)
+    layer.more = nn.Parameter(torch.ones(2))
+    layer.register_full_backward_hook(lambda *_: None)
+    layer.register_state_dict_post_hook(lambda *_: None)
+    return layer
+
+
+@pytest.mark.parametrize("recurrent", ["ln", "bn"])
+def test_what_was_added_to_a_layer_goes_along(recurrent: str) -> None:
+    model = Tagger()
+    added_to(model.rnn)
+    model.eval()
+    converted = ns.swap_norms(model, None, recurrent=recurrent, calibration=WORDS)
+    assert set(model.rnn.state_dict()) - set(converted.rnn.state_dict()) == set()
+    for rnn in (converted.rnn, ns.fold(converted).rnn):
+        assert rnn.note == {"k": 1}
+        assert torch.equal(rnn.inner.weight, model.rnn.inner.weight)
+        assert torch.equal(rnn.table, model.rnn.table)
+        assert "table" not in rnn.state_dict()
+        assert torch.equal(rnn.more, model.rnn.more)
+        assert len(rnn._backward_hooks) == len(rnn._state_dict_hooks) == 1
+        assert rnn._is_full_backward_hook
+    plain = ns.swap_norms(Tagger().eval(), None, recurrent=recurrent, calibration=WORDS).rnn  # negative control
+    assert not {"note", "inner", "table", "more"} & {*vars(plain), *plain._parameters, *plain._modules, *plain._buffers}
+
+
+@pytest.mark.parametrize("recurrent", ["ln", "bn"])
+def test_a_layer_with_code_of_its_own_stays(recurrent: str) -> None:
+    model = Tagger()
+    ours = ns.plan(model, None, recurrent=recurrent)
+    assert ours.recurrent  # negative control
+    model.rnn.scale = torch.nn.functional.relu
+    (skip,) = [skip for skip in ns.plan(model, None, recurrent=recurrent).skips if skip.name == "rnn"]
+    assert skip.reason == "its scale was set on it alone, and may be code that is for a LSTM"
+    assert ns.plan(model, None, recurrent="wn").recurrent  # which keeps the layer
+    for add, words in (
+        (lambda rnn: None, "its scale was set on it alone"),
+        (lambda rnn: (vars(rnn).pop("scale"), setattr(rnn, "eps", 3)), "its eps has the name of something else"),
+    ):
+        add(model.rnn)
+        with pytest.raises(PlanError, match=words):
+            ns.convert(model, None, plan=ours, calibration=WORDS)
+
+
+def test_a_batch_normalized_layer_with_a_forward_of_its_own_stays_when_it_is_folded() -> None:
+    converted = ns.swap_norms(Tagger().eval(), None, recurrent="bn", calibration=WORDS)
+    assert type(ns.fold(converted).rnn) is nn.LSTM  # negative control
+    own = type("Own", (BatchNormLSTM,), {"forward": lambda self, x: BatchNormLSTM.forward(self, 2 * x)})
+    converted.rnn.__class__ = own
+    folding = ns.fold_with_report(converted)
+    assert type(folding.model.rnn) is own
+    assert [row.reason.split(":")[0] for row in folding.left] == ["Own has a forward of its own"]
+    converted.rnn.__class__ = BatchNormLSTM
+    converted.rnn.forward = lambda x: own.forward(converted.rnn, x)
+    folding = ns.fold_with_report(converted)
+    assert [row.reason.split(":")[0] for row in folding.left] == ["its forward was replaced on the instance"]
+
+
+FLAGS = {
+    "weight_ih_l0": {"ln_ih_weight_l0", "ln_ih_bias_l0", "bn_ih_weight_l0"},
+    "weight_hh_l0": {"ln_hh_weight_l0", "ln_hh_bias_l0", "bn_hh_weight_l0"},
+    "bias_ih_l0": set(),
+}
+
+
+@pytest.mark.parametrize("recurrent", ["ln", "bn"])
+@pytest.mark.parametrize("frozen", FLAGS)
+def test_what_was_frozen_stays_so_and_no_random_number_is_drawn(recurrent: str, frozen: str) -> None:
+    model = Tagger().eval()
+    model.rnn.get_parameter(frozen).requires_grad_(False)
+    before = torch.get_rng_state()
+    converted = ns.swap_norms(model, None, recurrent=recurrent, calibration=WORDS)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(1)
+    assert not torch.equal(torch.get_rng_state(), before)  # negative control
+    own = {name for name, p in converted.rnn.named_parameters() if not p.requires_grad}
+    assert own == {frozen} | {name for name in FLAGS[frozen] if name.startswith(recurrent)}
+    if recurrent == "bn":
+        folded = ns.fold(converted).rnn
+        assert {name for name, p in folded.named_parameters() if not p.requires_grad} == {frozen}

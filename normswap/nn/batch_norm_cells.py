@@ -69,12 +69,8 @@ class _Cell(BatchNormalized, NormalizedCell):
         make: Any = _TORCHS[self.mode]
         form = options if "RNN" in self.mode else {}
         made: nn.Module = make(self.input_size, self.hidden_size, device="meta", dtype=like.dtype, **form)
-        made.to_empty(device=like.device)  # no random numbers are drawn
-        with torch.no_grad():
-            for name, value in self._plain("").items():
-                made.get_parameter(name).copy_(value)
-        made.requires_grad_(any(p.requires_grad for p in self.parameters()))
-        return made.train(self.training)
+        self._fill(made)
+        return made
 
     def extra_repr(self) -> str:
         return super().extra_repr() + self._settings()

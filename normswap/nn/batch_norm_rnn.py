@@ -82,13 +82,8 @@ class BatchNormRNNBase(BatchNormalized, NormalizedRNNBase):
         options |= {"nonlinearity": "relu" if self.mode == "RNN_RELU" else "tanh"} if "RNN" in self.mode else {}
         make: Any = _TORCHS[self.mode]
         made: nn.RNNBase = make(self.input_size, self.hidden_size, device="meta", dtype=like.dtype, **options)
-        made.to_empty(device=like.device)  # no random numbers are drawn
-        with torch.no_grad():
-            for end in self._ends():
-                for name, value in self._plain(end).items():
-                    made.get_parameter(name).copy_(value)
-        made.requires_grad_(any(p.requires_grad for p in self.parameters()))
-        return made.train(self.training)
+        self._fill(made)
+        return made
 
     # Statistics per step ---------------------------------------------------------------------------------------------
 

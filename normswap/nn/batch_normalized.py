@@ -70,6 +70,10 @@ class BatchNormalized(Normalized):
 
     def _why_no_torchs(self, kind: str) -> str:
         """Return why no layer of torch's computes the same in evaluation, or nothing."""
+        if "forward" in vars(self):
+            return "its forward was replaced on the instance"
+        if not type(self).forward.__module__.startswith("normswap."):  # type: ignore[attr-defined]
+            return f"{type(self).__name__} has a forward of its own"
         if self.max_length is None:
             return ""
         return f"it has statistics of its own for each step, which torch's {kind} has not"
@@ -97,6 +101,22 @@ class BatchNormalized(Normalized):
         if (projection := self._own("weight_hr", end)) is not None:
             found["weight_hr"] = projection
         return {f"{name}_{end}" if end else name: value for name, value in found.items()}
+
+    def _fill(self, made: nn.Module) -> None:
+        """Give a layer of torch's on the meta device, which draws no random numbers, its values, flags and mode.
+
+        A matrix of it trains where the one of its name does, or that one's gain; so does a bias that this one has not.
+        """
+        assert isinstance(self, nn.Module)
+        made.to_empty(device=next(self.parameters()).device)
+        for end in self._ends():
+            for name, value in self._plain(end).items():
+                own = [self._parameters.get(name)]
+                if own[0] is None or name.startswith("weight"):
+                    own.append(self._parameters.get(self._of_norm(name.split("_")[1], "weight", end)))
+                parameter = made.get_parameter(name).requires_grad_(any(p is not None and p.requires_grad for p in own))
+                parameter.data.copy_(value)
+        made.train(self.training)
 
     def _follow(self, part: str, end: str, values: Tensor) -> tuple[Tensor, Tensor]:
         """Let the running statistics follow ``values``, ``(rows, units)``, and return the mean and the variance."""

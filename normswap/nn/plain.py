@@ -25,7 +25,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDict
 from torch.nn.utils.weight_norm import WeightNorm
 
 from normswap.nn.kinds import Answering
-from normswap.nn.recurrent import make_torchs
+from normswap.nn.recurrent import additions_to, hand_on, is_recurrent, make_torchs
 
 __all__ = ["legacy_hooks", "made_torchs", "make_plain"]
 
@@ -96,14 +96,17 @@ def make_plain(model: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def made_torchs(module: nn.Module) -> bool:
-    """Make of a module the one of torch.nn that it says it is, in place, with its hooks; tell whether it is one."""
+    """Make of a module the one of torch.nn that it says it is, in place; tell whether it is one.
+
+    Its hooks stay, and so does what a recurrent layer has got beside what its class has.
+    """
     plain = module.deployed() if isinstance(module, Answering) else ""
     if isinstance(plain, str):
         return False
+    hand_on(module, plain, additions_to(module) if is_recurrent(module) else {})
     module.__class__ = type(plain)
-    hooks = {name: value for name, value in vars(module).items() if "_hooks" in name}
     vars(module).clear()
-    vars(module).update(vars(plain) | hooks)
+    vars(module).update(vars(plain))
     return True
 
 

@@ -11,6 +11,7 @@ On CUDA the weights of such a layer lie in no common piece of memory, so cuDNN p
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ __all__ = [
     "LiveGRU",
     "LiveLSTM",
     "LiveRNN",
+    "additions_to",
+    "hand_on",
     "is_plain",
     "is_recurrent",
     "make_live",
@@ -111,6 +114,39 @@ def matrices_of(module: nn.Module) -> tuple[str, ...] | None:
         return None
     assert isinstance(module, nn.RNNBase)
     return tuple(name for name in module._flat_weights_names if name.startswith("weight"))
+
+
+def additions_to(module: nn.Module) -> dict[str, Any]:
+    """Return what a recurrent layer has got that a new one of its form has not, by name.
+
+    Such are attributes, a ``forward`` among them, parameters, buffers and modules; not hooks, for which each has room.
+    Of a class that derives from torch's or this package's the new one is of that one.
+    """
+    assert isinstance(module, (nn.RNNBase, nn.RNNCellBase))
+    kind: Any = next(c for c in type(module).__mro__ if c.__module__.startswith(("torch.nn.modules.", "normswap.")))
+    names = ("num_layers", "bidirectional", "proj_size") if isinstance(module, nn.RNNBase) else ()
+    form = {name: getattr(module, name) for name in names}
+    if form and not isinstance(module, nn.LSTM) and getattr(module, "mode", "") != "LSTM":
+        del form["proj_size"]  # torch's other constructors take none
+    new: nn.Module = kind(module.input_size, module.hidden_size, device="meta", **form)
+    pairs = (
+        (vars(module), vars(new)),
+        *((vars(module)[t], vars(new)[t]) for t in ("_parameters", "_buffers", "_modules")),
+    )
+    return {name: value for own, fresh in pairs for name, value in own.items() if name not in fresh}
+
+
+def hand_on(old: nn.Module, new: nn.Module, added: Mapping[str, Any]) -> None:
+    """Give the hooks of ``old``, and what was added to it, to the layer that comes in its place."""
+    for name, value in vars(old).items():
+        if "_hooks" in name:
+            vars(new)[name].update(value)
+    new._is_full_backward_hook = old._is_full_backward_hook
+    for name, value in added.items():
+        if name in old._buffers:
+            new.register_buffer(name, value, name not in old._non_persistent_buffers_set)
+        else:
+            setattr(new, name, value)
 
 
 def make_live(module: nn.Module) -> None:

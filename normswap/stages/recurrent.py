@@ -11,13 +11,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from normswap.errors import Text, argument, parameter
-from normswap.graph.bytecode import codes_of, has_code
+from normswap.graph.bytecode import codes_of
 from normswap.graph.dataflow import Dataflow
 from normswap.nn.kinds import class_of
 from normswap.nn.plain import legacy_hooks
@@ -27,6 +26,7 @@ from normswap.options import Options
 from normswap.recipes.recurrent import RecurrentRecipe, make_recurrent
 from normswap.records import InitRow, Plan, RecurrentSite, RecurrentStep, Skip
 from normswap.stages.misfits import misfit, submodule
+from normswap.stages.other_layers import replaced, why_irreplaceable
 from normswap.weights import Weight
 
 __all__ = ["BoundRecurrent", "bind_recurrent", "bound_at", "carry_out", "find_recurrent", "unasked"]
@@ -72,7 +72,7 @@ def find_recurrent(flow: Dataflow) -> Iterator[RecurrentSite | Skip]:
             site = _site(fqn, module, tuple(name for name in flow.capture.names[fqn] if name != fqn))
             reason = site if isinstance(site, str) else _why_not(flow, fqn, site)
             if isinstance(site, RecurrentSite) and not reason:
-                yield replace(site, irreplaceable=_why_irreplaceable(flow.capture.model, module))
+                yield replace(site, irreplaceable=why_irreplaceable(flow.capture.model, module))
             else:
                 yield Skip(fqn, "recurrent layer", class_of(module).__name__, "recurrent-refused", reason)
 
@@ -101,6 +101,8 @@ def _site(fqn: str, module: nn.Module, aliases: tuple[str, ...] = ()) -> Recurre
     matrices = matrices_of(module)
     if matrices is None:
         return f"{type(module).__name__} is a class of its own, and may read its matrices in its own way"
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance, and may read its matrices in its own way"
     if hooks := legacy_hooks(module):
         return f"a {hooks[0].what} hook computes its {hooks[0].tensor}"
     if module._forward_pre_hooks:
@@ -139,26 +141,6 @@ def _named_in_hidden_code(flow: Dataflow, fqn: str, tensors: set[str]) -> str:
                 why = f"the forward of {class_of(module).__name__} cannot be traced and names {named[0]}"
                 return Text(f"{why}: give {argument('example_inputs')}, which show what it does with it")
     return ""
-
-
-def _why_irreplaceable(model: nn.Module, module: nn.Module) -> str | None:
-    """Return who holds the layer beside the module tree, or asks for its class; None if no one does."""
-    if module is model:
-        return "the model is the layer itself, in whose place another would come: put it into a module"
-    for fqn, owner in model.named_modules():
-        for name, value in vars(owner).items():
-            if name != "_modules" and _holds(value, module, 3):
-                return f"{'.'.join(filter(None, (fqn, name)))} holds it, too, and would go on to hold it"
-        if has_code(owner):
-            names = frozenset[str]().union(*(found.code.names for found in codes_of(owner)))
-            if names & {"isinstance", "type", "__class__"} and names & {"LSTM", "LSTMCell"}:
-                return f"the forward of {class_of(owner).__name__} asks for its class"
-    return None
-
-
-def _holds(value: Any, module: nn.Module, depth: int) -> bool:
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple, set)) else ()
-    return value is module or (depth > 0 and any(_holds(one, module, depth - 1) for one in inner))
 
 
 def unasked(site: RecurrentSite) -> Skip:
@@ -230,23 +212,10 @@ def carry_out(model: nn.Module, plan: Plan, bound: BoundRecurrent) -> None:
     """
     module = submodule(model, bound.site.name, plan)
     if bound.weight is None:
-        module = _replaced(model, plan, bound, module)
+        module = replaced(model, plan, bound.site, module, bound.recipe)
     apply({name: NewValue(value) for name, value in bound.plain.items()}, lambda name: tensor_in(module, name))
     if bound.weight is not None:
         _parametrize(module, bound, bound.weight)
-
-
-def _replaced(model: nn.Module, plan: Plan, bound: BoundRecurrent, old: nn.Module) -> nn.Module:
-    """Put another layer into the place of ``old``, with its mode and hooks, and return it."""
-    new = bound.recipe.replacement(old).train(old.training)
-    new.requires_grad_(any(p.requires_grad for p in old.parameters()))
-    for name, value in vars(old).items():
-        if name.endswith(("forward_hooks", "backward_hooks", "backward_pre_hooks")) or "_forward_hooks_" in name:
-            vars(new)[name].update(value)
-    for name in bound.site.names:
-        parent, _, child = name.rpartition(".")
-        submodule(model, parent, plan)._modules[child] = new
-    return new
 
 
 def _parametrize(module: nn.Module, bound: BoundRecurrent, weight: Weight) -> None:
