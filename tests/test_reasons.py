@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -428,3 +429,59 @@ def test_no_inputs_are_made_up_for_an_lstm_cell_in_torchscript() -> None:
         cell, other = torch.jit.script(Unbatched()), torch.jit.script(nn.Linear(3, 3))
     assert inputs.make_up_inputs(nn.Sequential(nn.Linear(3, 3), cell).eval()) is None
     assert inputs.make_up_inputs(nn.Sequential(nn.Linear(3, 3), other).eval()) is not None  # negative control
+
+
+# ------------------------------------------------------------------------------------------------- no module at all
+
+PICTURES = torch.randn(4, 3, 8, 8)
+OF_A_MODEL: dict[str, Callable[[Any], object]] = {
+    "plan": ns.plan,
+    "convert": ns.convert,
+    "swap_norms": ns.swap_norms,
+    "rank_sites": lambda model: ns.rank_sites(model, calibration=PICTURES),
+    "choose_recipes": lambda model: ns.choose_recipes(model, calibration=PICTURES),
+    "fold": ns.fold,
+    "save": lambda model: ns.save(model, "model.safetensors"),
+    "initialize": lambda model: ns.initialize(model, PICTURES),
+    "synthesize_samples": lambda model: ns.synthesize_samples(model, PICTURES, count=2, steps=1),
+}
+NO_MODULES: dict[str, tuple[Callable[[], object], str, str]] = {
+    "nothing": (lambda: None, "the model is None, and no torch.nn.Module", "give a torch.nn.Module"),
+    "a number": (lambda: 5, "the model is of type int, and no", "give a torch.nn.Module"),
+    "a class": (lambda: Between, "the model is the class Between, and no", "give an instance of it: Between(...)"),
+    "a state dict": (lambda: conv_net().state_dict(), "the model is of type OrderedDict", "model.load_state_dict(...)"),
+    "a path": (lambda: Path("model.pt"), "Path, and no", "read the file first: normswap.load reads"),
+    "a conversion": (lambda: ns.convert(conv_net(), "wn+mobn"), "of type Conversion", "give its attribute model"),
+}
+
+
+@pytest.mark.parametrize("verb", OF_A_MODEL)
+@pytest.mark.parametrize("name", NO_MODULES)
+def test_what_is_no_module_is_refused_by_what_it_is(
+    verb: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make, words, hint = NO_MODULES[name]
+    with pytest.raises(InputError) as caught:
+        OF_A_MODEL[verb](make())
+    assert caught.value.code == "no-module"
+    assert words in caught.value.message
+    assert hint in caught.value.hint
+    try:
+        OF_A_MODEL[verb](conv_net())  # negative control
+    except NormswapError as error:
+        assert error.code == "not-converted"  # noqa: PT017
+
+
+@pytest.mark.parametrize("verb", ["plan", "fold", "initialize", "synthesize_samples"])
+def test_a_torchscript_model_is_refused_and_a_part_is_not(verb: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is deprecated, and yet in use
+        scripted = torch.jit.script(conv_net())
+        activation = torch.jit.script(nn.ReLU())
+    with pytest.raises(InputError, match="is a TorchScript model") as caught:
+        OF_A_MODEL[verb](scripted)
+    assert caught.value.hint == "give the Python model that it was made from"
+    model = conv_net()
+    model[2] = activation
+    OF_A_MODEL[verb](model.eval())  # negative control

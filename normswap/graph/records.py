@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from normswap.errors import InputError
 from normswap.nn.kinds import class_of
-from normswap.runs.wrappers import refuse_sharded
+from normswap.runs.wrappers import refuse_script, refuse_sharded
 
 __all__ = ["Capture", "Trace", "has_optional_arguments", "model_names", "refuse_wrappers"]
 
@@ -91,13 +91,12 @@ def has_optional_arguments(module: nn.Module) -> bool:
 def refuse_wrappers(model: nn.Module) -> None:
     """Raise an error if ``model`` is a wrapper whose modules cannot be replaced, or sharded."""
     refuse_sharded(model)
+    refuse_script(model)
     if isinstance(model, torch._dynamo.OptimizedModule):
         what, hint = "a compiled model", "convert the model before torch.compile (here: model._orig_mod)"
-    elif isinstance(model, torch.jit.ScriptModule):
-        what, hint = "a TorchScript model", "convert the Python model that it was made from"
     elif class_of(model).__module__.startswith("torch.nn.parallel"):
         what, hint = f"wrapped in {class_of(model).__name__}", "convert model.module, and wrap the result again"
-    elif isinstance(model, torch.export.ExportedProgram) or "validate_inputs" in vars(model):
+    elif "validate_inputs" in vars(model):
         what, hint = "an exported program", "convert normswap.from_exported(program)"
     else:
         return

@@ -150,8 +150,8 @@ def _no_forward(module: nn.Module) -> str | None:
     """Return why ``module``'s forward is not the one of its class, or that it has none."""
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance"
+    if isinstance(module, torch.jit.ScriptModule):  # asked first: such a class has no forward to look at
+        return "TorchScript cannot be traced"
     if type(module).forward is nn.Module.forward:
         return "container"
-    if isinstance(module, torch.jit.ScriptModule):
-        return "TorchScript cannot be traced"
     return None

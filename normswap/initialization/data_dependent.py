@@ -49,6 +49,7 @@ from normswap.runs.calling import Batch, run_on
 from normswap.runs.equal_models import make_equal, refuse_different, refuse_different_models
 from normswap.runs.guard import set_mode, untouched
 from normswap.runs.processes import objects, together
+from normswap.runs.wrappers import refuse_no_module, refuse_script
 from normswap.runs.writes import unwatched
 
 __all__ = ["initialize"]
@@ -89,12 +90,14 @@ def initialize(
             of its own: the statistics are then those of all of them, and the values are the same. False works alone.
 
     Raises:
-        InputError: The minibatch does not fit.
+        InputError: The minibatch does not fit, or the model is no module or a TorchScript one.
         InitializationError: The forward pass failed, or the model became infinite.
 
     Source: T. Salimans, D. Kingma, *Weight Normalization*, 2016, section 3; the 0.1: T. Salimans, A. Karpathy, X. Chen,
     D. Kingma, *PixelCNN++*, 2017, its code.
     """
+    refuse_no_module(model)
+    refuse_script(model)
     with together(processes):
         refuse_different_models(model)
         report = _initialized(model, batch, seed if fresh else None, recurrent=recurrent)

@@ -34,6 +34,7 @@ from normswap.runs.calling import call, does_not_run, run_on_data
 from normswap.runs.guard import set_mode, untouched
 from normswap.runs.inputs import Inputs, example_of, make_up_inputs
 from normswap.runs.watching import not_finite
+from normswap.runs.wrappers import refuse_no_module, refuse_script
 
 __all__ = ["synthesize_samples"]
 
@@ -68,7 +69,7 @@ def synthesize_samples(
 
     Raises:
         InputError: The model does not run on the inputs, none could be made up, they hold no floating-point numbers, or
-            no BatchNorm with statistics depends on them.
+            no BatchNorm with statistics depends on them; or the model is no module, or a TorchScript one.
         InitializationError: What reaches a norm is not finite.
     """
     for name, value in (("count", count), ("steps", steps)):
@@ -78,6 +79,8 @@ def synthesize_samples(
                 code="option-value",
                 hint="give a whole number of at least 1",
             )
+    refuse_no_module(model)
+    refuse_script(model)
     example = example_of(model, example_inputs)
     if example is None:
         example = make_up_inputs(model)

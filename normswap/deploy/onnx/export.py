@@ -18,6 +18,7 @@ from normswap.deploy.onnx.weights import fold_weights
 from normswap.deploy.unfolded import needs_inputs, unfolded
 from normswap.errors import ExportError, InputError, argument, first_line, function, parameter
 from normswap.runs.modes import training_modules
+from normswap.runs.wrappers import refuse_script
 from normswap.storage.writing import check_target, reported, staged
 
 if TYPE_CHECKING:
@@ -102,6 +103,7 @@ def _refuse(model: nn.Module, path: Path, opset: int) -> None:
 
     if not isinstance(model, nn.Module):
         raise InputError(f"model is a {type(model).__name__}", code="export-model", hint="give a torch.nn.Module")
+    refuse_script(model)
     if training := training_modules(model):
         raise ExportError(
             f"the model is in train mode ({training[0]!r} and {len(training) - 1} more modules)",
