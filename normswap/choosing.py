@@ -21,7 +21,7 @@ from normswap.graph.records import refuse_wrappers
 from normswap.initialization.base import Progress
 from normswap.initialization.match import Match
 from normswap.initialization.output_effects import OutputEffects
-from normswap.options import Options
+from normswap.options import Options, check_callable
 from normswap.preparation import asked, planned, prepared
 from normswap.ranking import each_alone
 from normswap.recipes import Auto, PerSite, Recipe, all_recipes
@@ -59,6 +59,7 @@ def choose_recipes(
         NothingToConvertError: No norm of the model can be converted.
         InputError: An argument does not fit.
     """
+    check_callable("progress", progress)
     recipe, chosen = asked("auto", None, options)
     assert isinstance(recipe, Auto)
     if calibration is None:

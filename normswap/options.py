@@ -8,14 +8,25 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 from normswap.errors import InputError, Text, argument, parameter
 
-__all__ = ["NEW_NORMS", "OUTPUT", "WHICH_NORMS", "Flag", "Meaning", "Options", "option"]
+__all__ = [
+    "NEW_NORMS",
+    "OUTPUT",
+    "WHICH_NORMS",
+    "Flag",
+    "Meaning",
+    "Options",
+    "check_callable",
+    "check_types",
+    "option",
+]
 
 # The headings under which the command line's help shows its flags.
 NEW_NORMS, WHICH_NORMS, OUTPUT = "The new norms", "Which norms", "Output"
@@ -56,6 +67,42 @@ class Meaning:
 def option(default: Any, text: str, *, minimum: float | None = None, flag: Flag | None = None) -> Any:
     """Return a field of :class:`Options`; the arguments are those of :class:`Meaning`."""
     return field(default=default, metadata={"meaning": Meaning(Text(text), minimum, flag or Flag())})
+
+
+_KINDS: Mapping[str, tuple[Any, str]] = {
+    "None": (type(None), "None"),
+    "bool": (bool, "True or False"),
+    "int": (int, "a whole number"),
+    "float": ((int, float), "a number"),
+    "str": (str, "a text"),
+    "tuple": ((tuple, list), "a tuple"),
+}
+"""What a value of an option is, by the option's type as it is written."""
+
+
+def check_types(kind: type, values: Mapping[str, Any]) -> None:
+    """Raise InputError for a value that is not of the type of its field in the dataclass ``kind``.
+
+    'no' would count as true.
+    """
+    written = {f.name: re.sub(r"\[.*\]", "", str(f.type)).split(" | ") for f in fields(kind)}
+    for name, value in values.items():
+        known = [_KINDS[one] for one in written[name] if one in _KINDS]
+        number_for_flag = isinstance(value, bool) and "bool" not in written[name]
+        if known and (number_for_flag or not any(isinstance(value, of) for of, _ in known)):
+            raise InputError(
+                f"{parameter(name)} must be {' or '.join(words for _, words in known)}, got {value!r}",
+                code="option-type",
+                hint=f"the default is {next(f.default for f in fields(kind) if f.name == name)!r}",
+            )
+
+
+def check_callable(name: str, value: Any) -> None:
+    """Raise InputError for an argument that is to be called and cannot be."""
+    if value is not None and not callable(value):
+        raise InputError(
+            f"{argument(name)} is of type {type(value).__name__}", code="option-type", hint="give a function"
+        )
 
 
 @dataclass(frozen=True)
@@ -159,7 +206,14 @@ class Options:
     def __post_init__(self) -> None:
         for name in ("include", "exclude"):
             globs = getattr(self, name)
-            object.__setattr__(self, name, (globs,) if isinstance(globs, str) else tuple(globs))
+            given = (globs,) if isinstance(globs, str) else tuple(globs) if isinstance(globs, Iterable) else (globs,)
+            if wrong := [one for one in given if not isinstance(one, str)]:
+                raise InputError(
+                    f"{parameter(name)} must be globs of names, got {wrong[0]!r}",
+                    code="option-type",
+                    hint="give texts such as 'layer1.*'",
+                )
+            object.__setattr__(self, name, given)
         if self.init == "none":
             renamed = Text(f"{argument('init', 'none')} is now called {argument('init', 'fresh')}")
             warnings.warn(renamed, FutureWarning, stacklevel=3)
@@ -167,6 +221,8 @@ class Options:
         for known in fields(self):
             if known.metadata["meaning"].minimum is not None:
                 _check_number(known, getattr(self, known.name))
+            elif known.name != "recurrent":  # a recipe, which may be more than its name
+                check_types(type(self), {known.name: getattr(self, known.name)})
 
     @classmethod
     def split(

@@ -19,6 +19,7 @@ from normswap.graph.dataflow import Dataflow
 from normswap.graph.records import refuse_wrappers
 from normswap.initialization.base import Progress, initializer_for
 from normswap.initialization.equalization import EQUALIZED
+from normswap.options import check_callable
 from normswap.preparation import asked, planned, prepared
 from normswap.recipes import Auto, To
 from normswap.records import Choice, InitReport, Plan
@@ -143,6 +144,7 @@ def convert(
         VerificationError: An exact recipe moved the output.
         InputError: An argument does not fit.
     """
+    check_callable("progress", progress)
     has_data = calibration is not None
     recipe, chosen = asked(to, plan, options, has_data=has_data)
     initializer = initializer_for(chosen.init, recipe, has_data)

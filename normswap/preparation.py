@@ -35,6 +35,12 @@ def asked(to: To, plan: Plan | None, given: Mapping[str, Any], *, has_data: bool
     A plan brings its own recipe; where there is no data to choose by, a recipe that chooses is the one that it falls
     back on.
     """
+    if plan is not None and not isinstance(plan, Plan):
+        raise InputError(
+            f"{argument('plan')} is of type {type(plan).__name__}",
+            code="option-type",
+            hint="give what normswap.plan returned; Plan.from_json reads a stored one",
+        )
     if plan is not None and not isinstance(to, Recipe):
         to, given = plan.recipe, {**given, **plan.options}
     if plan is not None and given.get("recurrent") is not None:

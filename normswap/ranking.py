@@ -13,6 +13,7 @@ from normswap.errors import InputError
 from normswap.graph.records import refuse_wrappers
 from normswap.initialization.base import Progress, Work
 from normswap.initialization.match import Fitted, Match, match_sites
+from normswap.options import check_callable
 from normswap.preparation import asked, prepared
 from normswap.recipes import To, all_recipes
 from normswap.records import InitRow, SiteCost
@@ -50,6 +51,7 @@ def rank_sites(
         NothingToConvertError: No norm of the model can be converted.
         InputError: The recipe is exact, or an argument does not fit.
     """
+    check_callable("progress", progress)
     recipe, chosen = asked(to, None, options)
     chosen = dataclasses.replace(chosen, recurrent=None)
     if recipe.exact:

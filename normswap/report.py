@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from normswap.errors import InputError
+from normswap.errors import InputError, argument
 from normswap.records import SKIPPED, Fit, Plan
 from normswap.storage.writing import reported, staged
 from normswap.version import __version__
@@ -43,8 +43,14 @@ def write_report(conversion: Conversion, path: str | Path) -> None:
         path: An ``.html`` file.
 
     Raises:
-        InputError: A package that draws the page is missing, or the file cannot be written.
+        InputError: It is no conversion, a package that draws the page is missing, or the file cannot be written.
     """
+    if not isinstance(getattr(conversion, "plan", None), Plan) or not hasattr(conversion, "init"):
+        raise InputError(
+            f"{argument('conversion')} is of type {type(conversion).__name__}",
+            code="option-type",
+            hint="give what normswap.convert returned",
+        )
     require_packages()
     page = _render(conversion)
     with staged(Path(path)) as place, reported(Path(path)):

@@ -31,6 +31,9 @@ def test_the_defaults_are_valid_and_globs_become_tuples() -> None:
         ({"spread": True}, "spread must be ≥ 0 and finite, got True"),
         ({"tune_steps": -1}, "tune_steps must be a whole number ≥ 0, got -1"),
         ({"tune_steps": 1.5}, "tune_steps must be a whole number ≥ 0, got 1.5"),
+        ({"scale": "no"}, "scale must be True or False, got 'no'"),
+        ({"inplace": 1}, "inplace must be True or False, got 1"),
+        ({"init": ["match"]}, "init must be a text or None, got ['match']"),
     ],
 )
 def test_a_value_that_an_option_cannot_have_is_refused(given: dict[str, Any], message: str) -> None:
@@ -38,6 +41,19 @@ def test_a_value_that_an_option_cannot_have_is_refused(given: dict[str, Any], me
         Options(**given)
     assert refused.value.message == message
     assert "the default is" in refused.value.hint
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [(5, "a"), (None, ()), ([5], ["a", "b"]), ({1: 2}, {"a": 1})],
+    ids=["5", "None", "list", "dict"],
+)
+@pytest.mark.parametrize("name", ["include", "exclude"])
+def test_globs_are_texts(name: str, wrong: object, right: Any) -> None:
+    with pytest.raises(InputError, match=f"{name} must be globs of names, got ") as refused:
+        Options(**{name: wrong})  # type: ignore[arg-type]
+    assert refused.value.code == "option-type"
+    assert getattr(Options(**{name: right}), name) == tuple(right)  # negative control
 
 
 def test_the_former_name_of_fresh_is_an_alias_with_a_warning() -> None:

@@ -21,6 +21,7 @@ import normswap as ns
 from normswap.cli import app
 from normswap.errors import ExportError, InputError, NormswapError, VerificationError
 from normswap.loading import load_model
+from normswap.loading.trust import Trust
 from normswap.records import Agreement
 from normswap.runs import inputs
 from normswap.runs.cell_calls import refuse_misfitting_cells
@@ -485,3 +486,59 @@ def test_a_torchscript_model_is_refused_and_a_part_is_not(verb: str) -> None:
     model = conv_net()
     model[2] = activation
     OF_A_MODEL[verb](model.eval())  # negative control
+
+
+# ----------------------------------------------------------------------------------- arguments of another type
+
+WRONG: dict[str, tuple[Callable[[Any], object], Any, Any, str]] = {
+    "a recurrent recipe in a list": (
+        lambda value: ns.plan(nn.Sequential(nn.LSTM(3, 4)), None, recurrent=value),
+        ["wn"],
+        "wn",
+        "there is no recipe ['wn'] for recurrent layers",
+    ),
+    "a glob that is a number": (
+        lambda value: ns.plan(conv_net(), {value: "gn"}),
+        5,
+        "*",
+        "to= has 5, which is no glob of names",
+    ),
+    "a plan that is its text": (
+        lambda value: ns.convert(conv_net(), plan=value),
+        "plan",
+        ns.plan(conv_net(), "gn"),
+        "plan= is of type str",
+    ),
+    "progress that is no function": (
+        lambda value: ns.synthesize_samples(conv_net(), PICTURES, count=2, steps=1, progress=value),
+        True,
+        lambda *_: None,
+        "progress= is of type bool",
+    ),
+    "a tolerance that is a text": (
+        lambda value: ns.verify(conv_net(), conv_net(), PICTURES, rtol=value),
+        "1e-3",
+        1e-3,
+        "rtol= must be a number ≥ 0, got '1e-3'",
+    ),
+    "a report of a model": (
+        lambda value: ns.write_report(value, "report.html"),
+        conv_net(),
+        ns.convert(conv_net(), "gn"),
+        "conversion= is of type Sequential",
+    ),
+    "trust in a number": (lambda value: Trust.parse(value), [5], ["timm"], "trust=[5] is no list of texts"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_an_argument_of_another_type_is_refused_by_its_name(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    call, wrong, right, words = WRONG[name]
+    with pytest.raises(InputError) as caught:
+        call(wrong)
+    assert words in str(caught.value)
+    assert caught.value.hint
+    call(right)  # negative control

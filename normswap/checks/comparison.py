@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from numbers import Real
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from normswap.checks.onnx_file import OnnxFile
 from normswap.checks.verification import OutputRow, Verification
-from normswap.errors import InputError, first_line
+from normswap.errors import InputError, argument, first_line
 from normswap.runs.arguments import Named, as_arguments, dtype_name, named_leaves
 from normswap.runs.guard import untouched
 from normswap.runs.modes import training_modules
@@ -60,6 +61,14 @@ def verify(
     Raises:
         InputError: A module is in train mode, a file cannot be read, or the inputs do not fit.
     """
+    tolerances: dict[str, Any] = {"rtol": rtol, "atol": atol}
+    for name, value in tolerances.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Real) or not float(value) >= 0):
+            raise InputError(
+                f"{argument(name)} must be a number ≥ 0, got {value!r}",
+                code="option-type",
+                hint="without it the tolerance goes by the outputs' dtype",
+            )
     args, kwargs = as_arguments(inputs)
     runners = [_runner(a, "a"), _runner(b, "b")]
     outputs = []

@@ -28,6 +28,7 @@ from torch.nn.parameter import is_lazy
 
 from normswap.errors import InitializationError, InputError, argument
 from normswap.initialization.noise import batch_for, noise_like, seen_by_statistics
+from normswap.options import check_callable
 from normswap.records import SyntheticSamples
 from normswap.runs.batches import sample_count
 from normswap.runs.calling import call, does_not_run, run_on_data
@@ -79,6 +80,7 @@ def synthesize_samples(
                 code="option-value",
                 hint="give a whole number of at least 1",
             )
+    check_callable("progress", progress)
     refuse_no_module(model)
     refuse_script(model)
     example = example_of(model, example_inputs)

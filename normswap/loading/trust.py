@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -74,6 +74,12 @@ class Trust:
                 f"trust={entries!r} is one string",
                 code="trust-invalid",
                 hint=f"give a list: trust=[{entries!r}]",
+            )
+        if not isinstance(entries, Iterable) or not all(isinstance(entry, str) for entry in entries):
+            raise InputError(
+                f"trust={entries!r} is no list of texts",
+                code="trust-invalid",
+                hint="give packages, and scripts that end in .py: trust=['timm', 'train.py']",
             )
         packages, scripts = [], []
         for entry in entries:

@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any, TypeAlias
 
 from normswap.discovery import classes_in
-from normswap.errors import InputError
+from normswap.errors import InputError, argument
 from normswap.recipes.auto import Auto
 from normswap.recipes.base import Recipe
 from normswap.recipes.per_site import PerSite
@@ -62,6 +62,12 @@ def make_recipe(to: To, options: Mapping[str, Any] | None = None) -> Recipe:
     if to == PerSite.name and isinstance(options.get("at"), Mapping):
         to = options.pop("at")
     if isinstance(to, Mapping):
+        if wrong := [glob for glob in to if not isinstance(glob, str)]:
+            raise InputError(
+                f"{argument('to')} has {wrong[0]!r}, which is no glob of names",
+                code="option-type",
+                hint="give texts such as 'layer1.*'",
+            )
         return PerSite.combined((glob, _part(part, options)) for glob, part in to.items())
     if to == Auto.name:
         return _auto(options)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
@@ -10,18 +9,9 @@ from typing import Any, ClassVar
 from typing_extensions import Self
 
 from normswap.errors import InputError, parameter
+from normswap.options import check_types
 
 __all__ = ["Described"]
-
-_KINDS: Mapping[str, tuple[Any, str]] = {
-    "None": (type(None), "None"),
-    "bool": (bool, "True or False"),
-    "int": (int, "a whole number"),
-    "float": ((int, float), "a number"),
-    "str": (str, "a text"),
-    "tuple": ((tuple, list), "a tuple"),
-}
-"""What a value of an option is, by the option's type as it is written."""
 
 
 @dataclass(frozen=True)
@@ -61,16 +51,7 @@ class Described:
     @classmethod
     def check_types(cls, options: Mapping[str, Any]) -> None:
         """Raise InputError for a value that is not of its option's type: 'no' would count as true."""
-        written = {f.name: re.sub(r"\[.*\]", "", str(f.type)).split(" | ") for f in fields(cls)}
-        for name, value in options.items():
-            known = [_KINDS[one] for one in written[name] if one in _KINDS]
-            number_for_flag = isinstance(value, bool) and "bool" not in written[name]
-            if known and (number_for_flag or not any(isinstance(value, of) for of, _ in known)):
-                raise InputError(
-                    f"{parameter(name)} must be {' or '.join(words for _, words in known)}, got {value!r}",
-                    code="option-type",
-                    hint=f"the default is {next(f.default for f in fields(cls) if f.name == name)!r}",
-                )
+        check_types(cls, options)
 
     def options(self) -> dict[str, Any]:
         """Return the options that differ from their defaults."""

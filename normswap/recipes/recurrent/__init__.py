@@ -36,7 +36,7 @@ def make_recurrent(
     if asked is None or isinstance(asked, RecurrentRecipe):
         return asked
     known = all_recurrent()
-    if asked not in known:
+    if not isinstance(asked, str) or asked not in known:
         raise InputError(
             f"{argument('recurrent', asked)}: there is no recipe {asked!r} for recurrent layers",
             code="unknown-recurrent",
