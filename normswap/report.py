@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from normswap.errors import InputError, argument
+from normswap.errors import InputError
 from normswap.records import SKIPPED, Fit, Plan
 from normswap.storage.writing import reported, staged
 from normswap.version import __version__
@@ -47,7 +47,7 @@ def write_report(conversion: Conversion, path: str | Path) -> None:
     """
     if not isinstance(getattr(conversion, "plan", None), Plan) or not hasattr(conversion, "init"):
         raise InputError(
-            f"{argument('conversion')} is of type {type(conversion).__name__}",
+            f"the conversion is of type {type(conversion).__name__}",
             code="option-type",
             hint="give what normswap.convert returned",
         )

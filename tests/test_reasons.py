@@ -525,7 +525,7 @@ WRONG: dict[str, tuple[Callable[[Any], object], Any, Any, str]] = {
         lambda value: ns.write_report(value, "report.html"),
         conv_net(),
         ns.convert(conv_net(), "gn"),
-        "conversion= is of type Sequential",
+        "the conversion is of type Sequential",
     ),
     "trust in a number": (lambda value: Trust.parse(value), [5], ["timm"], "trust=[5] is no list of texts"),
 }

@@ -64,8 +64,11 @@ def replaced(model: nn.Module, plan: Plan, site: RecurrentSite, old: nn.Module, 
         if why is None and hasattr(new, name):
             why = f"its {name} has the name of something else in a {type(new).__name__}"
         if why is not None:
-            hint = f"leave the layer out ({argument('exclude', [site.name])})"
-            raise PlanError(f"'{site.name}' cannot be replaced: {why}", code="layer-additions", hint=hint)
+            raise PlanError(
+                f"'{site.name}' cannot be replaced: {why}",
+                code="layer-additions",
+                hint=f"leave the layer out ({argument('exclude', [site.name])})",
+            )
     for name, parameter in new.named_parameters():
         parameter.requires_grad_(_trains(old, name))
     hand_on(old, new, added)
