@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import normswap as ns
-from normswap.errors import InputError
+from normswap.errors import InputError, VerificationError
 from normswap.nn import BatchNormGRU, BatchNormLSTM, BatchNormRNN
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
@@ -298,6 +298,23 @@ def test_with_statistics_shared_over_time_it_folds_to_torchs_layer(form: str) ->
     with torch.no_grad():
         folding.model.rnn.bias_ih_l0 += 1e-2
     assert not torch.allclose(folding.model(x), model(x), rtol=0, atol=1e-6)
+
+
+class AsksForTheLength(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = BatchNormLSTM(IN, SIZE, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rnn(x)[0] * (1.0 if self.rnn.max_length is None else 0.5)
+
+
+def test_a_fold_blames_the_inputs_for_nothing_but_their_own() -> None:
+    with pytest.raises(VerificationError, match="'LSTM' object has no attribute 'max_length'") as caught:
+        ns.fold(AsksForTheLength().eval(), example_inputs=inputs())
+    assert caught.value.hint.startswith("a forward asks a part for what its like in torch.nn does not have")
+    with pytest.raises(InputError, match="the model does not run on the inputs"):  # negative control
+        ns.fold(AsksForTheLength().eval(), example_inputs=inputs()[..., 1:])
 
 
 def test_with_statistics_per_step_it_stays() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ import pytest
 import torch
 from click.testing import Result
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from typer.testing import CliRunner
 
 import normswap as ns
 from normswap.cli import app
+from normswap.cli.spelling import spell
 from normswap.demo.data import load_digits, load_network
 from normswap.errors import InitializationError, InputError
 from normswap.initialization.noise import noise_like
@@ -93,7 +96,9 @@ def test_a_conversion_says_that_it_had_no_data() -> None:
     assert any("how far the outputs agree on real data was not measured" in note for note in notes)
     for after in (FAR, 1.01 * FAR):
         notes = ns.convert(model, "gn+ws", calibration=replace(samples, after=after)).init.notes
-        assert any("far from the recorded statistics" in note for note in notes) == (after > FAR)
+        far = [spell(note) for note in notes if "far from the recorded statistics" in note]
+        assert len(far) == (after > FAR)
+        assert all(text.endswith("more steps may bring them closer (steps= in Python)") for text in far)
     assert not any(
         "synthetic" in note for note in ns.convert(model, "gn+ws", calibration=samples.batches[0]).init.notes
     )
@@ -203,10 +208,72 @@ def test_what_it_cannot_do_is_refused(model: nn.Module, inputs: Any, options: di
     assert caught.value.hint
 
 
-def test_statistics_that_are_not_finite_are_refused() -> None:
-    with pytest.raises(InitializationError) as caught:
-        ns.synthesize_samples(with_a_nan(), torch.zeros(2, 3, 12, 12))
-    assert caught.value.code == "not-finite"
+def without_a_deviation() -> nn.Module:
+    model = trained()
+    model[4].running_var.zero_()
+    return model
+
+
+def with_an_infinite_weight() -> nn.Module:
+    model = trained()
+    model[3].weight.data[0] = float("inf")
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "code", "words"),
+    [
+        (with_a_nan, "weights-not-finite", "the running statistics of '1' are not finite"),
+        (without_a_deviation, "no-statistics", "the running variance of '4' is 0 in all channels"),
+        (with_an_infinite_weight, "not-finite", "the values that reach '4' are not finite"),
+    ],
+)
+def test_the_norm_is_named_at_which_something_is_not_finite(
+    make: Callable[[], nn.Module], code: str, words: str
+) -> None:
+    with pytest.raises(InitializationError, match=words) as caught:
+        ns.synthesize_samples(make(), torch.zeros(2, 3, 12, 12))
+    assert caught.value.code == code
+    dead = trained()
+    dead[4].running_var[0] = 0
+    ns.synthesize_samples(dead, torch.zeros(2, 3, 12, 12), count=2, steps=1)  # negative control: of one channel
+
+
+class WithAState(nn.Module):
+    """A recurrent layer's state has its batch on another axis than its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.bn = nn.GRU(4, 4, batch_first=True), nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor, h: Tensor, edges: Tensor) -> Tensor:
+        return self.bn(self.rnn(x, h)[1][-1]) + edges.reshape(3, 1)[0]
+
+
+def test_an_input_whose_samples_are_on_another_axis_keeps_its_shape() -> None:
+    example = (torch.randn(2, 5, 4), torch.zeros(1, 2, 4), torch.tensor([1, 2, 3]))
+    samples = ns.synthesize_samples(WithAState().eval(), example, count=4, steps=1)
+    assert [tuple(x.shape for x in batch) for batch in samples.batches] == 2 * [((2, 5, 4), (1, 2, 4), (3,))]
+    assert all(torch.equal(batch[2], example[2]) for batch in samples.batches)
+    x, y, labels = noise_like((torch.randn(2, 5), torch.randn(2, 5), torch.tensor([6, 7])), 5)  # negative control
+    assert len(x) == len(y) == 5
+    assert labels.tolist() == [6, 7, 6, 7, 6]
+
+
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = trained()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.inner, x, use_reentrant=False)
+
+
+def test_a_model_without_a_backward_pass_is_refused() -> None:
+    with pytest.raises(InputError, match="the model's backward pass fails: CheckpointError") as caught:
+        ns.synthesize_samples(Checkpointed().eval(), torch.zeros(2, 3, 12, 12), count=2, steps=1)
+    assert caught.value.code == "no-gradient"
+    ns.synthesize_samples(trained(), torch.zeros(2, 3, 12, 12), count=2, steps=1)  # negative control
 
 
 def test_the_command_line_makes_them_where_there_is_no_data(tmp_path: Path) -> None:

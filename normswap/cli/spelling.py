@@ -14,7 +14,7 @@ FLAGS = {
 }
 """The arguments whose flag is not their name with dashes."""
 
-PYTHON_ONLY = {"condition", "inplace", "kind", "lr", "momentum", "names", "rates", "recipe", "result"}
+PYTHON_ONLY = {"condition", "inplace", "kind", "lr", "momentum", "names", "rates", "recipe", "result", "steps"}
 """The arguments that no command has: they are shown as Python spells them."""
 
 BY_OPTION = {"alpha", "beta", "leave", "max_error", "recipes"}

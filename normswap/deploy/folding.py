@@ -106,13 +106,17 @@ def fold_with_report(
     ranks = {} if inputs is None else ranks_on(folded, inputs)
     for name, reason in make_plain(folded):
         (left if reason else rows).append(FoldRow(name, "as it was" if reason else "a plain weight", reason))
-    fused = _fused(folded, inputs, ranks)
     try:
+        fused = _fused(folded, inputs, ranks)
         while fused.rows:
             rows += fused.rows
             fused = _fused(folded, inputs, ranks)
     except InputError as error:
-        raise broken(error) from error.__cause__
+        if error.code != "inputs-do-not-run":
+            raise
+        if given is not None:
+            eval_output(model, given)  # raises it, too, where the inputs are to blame
+        raise broken(error, _hint_for(error)) from error.__cause__
     with followed(folded):
         _simplify(folded)
         for row in _replace_the_rest(folded, ranks, fused.left):
@@ -122,6 +126,13 @@ def fold_with_report(
     folded = _plain_forwards(folded)
     forget(folded)
     return Folding(folded, tuple(rows), tuple(left), _check(model, folded, given, inputs))
+
+
+def _hint_for(error: InputError) -> str:
+    """Return what to do where a folded model does not run."""
+    if isinstance(error.__cause__, AttributeError):
+        return "a forward asks a part for what its like in torch.nn does not have: let it do without"
+    return "report this model"
 
 
 def _fused(model: nn.Module, inputs: Inputs | None, ranks: Mapping[int, int]) -> Fused:

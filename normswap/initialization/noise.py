@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from normswap.norms import norm_of
+from normswap.runs.batches import sample_count
 from normswap.runs.inputs import Inputs
 
 __all__ = ["batch_for", "noise_like", "noises_like", "seen_by_statistics", "shaped_by_statistics"]
@@ -44,6 +45,9 @@ def noises_like(inputs: Inputs) -> tuple[Inputs, ...]:
 def noise_like(example: Any, batch: int | None = None, seed: int = 0) -> Any:
     """Return Gaussian noise shaped as the example; what is no float is repeated.
 
+    Samples are along the first axis of the first tensor, and of each that is as long there. Others, such as the state
+    ``(layers, N, H)`` of a recurrent layer, get no other size: a model that takes no others either runs on none.
+
     Over space the noise has a spectrum like that of natural images, an amplitude of ``1/f^1.5``, which has no scale of
     its own and so suits any resolution.
 
@@ -54,13 +58,15 @@ def noise_like(example: Any, batch: int | None = None, seed: int = 0) -> Any:
     """
     generator = torch.Generator().manual_seed(seed)
     batch = batch_for(example) if batch is None else batch
+    own = sample_count(example)
 
     def noise(value: Any) -> Any:
         if not isinstance(value, Tensor) or value.ndim == 0:
             return value
+        of_samples = len(value) == own
         if not value.is_floating_point():
-            return value[torch.arange(batch) % len(value)]
-        x = torch.randn(batch, *value.shape[1:], generator=generator)
+            return value[torch.arange(batch) % own] if of_samples else value
+        x = torch.randn(batch if of_samples else len(value), *value.shape[1:], generator=generator)
         return (_as_natural_images(x) if x.ndim > 2 else x).to(value)
 
     if isinstance(example, Mapping):

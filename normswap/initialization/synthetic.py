@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from normswap.errors import InitializationError, InputError, argument
+from normswap.errors import InitializationError, InputError, argument, first_line
 from normswap.initialization.noise import batch_for, noise_like, seen_by_statistics
 from normswap.options import check_callable
 from normswap.records import SyntheticSamples
@@ -40,6 +40,7 @@ from normswap.runs.wrappers import refuse_no_module, refuse_script
 __all__ = ["synthesize_samples"]
 
 _RATE = 0.1  # per step, in units of the noise's deviation; of offsets and logarithms of gains, too
+_UNNAMED = "a BatchNorm"
 _LEAST_VARIANCE = 1e-3  # of a norm's mean variance: a dead channel's deviation is rounding
 
 
@@ -156,10 +157,13 @@ class _Mismatch:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._terms: list[Tensor] = []
+        self._names = {id(tensor): name.rpartition(".")[0] for name, tensor in model.named_buffers()}
+        self._seen: list[str] = []
+        self._sound: set[int] = set()
         self.scale = 1.0
 
     def __call__(self, inputs: Inputs) -> Tensor:
-        self._terms = []
+        self._terms, self._seen = [], []
         with seen_by_statistics(self.model, self._see):
             try:
                 call(self.model, inputs)
@@ -175,7 +179,17 @@ class _Mismatch:
             )
         return torch.stack(self._terms).mean()
 
+    @property
+    def where(self) -> str:
+        """The first norm whose term is not finite."""
+        return next((name for name, term in zip(self._seen, self._terms, strict=True) if not term.isfinite()), _UNNAMED)
+
     def _see(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        name = self._names.get(id(mean))
+        self._seen.append(_UNNAMED if name is None else f"'{name}'")
+        if id(mean) not in self._sound and not bool(var.isfinite().all() & mean.isfinite().all() & (var.mean() > 0)):
+            raise _unusable_statistics(self._seen[-1], var)
+        self._sound.add(id(mean))
         y = x if x.dtype == torch.float64 else x.float()
         own_var, own_mean = torch.var_mean(y, [0, *range(2, y.ndim)], correction=0)
         mean, var = mean.to(y), var.to(y)
@@ -212,9 +226,9 @@ def _moved(model: nn.Module, start: _Start, steps: int, tell: Callable[[int], No
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = _RATE * (1 + math.cos(math.pi * step / steps)) / 2
         loss = mismatch(samples())
-        _refuse_unusable(loss)
+        _refuse_unusable(loss, mismatch)
         first = float(loss.detach()) if step == 0 else first
-        for leaf, gradient in zip(leaves, torch.autograd.grad(loss, leaves, allow_unused=True), strict=True):
+        for leaf, gradient in zip(leaves, _gradients(loss, leaves), strict=True):
             leaf.grad = gradient
         optimizer.step()
         tell(step + 1)
@@ -223,7 +237,7 @@ def _moved(model: nn.Module, start: _Start, steps: int, tell: Callable[[int], No
         return made, first, float(mismatch(made))
 
 
-def _refuse_unusable(loss: Tensor) -> None:
+def _refuse_unusable(loss: Tensor, mismatch: _Mismatch) -> None:
     if not loss.requires_grad:
         raise InputError(
             "no BatchNorm depends on the inputs by way of gradients",
@@ -231,4 +245,32 @@ def _refuse_unusable(loss: Tensor) -> None:
             hint="calibrate with data: the model's forward records no gradients from its inputs to its norms",
         )
     if not bool(loss.isfinite()):
-        raise not_finite("a BatchNorm")
+        raise not_finite(mismatch.where)
+
+
+def _unusable_statistics(where: str, var: Tensor) -> InitializationError:
+    """Return the error about what the norm ``where`` has recorded."""
+    if bool((var == 0).all()):
+        text = f"the running variance of {where} is 0 in all channels: there is no deviation that samples could have"
+        return InitializationError(text, code="no-statistics", hint="calibrate with data")
+    return InitializationError(
+        f"the running statistics of {where} are not finite, or its variances negative",
+        code="weights-not-finite",
+        hint="take a checkpoint from before the training diverged",
+    )
+
+
+def _gradients(loss: Tensor, leaves: list[Tensor]) -> tuple[Tensor | None, ...]:
+    """Return the gradients by the samples.
+
+    Raises:
+        InputError: The model has no backward pass.
+    """
+    try:
+        return torch.autograd.grad(loss, leaves, allow_unused=True)
+    except Exception as cause:
+        raise InputError(
+            f"the model's backward pass fails: {type(cause).__name__}: {first_line(cause)}",
+            code="no-gradient",
+            hint="calibrate with data",
+        ) from cause

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from normswap.errors import InputError
+from normswap.errors import InputError, Text, argument
 from normswap.records import SyntheticSamples
 from normswap.runs.batches import bind_batches, sample_count, some_samples
 from normswap.runs.calling import Batch, run_on_data
@@ -77,10 +77,8 @@ class Data:
         if isinstance(calibration, SyntheticSamples):
             notes.append(f"calibrated on {calibration}: how far the outputs agree on real data was not measured")
             if calibration.after > FAR:
-                notes.append(
-                    f"they are far from the recorded statistics (over {FAR}), and a calibration on them may be worse "
-                    "than none: have synthesize_samples make them in more steps"
-                )
+                far = f"they are far from the recorded statistics (over {FAR}), and a calibration on them may be worse"
+                notes.append(Text(f"{far} than none: more steps may bring them closer ({argument('steps')})"))
         stream = bind_batches(model, calibration, notes, forward_fn)
         enough: list[Batch] = []
         rest: list[Batch] = []
