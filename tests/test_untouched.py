@@ -32,7 +32,7 @@ import normswap as ns
 from normswap.errors import NothingToConvertError
 from normswap.graph import capture_recorded, capture_symbolic
 from normswap.runs.cycles import new_cycles_only
-from normswap.runs.guard import untouched
+from normswap.runs.guard import set_mode, untouched
 from normswap.runs.snapshot import Snapshot
 from normswap.runs.writes import Watched, kept
 
@@ -625,3 +625,30 @@ def test_only_new_cycles_are_collected_and_what_the_caller_froze_stays_frozen() 
         gc.enable()
     gc.collect()
     assert old() is None
+
+
+class Scripted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.dropout = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.bn(self.conv(x)))
+
+
+def test_a_scripted_part_runs_in_the_mode_it_is_put_into_and_is_put_back() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is deprecated, and yet in use
+        model = nn.Sequential(nn.Conv2d(3, 3, 1), torch.jit.script(Scripted())).train()
+    x = torch.randn(4, 3, 5, 5)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with untouched(model):
+        set_mode(model, False)
+        assert torch.equal(model(x), model(x))
+        set_mode(model, True)
+        assert not torch.equal(model(x), model(x))
+        set_mode(model, False)
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    model(x)
+    assert not all(torch.equal(value, before[name]) for name, value in model.state_dict().items())  # negative control

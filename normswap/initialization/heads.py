@@ -40,9 +40,10 @@ def find_heads(original: nn.Module, converted: nn.Module, sources: set[int], inp
         with untouched(original), _Reads(reads):
             set_mode(original, False)
             for name, layer in converted.named_modules():
+                if not is_layer(layer) or id(layer) in sources:
+                    continue
                 own = [p for p in layer._parameters.values() if p is not None]
-                alone = layer._parameters.get("weight") is not None and all(owners[id(p)] == 1 for p in own)
-                if is_layer(layer) and id(layer) not in sources and alone:
+                if layer._parameters.get("weight") is not None and all(owners[id(p)] == 1 for p in own):
                     handles.append(original.get_submodule(name).register_forward_hook(record(name)))
             returned = {id(tensor) for tensor in tensors_of(run_on_data(original, inputs))}
     finally:

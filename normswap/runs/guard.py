@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -37,7 +38,10 @@ def untouched(model: nn.Module) -> Iterator[Snapshot]:
 def set_mode(model: nn.Module, training: bool) -> None:
     """Set the train/eval flag of every module; ``train()`` is passed by, as user classes override it."""
     for module in model.modules():
-        module.__dict__["training"] = training
+        if isinstance(module, torch.jit.ScriptModule):  # its code reads no attribute of Python's
+            module.training = training
+        else:
+            module.__dict__["training"] = training
 
 
 def copy_of(model: nn.Module) -> nn.Module:

@@ -104,6 +104,9 @@ class Snapshot:
         cls, attributes = type(value), getattr(value, "__dict__", None)
         if isinstance(value, nn.Module):
             self._packages |= {_package(cls)} - _LIBRARIES
+        if isinstance(value, torch.jit.ScriptModule):  # what it holds is in no table of Python's
+            self._undo.append(partial(_restore_mode, value, value.training))
+            yield from (*value.children(), *value.parameters(recurse=False), *value.buffers(recurse=False))
         if attributes is not None:
             before = dict(attributes)
             self._undo.append(partial(_restore_attributes, value, cls, before))
@@ -176,6 +179,13 @@ def _restore_attributes(value: Any, cls: type, before: dict[str, Any]) -> bool:
     if other:
         value.__class__ = cls
     return _refill(value.__dict__, before) or other
+
+
+def _restore_mode(value: torch.jit.ScriptModule, training: bool) -> bool:
+    changed = value.training is not training
+    if changed:
+        value.training = training
+    return changed
 
 
 def _restore_slot(value: Any, name: str, before: Any) -> bool:
