@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normswap.nn.layer_norm_lstm import derives_by_hand, lstm_over_time
 from normswap.nn.layer_norm_steps import Direction, gru, lstm, rnn
 from normswap.nn.layer_normalized import LayerNormalized
 from normswap.nn.normalized_rnn import NormalizedRNNBase, over_time
@@ -26,11 +27,17 @@ class LayerNormRNNBase(LayerNormalized, NormalizedRNNBase):
     def _one_layer(self, k: int, x: Tensor, sizes: list[int], first: Sequence[State]) -> tuple[Tensor, list[State]]:
         found, last = [], []
         for d, end in enumerate(self._ends(k)):
-            u, step = self._step(self._direction(end), x)
-            y, state = over_time(step, u, sizes, first[d], backwards=d == 1)
+            y, state = self._over_time(self._direction(end), x, sizes, first[d], backwards=d == 1)
             found.append(y)
             last.append(state)
         return torch.cat(found, -1) if len(found) > 1 else found[0], last
+
+    def _over_time(
+        self, p: Direction, x: Tensor, sizes: list[int], first: State, *, backwards: bool
+    ) -> tuple[Tensor, State]:
+        """Run one direction of a layer; return all h and the last state of each sample."""
+        u, step = self._step(p, x)
+        return over_time(step, u, sizes, first, backwards=backwards)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (", cell_norm=True" if self.cell_norm else "")
@@ -62,6 +69,13 @@ class LayerNormLSTM(LayerNormRNNBase):
 
     def _step(self, p: Direction, x: Tensor) -> tuple[Tensor, Step]:
         return lstm(p, x)
+
+    def _over_time(
+        self, p: Direction, x: Tensor, sizes: list[int], first: State, *, backwards: bool
+    ) -> tuple[Tensor, State]:
+        if not derives_by_hand(p, x, sizes):
+            return super()._over_time(p, x, sizes, first, backwards=backwards)
+        return lstm_over_time(p, p.norm(p.of_input(x), p.ih), len(sizes), first, backwards=backwards)
 
 
 class LayerNormGRU(LayerNormRNNBase):
