@@ -6,6 +6,7 @@ import gc
 import importlib
 import os
 import signal
+import time
 from functools import _lru_cache_wrapper, cache
 from pathlib import Path
 
@@ -59,11 +60,17 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
         _set_aside()
 
 
+_LEAST_SECONDS = 5.0
+_set_aside_at = [-_LEAST_SECONDS]
+
+
 def _set_aside() -> None:
     """Collect all cycles, and have later collections pass by what is left: a million objects, a second each time."""
-    gc.unfreeze()
-    gc.collect()
-    gc.freeze()
+    if time.monotonic() - _set_aside_at[0] > _LEAST_SECONDS:
+        gc.unfreeze()
+        gc.collect()
+        gc.freeze()
+        _set_aside_at[0] = time.monotonic()
 
 
 @pytest.fixture(autouse=True)
