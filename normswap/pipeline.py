@@ -19,7 +19,7 @@ from normswap.graph.dataflow import Dataflow
 from normswap.graph.records import refuse_wrappers
 from normswap.initialization.base import Progress, initializer_for
 from normswap.initialization.equalization import EQUALIZED
-from normswap.preparation import asked, planned, prepared
+from normswap.preparation import asked, planned, prepared, recurrent_of
 from normswap.recipes import Auto, To
 from normswap.records import Choice, InitReport, Plan
 from normswap.runs.data import Data
@@ -145,7 +145,8 @@ def convert(
     """
     has_data = calibration is not None
     recipe, chosen = asked(to, plan, options, has_data=has_data)
-    initializer = initializer_for(chosen.init, recipe, has_data)
+    recurrent = recurrent_of(chosen, plan)
+    initializer = initializer_for(chosen.init, recipe, has_data, recurrent)
     choose_groups = recipe.least_group is not None and plan is None
     if choose_groups and not initializer.fits:
         raise InputError(
@@ -159,7 +160,7 @@ def convert(
     with together(chosen.processes and has_data):
         data = Data.of(model, example_inputs, calibration, forward_fn)
         recipe, choice = choose(model, recipe, chosen, data, progress) if isinstance(recipe, Auto) else (recipe, None)
-        initializer = initializer_for(chosen.init, recipe, has_data)
+        initializer = initializer_for(chosen.init, recipe, has_data, recurrent)
         skeleton = skeleton_of(model)
         with opened(model) as norms:
             work = prepared(model, recipe, chosen, data, plan, initializer=initializer)

@@ -11,6 +11,7 @@ from torch import Tensor
 from normswap.nn.layer_norm_lstm import derives_by_hand, lstm_over_time
 from normswap.nn.layer_norm_steps import Direction, gru, lstm, rnn
 from normswap.nn.layer_normalized import LayerNormalized
+from normswap.nn.normalized import rnn_mode
 from normswap.nn.normalized_rnn import NormalizedRNNBase, over_time
 from normswap.nn.recurrent_steps import State, Step
 
@@ -116,9 +117,7 @@ class LayerNormRNN(LayerNormRNNBase):
     """
 
     def __init__(self, *args: Any, nonlinearity: str = "tanh", eps: float = 1e-5, **options: Any) -> None:
-        if nonlinearity not in ("tanh", "relu"):
-            raise ValueError(f"the nonlinearity must be 'tanh' or 'relu', got {nonlinearity!r}")
-        super().__init__(f"RNN_{nonlinearity.upper()}", *args, eps=eps, **options)
+        super().__init__(rnn_mode(nonlinearity), *args, eps=eps, **options)
         self.nonlinearity = nonlinearity
 
     def _step(self, p: Direction, x: Tensor) -> tuple[Tensor, Step]:
