@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 from click.testing import Result
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from typer.testing import CliRunner
 
 import normswap as ns
@@ -176,6 +178,21 @@ class Deaf(nn.Module):
         return self.norm(x.detach().round())
 
 
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = trained()
+
+    def forward(self, x: Tensor) -> Any:
+        return checkpoint(self.inner, x, use_reentrant=False)
+
+
+def scripted() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval())  # type: ignore[no-any-return]
+
+
 def with_a_nan() -> nn.Module:
     model = trained()
     model[1].running_var[0] = float("nan")
@@ -194,19 +211,22 @@ def with_a_nan() -> nn.Module:
         (trained(), torch.zeros(2, 3, 12, 12), {"steps": 1.5}, "option-value"),
         (trained(), "images", {}, "inputs-type"),
         (nn.Sequential(), None, {}, "inputs-missing"),
+        (Checkpointed(), torch.zeros(2, 3, 12, 12), {}, "no-gradient"),
+        (scripted(), torch.zeros(2, 3, 12, 12), {}, "wrapped-model"),
     ],
 )
 def test_what_it_cannot_do_is_refused(model: nn.Module, inputs: Any, options: dict[str, Any], code: str) -> None:
-    with pytest.raises(InputError) as caught:
+    before = [p.requires_grad for p in model.parameters()]
+    with pytest.raises((InputError, InitializationError)) as caught:
         ns.synthesize_samples(model, inputs, **options)
     assert caught.value.code == code
     assert caught.value.hint
+    assert [p.requires_grad for p in model.parameters()] == before
 
 
-def test_statistics_that_are_not_finite_are_refused() -> None:
-    with pytest.raises(InitializationError) as caught:
-        ns.synthesize_samples(with_a_nan(), torch.zeros(2, 3, 12, 12))
-    assert caught.value.code == "not-finite"
+def test_statistics_that_are_not_finite_are_refused_by_name() -> None:
+    with pytest.raises(InputError, match=r"'1\.running_var' holds NaN or infinite values"):
+        ns.synthesize_samples(with_a_nan(), torch.zeros(2, 3, 12, 12), steps=2)
 
 
 def test_the_command_line_makes_them_where_there_is_no_data(tmp_path: Path) -> None:

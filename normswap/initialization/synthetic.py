@@ -18,7 +18,7 @@ gain of each channel. The rate falls to zero along a cosine.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from normswap.checks.conversion import refuse_unfit
 from normswap.errors import InitializationError, InputError, argument
+from normswap.graph.records import refuse_wrappers
 from normswap.initialization.noise import batch_for, noise_like, seen_by_statistics
 from normswap.records import SyntheticSamples
 from normswap.runs.batches import sample_count
@@ -69,7 +71,7 @@ def synthesize_samples(
     Raises:
         InputError: The model does not run on the inputs, none could be made up, they hold no floating-point numbers, or
             no BatchNorm with statistics depends on them.
-        InitializationError: What reaches a norm is not finite.
+        InitializationError: What reaches a norm is not finite, or the model gives no gradients.
     """
     for name, value in (("count", count), ("steps", steps)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -78,6 +80,8 @@ def synthesize_samples(
                 code="option-value",
                 hint="give a whole number of at least 1",
             )
+    refuse_wrappers(model)
+    refuse_unfit(model)
     example = example_of(model, example_inputs)
     if example is None:
         example = make_up_inputs(model)
@@ -170,6 +174,19 @@ class _Mismatch:
             )
         return torch.stack(self._terms).mean()
 
+    def derived(self, inputs: Inputs, leaves: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor | None]]:
+        """Return the mismatch and its gradients."""
+        loss = self(inputs)
+        _refuse_unusable(loss)
+        try:
+            return loss.detach(), torch.autograd.grad(loss, leaves, allow_unused=True)
+        except Exception as cause:  # as of gradient checkpointing, which does not see again what was seen at the norms
+            raise InitializationError(
+                f"the gradients of the model failed: {type(cause).__name__}: {(str(cause).splitlines() or [''])[0]}",
+                code="no-gradient",
+                hint="turn gradient checkpointing off, or calibrate with data",
+            ) from cause
+
     def _see(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
         y = x if x.dtype == torch.float64 else x.float()
         own_var, own_mean = torch.var_mean(y, [0, *range(2, y.ndim)], correction=0)
@@ -206,10 +223,9 @@ def _moved(model: nn.Module, start: _Start, steps: int, tell: Callable[[int], No
     first = math.nan
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = _RATE * (1 + math.cos(math.pi * step / steps)) / 2
-        loss = mismatch(samples())
-        _refuse_unusable(loss)
-        first = float(loss.detach()) if step == 0 else first
-        for leaf, gradient in zip(leaves, torch.autograd.grad(loss, leaves, allow_unused=True), strict=True):
+        loss, gradients = mismatch.derived(samples(), leaves)
+        first = float(loss) if step == 0 else first
+        for leaf, gradient in zip(leaves, gradients, strict=True):
             leaf.grad = gradient
         optimizer.step()
         tell(step + 1)
