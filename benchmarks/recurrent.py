@@ -21,6 +21,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -194,7 +195,7 @@ def copied(model: nn.Module, *, cell_norm: bool) -> nn.Module:
     return found
 
 
-def measure_swap(seeds: int, rate: float) -> None:
+def measure_swap(seeds: int, rate: float, only: list[str]) -> None:
     for name, x, y, test_x, test_y, epochs in tasks():
         rows: dict[str, list[tuple[float, float]]] = {}
         for seed in range(seeds):
@@ -207,9 +208,16 @@ def measure_swap(seeds: int, rate: float) -> None:
             for spread in (1, 3, 10, 30):
                 asked = {"recipe": "ln", "spread": spread}
                 variants[f"ln, spread {spread}"] = ns.swap_norms(model, None, recurrent=asked, calibration=data)
+            tuned = {"calibration": list(data.split(50)), "init": "tune"}
+            for label, asked in (("spread 3", {"spread": 3}), ("LN(c)", {"cell_norm": True})):
+                asked = {"recipe": "ln", **asked}
+                variants[f"ln, {label}"] = ns.swap_norms(model, None, recurrent=asked, calibration=data)
+                variants[f"ln, {label}, tuned"] = ns.swap_norms(model, None, recurrent=asked, **tuned)
             variants["copied"] = copied(model, cell_norm=False)
             variants["copied, LN(c)"] = copied(model, cell_norm=True)
             for variant, one in variants.items():
+                if not any(fnmatchcase(variant, glob) for glob in only):
+                    continue
                 before = accuracy(one, test_x, test_y)
                 torch.manual_seed(seed)
                 after = accuracy(train(one, x, y, max(1, epochs // 8), rate), test_x, test_y)
@@ -231,6 +239,7 @@ def main() -> None:
     part = parts.add_parser("swap")
     part.add_argument("--seeds", type=int, default=3)
     part.add_argument("--rate", type=float, default=1e-3)
+    part.add_argument("--only", nargs="+", default=["*"], help="globs of the variants to measure")
     given = parser.parse_args()
     torch.set_num_threads(1)
     if given.part == "time":
@@ -238,7 +247,7 @@ def main() -> None:
     elif given.part == "onnx":
         measure_onnx(given.runs)
     else:
-        measure_swap(given.seeds, given.rate)
+        measure_swap(given.seeds, given.rate, given.only)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from normswap.graph.records import refuse_wrappers
 from normswap.initialization.base import Progress, initializer_for
 from normswap.initialization.equalization import EQUALIZED
 from normswap.options import check_callable
-from normswap.preparation import asked, planned, prepared
+from normswap.preparation import asked, planned, prepared, recurrent_of
 from normswap.recipes import Auto, To
 from normswap.records import Choice, InitReport, Plan
 from normswap.runs.data import Data
@@ -147,7 +147,8 @@ def convert(
     check_callable("progress", progress)
     has_data = calibration is not None
     recipe, chosen = asked(to, plan, options, has_data=has_data)
-    initializer = initializer_for(chosen.init, recipe, has_data)
+    recurrent = recurrent_of(chosen, plan)
+    initializer = initializer_for(chosen.init, recipe, has_data, recurrent)
     choose_groups = recipe.least_group is not None and plan is None
     if choose_groups and not initializer.fits:
         raise InputError(
@@ -161,7 +162,7 @@ def convert(
     with together(chosen.processes and has_data):
         data = Data.of(model, example_inputs, calibration, forward_fn)
         recipe, choice = choose(model, recipe, chosen, data, progress) if isinstance(recipe, Auto) else (recipe, None)
-        initializer = initializer_for(chosen.init, recipe, has_data)
+        initializer = initializer_for(chosen.init, recipe, has_data, recurrent)
         skeleton = skeleton_of(model)
         with opened(model) as norms:
             work = prepared(model, recipe, chosen, data, plan, initializer=initializer)

@@ -17,7 +17,7 @@ from normswap.initialization.missing import missing_statistics
 from normswap.initialization.recurrent import centred
 from normswap.options import Options
 from normswap.recipes import Auto, Recipe, To, make_recipe, option_types
-from normswap.recipes.recurrent import make_recurrent
+from normswap.recipes.recurrent import RecurrentRecipe, make_recurrent
 from normswap.records import Plan
 from normswap.runs.data import Data
 from normswap.runs.equal_models import refuse_different, refuse_different_models
@@ -26,7 +26,7 @@ from normswap.stages.find_sites import find_sites
 from normswap.stages.moves import Scale
 from normswap.stages.planning import make_plan
 
-__all__ = ["asked", "planned", "prepared"]
+__all__ = ["asked", "planned", "prepared", "recurrent_of"]
 
 
 def asked(to: To, plan: Plan | None, given: Mapping[str, Any], *, has_data: bool = True) -> tuple[Recipe, Options]:
@@ -55,6 +55,13 @@ def asked(to: To, plan: Plan | None, given: Mapping[str, Any], *, has_data: bool
     )
     recipe = make_recipe(to, own)
     return recipe.without_data if isinstance(recipe, Auto) and not has_data else recipe, options
+
+
+def recurrent_of(options: Options, plan: Plan | None) -> RecurrentRecipe | None:
+    """Return the recipe for recurrent layers: that of a plan made before, where there is one."""
+    if plan is None:
+        return make_recurrent(options.recurrent)
+    return make_recurrent(plan.recurrent_recipe or None, plan.recurrent_options)
 
 
 def planned(flow: Dataflow, recipe: Recipe, options: Options, data: Data) -> BoundPlan:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import signal
-from functools import cache
+import time
+from functools import _lru_cache_wrapper, cache
 from pathlib import Path
 
 import lanes
@@ -42,6 +44,33 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(tryfirst=True)  # before pytest itself leaves out what -m does not ask for
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     lanes.mark_slow(items, lanes.stored())
+
+
+def pytest_collection_finish() -> None:
+    _set_aside()
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Let go of what the functions of a test module remember, when its last test has run."""
+    module = getattr(item, "module", None)
+    if nextitem is None or getattr(nextitem, "module", None) is not module:
+        for value in vars(module).values():
+            if isinstance(value, _lru_cache_wrapper) and value.__module__ == module.__name__:
+                value.cache_clear()
+        _set_aside()
+
+
+_LEAST_SECONDS = 5.0
+_set_aside_at = [-_LEAST_SECONDS]
+
+
+def _set_aside() -> None:
+    """Collect all cycles, and have later collections pass by what is left: a million objects, a second each time."""
+    if time.monotonic() - _set_aside_at[0] > _LEAST_SECONDS:
+        gc.unfreeze()
+        gc.collect()
+        gc.freeze()
+        _set_aside_at[0] = time.monotonic()
 
 
 @pytest.fixture(autouse=True)

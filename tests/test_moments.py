@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from zoo import FrozenBatchNorm2d
 
+import normswap as ns
 from normswap.initialization.moments import Moments, centre, input_moments, moments_of
 from normswap.initialization.noise import noise_like, shaped_by_statistics
 from normswap.initialization.patches import patches, patches_at, random_patches
-from normswap.initialization.symmetric import gram
+from normswap.initialization.symmetric import gram, ridged_factor
 from normswap.nn import FilterLayout
 from normswap.runs.watching import measure_statistics
 
@@ -204,3 +205,52 @@ def test_noise_leaves_each_batch_norm_with_the_mean_and_variance_it_has_recorded
         assert not torch.allclose(plain[name].mean, found.mean, atol=0.1)
     after = measure_statistics(model, ["2", "5"], [noise])
     assert all(torch.equal(after[name].mean, plain[name].mean) for name in plain), "no hook is left"
+
+
+# --- what hardly varies -----------------------------------------------------------------------------------------------
+
+
+def test_a_ridge_grows_where_rounding_outweighs_it_and_nowhere_else() -> None:
+    x = torch.randn(2, 40, 6, dtype=torch.float64)
+    x[0] = torch.rand(6, dtype=torch.float64)  # no sample differs
+    sums = (x.sum(1), x.mT @ x)
+    covariance = sums[1] / 40 - (sums[0] / 40)[:, :, None] * (sums[0] / 40)[:, None]
+    covariance[0] -= 1e-16 * torch.eye(6, dtype=torch.float64)
+    ridge = torch.tensor([1e-33, 1e-3], dtype=torch.float64)
+    with pytest.raises(torch.linalg.LinAlgError):
+        torch.linalg.cholesky(covariance + ridge[:, None, None] * torch.eye(6, dtype=torch.float64))
+    factor, used = ridged_factor(covariance, ridge)
+    assert 1e-17 < float(used[0]) < 1e-13
+    assert used[1] == ridge[1]
+    expected = torch.linalg.cholesky(covariance[1] + 1e-3 * torch.eye(6, dtype=torch.float64))
+    torch.testing.assert_close(factor[1], expected, rtol=1e-12, atol=0)
+
+
+def _emptied(model: nn.Sequential, case: str) -> None:
+    first, norm = model[0], model[1]
+    assert isinstance(first, nn.Conv2d)
+    assert isinstance(norm, nn.BatchNorm2d)
+    with torch.no_grad():
+        norm.bias.normal_()
+        if case == "no weights":
+            first.weight.zero_()
+        else:
+            dead = slice(0, 2) if case.startswith("a group") else slice(None)
+            norm.weight[dead] = 1e-6 if "nearly" in case else 0.0
+            norm.bias.mul_(1e4 if "far" in case else 1.0)
+
+
+@pytest.mark.parametrize("to", ["gn+ws", "bcn", "ws", "gn+aws", "ln"])
+@pytest.mark.parametrize("case", ["no weights", "a group", "a group, nearly", "all", "all, far from zero"])
+def test_layers_that_see_constants_are_converted(case: str, to: str) -> None:
+    """As behind channels that pruning has emptied, or that began at zero: what they see has no covariance."""
+    for seed in range(4):
+        torch.manual_seed(seed)
+        first, second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, groups=4)
+        model = nn.Sequential(
+            first, nn.BatchNorm2d(8), nn.ReLU(), second, nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 3, 1)
+        )
+        _emptied(model.eval(), case)
+        x = torch.randn(12, 3, 7, 6)
+        converted = ns.swap_norms(model, to, calibration=x)
+        assert bool(converted(x).isfinite().all())

@@ -430,6 +430,34 @@ def test_what_cannot_be_migrated_is_refused_by_name_and_nothing_is_changed() -> 
     assert optimizer.state_dict()["param_groups"] == before["param_groups"]
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("to", ns.all_recipes())
+def test_a_migrated_optimizer_is_not_migrated_again(to: str, inplace: bool) -> None:
+    """As when a notebook's cell is run twice: momentum would be mapped twice."""
+    model, optimizer = trained(MAKERS["SGD"])
+    result = ns.convert(model, to, example_inputs=data()[:1], inplace=inplace)
+    migrated = ns.migrate_optimizer(optimizer, result, inplace=inplace).optimizer
+    before = copy.deepcopy(migrated.state_dict())
+    for again in (migrated, optim.SGD(result.model.parameters(), lr=0.1)):
+        if again is migrated or not inplace:
+            with pytest.raises(InputError, match="is one of the converted model already") as caught:
+                ns.migrate_optimizer(again, result, inplace=inplace)
+            assert caught.value.code == "migrated-already"
+    torch.testing.assert_close(migrated.state_dict(), before, rtol=0, atol=0)
+    if not inplace:  # the old one may be migrated as often as one likes
+        assert ns.migrate_optimizer(optimizer, result).rows
+
+
+def test_one_optimizer_goes_through_one_conversion_after_the_other() -> None:
+    model, optimizer = trained(MAKERS["SGD"])
+    for only in (["bn1"], []):
+        result = ns.convert(model, "wn", example_inputs=data()[:1], inplace=True, include=only)
+        assert result.model is model
+        ns.migrate_optimizer(optimizer, result, inplace=True)
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in model.parameters()}
+
+
 def test_a_batchnorm_state_is_refused_by_a_migrated_optimizer_when_it_is_loaded() -> None:
     """torch's own optimizer takes it, and crashes at the next step."""
     model, optimizer = trained(MAKERS["AdamW"])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import normswap as ns
 from normswap.errors import InitializationError, InputError, PlanError
+from normswap.initialization import recurrent
 from normswap.initialization.null_space import offsets
 from normswap.nn import BatchNormLSTM, LayerNormLSTM, LayerNormLSTMCell
 
@@ -112,22 +113,85 @@ def test_the_layer_starts_as_nearly_the_lstm(form: str) -> None:
     assert error(model, fresh, data) > 0.3
 
 
+class Stepped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.LSTMCell(5, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = None
+        for k in range(7):
+            state = self.cell(x[:, k], state)
+        return state[0]  # type: ignore[index]
+
+
 def test_a_cell() -> None:
-    class Stepped(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.cell = nn.LSTMCell(5, 6)
-
-        def forward(self, x: Tensor) -> Tensor:
-            state = None
-            for k in range(7):
-                state = self.cell(x[:, k], state)
-            return state[0]  # type: ignore[index]
-
     model, data = Stepped(), torch.randn(64, 7, 5)
     converted = ns.swap_norms(model, None, recurrent={"recipe": "ln", "spread": 100}, calibration=data)
     assert type(converted.cell) is LayerNormLSTMCell
     assert error(model, converted, torch.randn(30, 7, 5)) < 0.01
+
+
+# --- the norm of c ----------------------------------------------------------------------------------------------------
+
+
+def test_gain_and_shift_of_c_are_those_of_least_squares() -> None:
+    """With LN's deviation taken for constant: of ``c ≈ γ (c − mean c)/s + β``, per unit."""
+    c = torch.randn(500, 6, dtype=torch.float64) * torch.rand(6) + torch.randn(6)
+    sums = recurrent._Sums()
+    sums.add(c)
+    found = recurrent._of_cell("ln_c_l0", sums)
+    centred = c - c.mean(1, keepdim=True)
+    deviation = centred.square().mean().sqrt()
+    for k in range(6):
+        columns = torch.stack([centred[:, k] / deviation, torch.ones(500).double()], 1)
+        expected = torch.linalg.lstsq(columns, c[:, k]).solution
+        torch.testing.assert_close(found["ln_c_weight_l0"][k], expected[0], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(found["ln_c_bias_l0"][k], expected[1], rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(found["ln_c_weight_l0"], torch.ones(6).double() * deviation, atol=1e-3)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_with_the_norm_of_c_it_starts_near_and_is_tuned_nearer(form: str) -> None:
+    torch.manual_seed(3)
+    model, x = Sequences(**FORMS[form]).eval(), torch.randn(9, 32, 5)
+    for parameter in model.parameters():
+        parameter.data.mul_(2)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    data = [torch.randn(7, 16, 5) for _ in range(10)]
+    asked = {"recipe": "ln", "cell_norm": True}
+    started, tuned = (
+        ns.convert(model, None, recurrent=asked, calibration=data, init=init, tune_steps=120) for init in (None, "tune")
+    )
+    assert type(started.model.rnn) is LayerNormLSTM
+    assert started.model.rnn.cell_norm
+    assert "120 gradient steps took the held-out error from" in "".join(tuned.init.notes)
+    errors = [error(model, result.model, x) for result in (started, tuned)]
+    fresh = started.model
+    for name, value in fresh.rnn.named_parameters():
+        if name.startswith("ln_c"):
+            value.data.fill_(float("weight" in name))
+    assert errors[1] < 0.95 * errors[0] < 0.9 * error(model, fresh, x)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
+
+
+def test_a_cell_with_the_norm_of_c_is_tuned_by_what_the_model_gives() -> None:
+    torch.manual_seed(3)
+    model = Stepped().eval()
+    data = [torch.randn(16, 7, 5) for _ in range(10)]
+    asked = {"recipe": "ln", "cell_norm": True}
+    started, tuned = (
+        ns.swap_norms(model, None, recurrent=asked, calibration=data, init=init, tune_steps=120)
+        for init in (None, "tune")
+    )
+    assert started.cell.cell_norm
+    x = torch.randn(30, 7, 5)
+    assert error(model, tuned, x) < 0.95 * error(model, started, x) < 0.9
+
+
+def test_an_exact_recipe_leaves_nothing_to_tune() -> None:
+    result = ns.convert(Tagger(), None, recurrent="wn", calibration=WORDS, init="tune")
+    assert result.init.method == "absorb"
 
 
 def test_it_is_stored_copied_and_folded_as_it_is(tmp_path: Path) -> None:
@@ -182,13 +246,13 @@ def test_what_cannot_start_as_an_affine_map_is_refused() -> None:
     assert any("the model is the layer itself" in skip.reason for skip in plan.skips)
 
 
-@pytest.mark.parametrize("recurrent", ["wn", "ws", "ln"])
-def test_in_place_and_beside_norms_that_are_fitted(recurrent: str) -> None:
+@pytest.mark.parametrize("to", ["wn", "ws", "ln"])
+def test_in_place_and_beside_norms_that_are_fitted(to: str) -> None:
     model, data = Crnn().eval(), torch.randn(60, 1, 8, 9)
-    apart = ns.swap_norms(model, "gn", recurrent=recurrent, calibration=data)
+    apart = ns.swap_norms(model, "gn", recurrent=to, calibration=data)
     own = Crnn().eval()
     own.load_state_dict(model.state_dict())
-    assert ns.swap_norms(own, "gn", recurrent=recurrent, calibration=data, inplace=True) is own
+    assert ns.swap_norms(own, "gn", recurrent=to, calibration=data, inplace=True) is own
     assert error(apart, own, data) == 0
     assert error(model, own, torch.randn(20, 1, 8, 9)) < 0.2
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import json
 import os
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import textwrap
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -689,6 +691,37 @@ def rewritten(path: Path, **changes: str | None) -> None:
     save_file(load_file(path), path, {k: v for k, v in metadata.items() if v is not None})
 
 
+LAYERS: dict[str, Callable[[int, int], nn.Module]] = {
+    f"{kind.__name__}{form}": functools.partial(kind, **options)
+    for form, options in (("", {}), (", groups", {"groups": 2}), (", kernel of one", {"kernel_size": 1}))
+    for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+    for options in ({"kernel_size": 3, **options},)
+} | {"Linear": nn.Linear}
+
+
+@pytest.mark.parametrize("to", ns.all_recipes())
+@pytest.mark.parametrize("layer", LAYERS)
+def test_each_layer_under_each_recipe_is_read_back(layer: str, to: str, tmp_path: Path) -> None:
+    """torch's weight normalization of a transposed convolution has a g whose strides are those of no order of axes."""
+
+    def made(values: int = 0) -> nn.Module:
+        torch.manual_seed(values)
+        norm = (nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[rank]
+        return nn.Sequential(LAYERS[layer](2, 4), norm(4), nn.ReLU()).eval()
+
+    rank = 0 if layer == "Linear" else int(layer.split(",")[0][-2])
+    x = torch.randn(5, 2, *(4,) * rank)
+    try:
+        model = ns.swap_norms(made(), to, example_inputs=x)
+    except NothingToConvertError:
+        pytest.skip("the recipe refuses it, with the reason")
+    save(model, tmp_path / "model.safetensors")
+    again = load(tmp_path / "model.safetensors", model=made(1))
+    assert torch.equal(again(x), model(x))
+    strides = {name: value.stride() for name, value in model.state_dict().items()}
+    assert {name: value.stride() for name, value in again.state_dict().items()} == strides
+
+
 def test_a_file_of_a_later_format_is_refused(tmp_path: Path) -> None:
     save(converted(), tmp_path / "model.safetensors")
     rewritten(tmp_path / "model.safetensors", format="99", version="9.9")
@@ -715,6 +748,8 @@ CONTENTS = {"ties", "shared", "strides", "loose", "trainable", "training", "attr
             {"loose": [], "trainable": ["nowhere"], "training": []},
             {"loose": [], "trainable": [], "training": [], "strides": {"8.weight": [10**12, 1]}},
             {"loose": [], "trainable": [], "training": [], "strides": {"8.weight": "x"}},
+            {"loose": [], "trainable": [], "training": [], "strides": {"8.weight": [-1, 1]}},
+            {"loose": [], "trainable": [], "training": [], "strides": {"8.weight": []}},
             {"loose": [], "trainable": [], "training": [], "ties": {"8.bias": "8.nothing"}},
             {"loose": [], "trainable": [], "training": [], "attributes": {"2": {"forward": 1}}},
             {"loose": [], "trainable": [], "training": [], "attributes": {"2": {"_modules": None}}},

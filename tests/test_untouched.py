@@ -31,7 +31,7 @@ from zoo import randomize_
 import normswap as ns
 from normswap.errors import NothingToConvertError
 from normswap.graph import capture_recorded, capture_symbolic
-from normswap.runs.cycles import new_cycles_only
+from normswap.runs.cycles import new_cycles
 from normswap.runs.guard import set_mode, untouched
 from normswap.runs.snapshot import Snapshot
 from normswap.runs.writes import Watched, kept
@@ -600,31 +600,46 @@ def test_a_plan_leaves_no_seed_for_a_device_that_is_not_in_use_yet() -> None:
     assert torch.cuda.is_initialized() or seeds_for_later() != before
 
 
-def test_only_new_cycles_are_collected_and_what_the_caller_froze_stays_frozen() -> None:
+def test_only_the_cycles_of_a_run_are_collected() -> None:
     class Node:
         def __init__(self) -> None:
             self.me = self
 
-    old = weakref.ref(Node())
+    def dropped(then: Callable[[], object] = lambda: None) -> weakref.ref[Node]:
+        """A cycle that nobody holds any more, after something was done while it was held."""
+        node = Node()
+        then()
+        return weakref.ref(node)
+
+    old = dropped(gc.collect)  # an older generation has it
+    with new_cycles() as collect:
+        new = dropped()
+        collect()
+        assert new() is None
+        with new_cycles() as collect_within:  # as a run within a run
+            within = dropped()
+            collect_within()
+            assert within() is None
+    assert old() is not None
+    with new_cycles() as collect:
+        new = dropped(gc.collect)  # as a forward may do
+        collect()
+        assert new() is None
+    assert old() is None
+    assert gc.isenabled()
+
+
+def test_the_collector_stays_off_where_it_was_off() -> None:
     gc.disable()
     try:
-        with new_cycles_only():
-            new = weakref.ref(Node())
-            gc.collect()
-            assert new() is None
-            with new_cycles_only():  # as a run within a run
-                gc.collect()
-            assert gc.get_freeze_count() > 0
-        assert gc.get_freeze_count() == 0
-        gc.freeze()
-        with new_cycles_only():
+        with new_cycles():
             pass
-        assert gc.get_freeze_count() > 0
+        assert not gc.isenabled()
     finally:
-        gc.unfreeze()
         gc.enable()
-    gc.collect()
-    assert old() is None
+    with new_cycles():
+        assert not gc.isenabled()
+    assert gc.isenabled()
 
 
 class Scripted(nn.Module):

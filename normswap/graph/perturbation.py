@@ -12,10 +12,9 @@ fixed order.
 
 from __future__ import annotations
 
-import gc
 import math
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from itertools import product
@@ -27,7 +26,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from normswap.runs.calling import other_arguments, run_on
-from normswap.runs.cycles import new_cycles_only
+from normswap.runs.cycles import new_cycles
 from normswap.runs.guard import copy_of, set_mode, untouched
 from normswap.runs.settings import seed_generators
 from normswap.runs.writes import kept
@@ -117,7 +116,7 @@ class _Trial:
     def _run(self, perturbations: Sequence[_Perturbation] = ()) -> list[_Summary] | None:
         """Return what one run computes, None where the model does not run or a perturbation has gone astray."""
         inputs = pytree.tree_map_only(Tensor, self._signed, self.inputs)
-        with new_cycles_only(), untouched(self.model), torch.no_grad():
+        with new_cycles() as collect, untouched(self.model), torch.no_grad():
             seed_generators(0)
             set_mode(self.model, self.training)
             self._observer.found = []
@@ -126,7 +125,7 @@ class _Trial:
                     output = run_on(self.model, inputs, self.flags)
             except Exception:
                 return None
-            if any(one.astray() for one in perturbations):
+            if any(one.astray(collect) for one in perturbations):
                 return None
             kept = [*pytree.tree_leaves(output), *self.model.buffers()]
             return self._observer.found + [_summary(leaf) for leaf in kept]
@@ -177,12 +176,12 @@ class _Perturbation:
             handle.remove()
         self._write(self.true)
 
-    def astray(self) -> bool:
+    def astray(self, collect: Callable[[], None]) -> bool:
         """Tell whether an output went elsewhere than into the norm, or is still held by someone after the run."""
         if self.seen or self.pending:
             return True
         if any(ref() is not None for ref in self.given):
-            gc.collect()
+            collect()
         return any(ref() is not None for ref in self.given)
 
     def _write(self, values: Sequence[Tensor]) -> None:

@@ -11,7 +11,6 @@ norm, the perturbation test must agree (perturbation.py).
 
 from __future__ import annotations
 
-import gc
 import operator
 import threading
 import weakref
@@ -32,7 +31,7 @@ from normswap.graph.tracer import hook_barrier
 from normswap.norms import is_convertible
 from normswap.operations.table import TABLE, called_by
 from normswap.runs.calling import run_on
-from normswap.runs.cycles import new_cycles_only
+from normswap.runs.cycles import new_cycles
 from normswap.runs.guard import set_mode, untouched
 
 __all__ = ["Recorder", "changed_in_place", "untracked"]
@@ -104,14 +103,14 @@ class Recorder(TorchFunctionMode):
         inputs = pytree.tree_map_only(Tensor, torch.clone, inputs)  # a forward may write to them
         for tensor in _tensors(inputs):
             self._note(tensor, self.graph.create_node("placeholder", "input"))
-        with new_cycles_only(), untouched(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with new_cycles() as collect, untouched(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
             set_mode(model, training)
             for fqn, module in self.modules.items():
                 if not isinstance(module, torch.jit.ScriptModule):  # takes no hooks: its output will be untracked
                     self._watch(fqn, module)
             with self:
                 output = run_on(model, inputs)
-            self._end(output)
+            self._end(output, collect)
         self._known.clear()
         return self.graph
 
@@ -261,10 +260,10 @@ class Recorder(TorchFunctionMode):
             with torch._C.DisableTorchFunction():
                 self._note_shape(self._named[id(mean)][0], given["input"])
 
-    def _end(self, output: Any) -> None:
+    def _end(self, output: Any, collect: Callable[[], None]) -> None:
         """Make the output node: it uses what the output holds, and what the model or anyone else still holds."""
         if self._held() - {id(t) for t in _tensors(output)}:
-            gc.collect()
+            collect()
         held = self._held()
         kept = [known.node for key, known in self._known.items() if key in held]
         self.graph.create_node("output", "output", (tuple(dict.fromkeys(kept)),))

@@ -14,6 +14,7 @@ from normswap.errors import InputError, argument
 from normswap.norms import Assignment
 from normswap.options import Options
 from normswap.recipes import Recipe
+from normswap.recipes.recurrent import RecurrentRecipe
 from normswap.records import Agreement, InitRow
 from normswap.runs.calling import Batch
 from normswap.runs.inputs import Inputs
@@ -113,13 +114,16 @@ def initializers() -> Mapping[str, type[Initializer]]:
     return classes_in(folder, Initializer)
 
 
-def initializer_for(init: str | None, recipe: Recipe, has_data: bool) -> type[Initializer]:
+def initializer_for(
+    init: str | None, recipe: Recipe, has_data: bool, recurrent: RecurrentRecipe | None = None
+) -> type[Initializer]:
     """Return what gives the new parts their values.
 
     Args:
         init: The initializer's name; None for a match where there is data and the recipe is not exact, else absorb.
-        recipe: The recipe. Where it is exact nothing is left to fit.
+        recipe: The recipe.
         has_data: Whether there is calibration data.
+        recurrent: That for recurrent layers. Where both are exact nothing is left to fit.
 
     Raises:
         InputError: There is no such initializer, or it needs data and there is none.
@@ -138,4 +142,5 @@ def initializer_for(init: str | None, recipe: Recipe, has_data: bool) -> type[In
             code="no-calibration",
             hint=f"give {argument('calibration')}, some hundred unlabelled samples",
         )
-    return known["absorb"] if chosen.fits and recipe.exact else chosen
+    exact = recipe.exact and (recurrent is None or recurrent.exact)
+    return known["absorb"] if chosen.fits and exact else chosen

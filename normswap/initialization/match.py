@@ -100,6 +100,8 @@ def _where_poor(agreed: Agreement | None, rows: Sequence[InitRow]) -> tuple[str,
         return ()
     fits = sorted(((row.fit.noise_after, row.name) for row in rows if row.fit), reverse=True)
     worst = ", ".join(f"{name} ({noise:.2f})" for noise, name in fits[:3])
+    if not worst:
+        return (Text(f"the outputs agree poorly: {argument('init', 'tune')} may help, or train on"),)
     return (
         Text(
             f"the outputs agree poorly; the errors are largest, as shares of the variance, at {worst}: give such sites "

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from normswap.initialization.noise import shaped_by_statistics
 from normswap.initialization.patches import random_patches
-from normswap.initialization.symmetric import gram
+from normswap.initialization.symmetric import gram, ridged_factor
 from normswap.nn import FilterLayout
 from normswap.runs.calling import Batch
 from normswap.runs.processes import alone, gathered
@@ -91,8 +91,9 @@ def moments_of(samples: Tensor, assumed: bool = False) -> Moments:
     # Woodbury: the same solution out of the samples' smaller Gram matrix
     ridge = _ridge(x.square().mean((1, 2)), fan_in / n, assumed)
     ones = x.new_ones(x.shape[0], fan_in, 1)
-    factor = torch.linalg.cholesky(gram(x) + n * ridge * torch.eye(n, dtype=x.dtype, device=x.device))
-    return _moments(mean, square, (ones - x.mT @ torch.cholesky_solve(x @ ones, factor)) / ridge, assumed)
+    factor, ridge = ridged_factor(gram(x), n * ridge)
+    solved = (ones - x.mT @ torch.cholesky_solve(x @ ones, factor)) / (ridge[:, None, None] / n)
+    return _moments(mean, square, solved, assumed)
 
 
 def moments_of_covariance(mean: Tensor, covariance: Tensor, samples: int, assumed: bool = False) -> Moments:
@@ -105,16 +106,14 @@ def moments_of_covariance(mean: Tensor, covariance: Tensor, samples: int, assume
         raise not_finite("a layer")
     fan_in = covariance.shape[-1]
     ridge = _ridge(covariance.diagonal(dim1=1, dim2=2).mean(1), fan_in / samples, assumed)
-    ridged = covariance.clone()
-    ridged.diagonal(dim1=1, dim2=2).add_(ridge[..., 0])
-    factor = torch.linalg.cholesky(ridged)
+    factor, _ = ridged_factor(covariance, ridge)
     square = covariance.diagonal(dim1=1, dim2=2).sum(1) + mean.square().sum(1)
     return _moments(mean, square, torch.cholesky_solve(torch.ones_like(mean)[..., None], factor), assumed)
 
 
 def _ridge(variance: Tensor, fan_in_per_sample: float, assumed: bool) -> Tensor:
     ridge = variance * max(_NOISE_RIDGE if assumed else _DATA_RIDGE, 0.1 * fan_in_per_sample)
-    return torch.where(variance > 0, ridge, torch.ones_like(ridge))[:, None, None]
+    return torch.where(variance > 0, ridge, torch.ones_like(ridge))
 
 
 def _moments(mean: Tensor, square: Tensor, solved: Tensor, assumed: bool) -> Moments:

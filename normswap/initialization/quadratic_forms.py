@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from normswap.initialization.symmetric import gram
+from normswap.initialization.symmetric import gram, ridged_factor
 
 __all__ = ["CovarianceSums", "QuadraticForm"]
 
@@ -105,18 +105,16 @@ class CovarianceSums:
 
 
 def _inverse_of_covariance(covariance: Tensor) -> list[QuadraticForm]:
-    ridge = _ridge(covariance.diagonal(dim1=1, dim2=2).mean(1))
+    factor, _ = ridged_factor(covariance, _ridge(covariance.diagonal(dim1=1, dim2=2).mean(1)))
     eye = torch.eye(covariance.shape[-1], dtype=covariance.dtype)
-    factor = torch.linalg.cholesky(covariance + ridge[:, None, None] * eye)
     inverse = torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False)
     return [QuadraticForm.of_rows(one.mT) for one in inverse]
 
 
 def _inverse_of_samples(x: Tensor) -> list[QuadraticForm]:
     count = x.shape[1]
-    ridge = _ridge(x.square().mean((1, 2)))
-    eye = torch.eye(count, dtype=x.dtype)
-    factor = torch.linalg.cholesky(gram(x) + count * ridge[:, None, None] * eye)
+    factor, ridge = ridged_factor(gram(x), count * _ridge(x.square().mean((1, 2))))
+    ridge = ridge / count
     solved = torch.linalg.solve_triangular(factor, x, upper=False) / ridge.sqrt()[:, None, None]
     return [QuadraticForm.of_rows(one.mT, 1 / own, -1.0) for one, own in zip(solved, ridge.tolist(), strict=True)]
 

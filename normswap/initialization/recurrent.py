@@ -4,8 +4,9 @@
 the states h before each step. As for a filter, ``w = w₀ − C⁻¹1 (1ᵀw₀)/(1ᵀC⁻¹1)`` with C the covariance of what it sees,
 and the bias gets ``E[(w₀ − w)·x]``.
 
-**Layer normalization** starts as an affine map, see :mod:`normswap.initialization.null_space`. **Batch normalization**
-is one, with any statistics; it gets those that its matrices show.
+**Layer normalization** starts as an affine map, see :mod:`normswap.initialization.null_space`. That of c cannot: its
+deviation s over the units is taken for constant, and ``γ_c (c − mean c)/s + β_c`` fitted to c, per unit. **Batch
+normalization** is one, with any statistics; it gets those that its matrices show.
 
 What the layers and directions within a module see, no call shows: they are run one by one on what the module is given.
 """
@@ -13,7 +14,7 @@ What the layers and directions within a module see, no call shows: they are run 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,7 +74,8 @@ def centred(bound: BoundPlan, model: nn.Module, batches: Sequence[Batch] | None)
             code="no-calibration",
             hint=f"give {argument('calibration')}, some hundred unlabelled samples, or {argument('recurrent', 'wn')}",
         )
-    seen = _watch(model, names, batches)
+    cells = {step.site.name for step in bound.recurrent if step.recipe.reads_cell}
+    seen = _watch(model, names, batches, cells)
     steps = []
     for step in bound.recurrent:
         if step.recipe.needs_data:
@@ -127,7 +129,25 @@ def _normalized(step: BoundRecurrent, module: nn.Module, seen: Mapping[str, _Sum
         norm = name.replace("weight", "ln").replace("ln_ih", "ln_ih_%s").replace("ln_hh", "ln_hh_%s")
         values |= {name: found.weight, bias: found.inner}
         values |= {norm % "weight": found.gain, norm % "bias": found.shift + old}
+    for name, sums in seen.items():
+        if name.startswith(_CELL):
+            values |= _of_cell(name, sums)
     return values
+
+
+def _of_cell(name: str, seen: _Sums) -> dict[str, Tensor]:
+    """Return γ_c and β_c with which LN(c) is c in least squares, its deviation over the units being what it is in mean.
+
+    A unit that does not differ from the mean of all has nothing to be told from: its gain is 0.
+    """
+    mean, products = seen.total / seen.count, seen.products / seen.count
+    centring = torch.eye(len(mean)).to(mean) - 1 / len(mean)
+    deviation = (centring @ products @ centring).diagonal().mean().sqrt()
+    covariance = products - torch.outer(mean, mean)
+    about = (centring @ covariance @ centring).diagonal()
+    gain = torch.where(about > 0, (centring @ covariance).diagonal() / about, torch.zeros_like(about))
+    names = (name.replace(_CELL, f"{_CELL}_{kind}") for kind in ("weight", "bias"))
+    return dict(zip(names, (gain * deviation, mean - gain * (centring @ mean)), strict=True))
 
 
 def _batch_normalized(step: BoundRecurrent, module: nn.Module, seen: Mapping[str, _Sums]) -> dict[str, Tensor]:
@@ -152,6 +172,7 @@ def _batch_normalized(step: BoundRecurrent, module: nn.Module, seen: Mapping[str
     return values
 
 
+_CELL = "ln_c"
 _STARTS = {Start.CENTRED_ROWS: _centred, Start.NULL_SPACE: _normalized, Start.STATISTICS: _batch_normalized}
 
 
@@ -161,13 +182,15 @@ def _plain(module: nn.Module, name: str) -> Tensor:
     return parameter.detach().double()
 
 
-def _watch(model: nn.Module, names: Sequence[str], batches: Sequence[Batch]) -> dict[str, dict[str, _Sums]]:
-    """Return what each matrix of the named layers multiplies, over all batches."""
+def _watch(
+    model: nn.Module, names: Sequence[str], batches: Sequence[Batch], cells: Collection[str]
+) -> dict[str, dict[str, _Sums]]:
+    """Return what each matrix of the named layers multiplies, and in those of ``cells`` c, over all batches."""
     seen: dict[str, dict[str, _Sums]] = {name: {} for name in names}
 
     def see(name: str, module: nn.Module, given: Sequence[Any]) -> None:
-        for matrix, x in _multiplied(module, given[0], given[1] if len(given) > 1 else None):
-            seen[name].setdefault(matrix, _Sums()).add(x)
+        for what, x in _multiplied(module, given[0], given[1] if len(given) > 1 else None, cell=name in cells):
+            seen[name].setdefault(what, _Sums()).add(x)
 
     watch_inputs(model, names, batches, see)
     return {name: _over_processes(name, own) for name, own in seen.items()}
@@ -181,32 +204,34 @@ def _over_processes(layer: str, seen: Mapping[str, _Sums]) -> dict[str, _Sums]:
     }
 
 
-def _multiplied(module: nn.Module, x: Any, hx: Any) -> Iterator[tuple[str, Tensor]]:
-    """Yield the name of each matrix and the vectors that it multiplies in one call of ``module``."""
+def _multiplied(module: nn.Module, x: Any, hx: Any, *, cell: bool) -> Iterator[tuple[str, Tensor]]:
+    """Yield the name of each matrix and the vectors that it multiplies in one call of ``module``; with ``cell`` c."""
     if isinstance(module, nn.RNNCellBase):
         h = hx[0] if isinstance(hx, tuple) else hx
         yield "weight_ih", torch.atleast_2d(x)
         yield "weight_hh", torch.atleast_2d(x.new_zeros(*x.shape[:-1], module.hidden_size) if h is None else h)
+        if cell:
+            yield _CELL, torch.atleast_2d(module.forward(x, hx)[1])  # without its hooks, of which one runs now
         return
     assert isinstance(module, nn.RNNBase)
     if isinstance(x, PackedSequence):
         padded, lengths = pad_packed_sequence(x)
         for n, length in enumerate(lengths.tolist()):
             own = hx if hx is None else _each(hx, lambda s, n=n: s[:, n : n + 1])
-            yield from _in_layers(module, padded[:length, n : n + 1], own)
+            yield from _in_layers(module, padded[:length, n : n + 1], own, cell=cell)
         return
     if x.ndim == 2:
         x, hx = x[:, None], hx if hx is None else _each(hx, lambda s: s[:, None])
     elif module.batch_first:
         x = x.transpose(0, 1)
-    yield from _in_layers(module, x, hx)
+    yield from _in_layers(module, x, hx, cell=cell)
 
 
 def _each(hx: Any, change: Any) -> Any:
     return tuple(map(change, hx)) if isinstance(hx, tuple) else change(hx)
 
 
-def _in_layers(module: nn.RNNBase, x: Tensor, hx: Any) -> Iterator[tuple[str, Tensor]]:
+def _in_layers(module: nn.RNNBase, x: Tensor, hx: Any, *, cell: bool) -> Iterator[tuple[str, Tensor]]:
     """Yield the same for inputs ``(T, N, in)``, layer by layer and direction by direction."""
     directions = 2 if module.bidirectional else 1
     for k in range(module.num_layers):
@@ -221,8 +246,19 @@ def _in_layers(module: nn.RNNBase, x: Tensor, hx: Any) -> Iterator[tuple[str, Te
             first = y.new_zeros(1, *y.shape[1:]) if state is None else state[0] if isinstance(state, tuple) else state
             yield f"weight_ih_{end}", seen
             yield f"weight_hh_{end}", torch.cat([first, y[:-1]])
+            if cell:
+                yield f"{_CELL}_{end}", _cells(one, seen, state)
             outputs.append(y.flip(0) if d else y)
         x = torch.cat(outputs, -1)
+
+
+def _cells(one: nn.RNNBase, x: Tensor, state: Any) -> Tensor:
+    """Return c after each step of a layer of one direction."""
+    found = []
+    for k in range(len(x)):
+        _, state = one(x[k : k + 1], state)
+        found.append(state[1][0])
+    return torch.stack(found)
 
 
 def _one_layer(module: nn.RNNBase, end: str, inputs: int) -> nn.RNNBase:

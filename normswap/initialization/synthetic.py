@@ -18,7 +18,7 @@ gain of each channel. The rate falls to zero along a cosine.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from normswap.checks.conversion import refuse_unfit
 from normswap.errors import InitializationError, InputError, argument, first_line
+from normswap.graph.records import refuse_wrappers
 from normswap.initialization.noise import batch_for, noise_like, seen_by_statistics
 from normswap.options import check_callable
 from normswap.records import SyntheticSamples
@@ -35,7 +37,6 @@ from normswap.runs.calling import call, does_not_run, run_on_data
 from normswap.runs.guard import set_mode, untouched
 from normswap.runs.inputs import Inputs, example_of, make_up_inputs
 from normswap.runs.watching import not_finite
-from normswap.runs.wrappers import refuse_no_module, refuse_script
 
 __all__ = ["synthesize_samples"]
 
@@ -72,7 +73,7 @@ def synthesize_samples(
     Raises:
         InputError: The model does not run on the inputs, none could be made up, they hold no floating-point numbers, or
             no BatchNorm with statistics depends on them; or the model is no module, or a TorchScript one.
-        InitializationError: What reaches a norm is not finite.
+        InitializationError: What reaches a norm is not finite, or the model gives no gradients.
     """
     for name, value in (("count", count), ("steps", steps)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -82,8 +83,8 @@ def synthesize_samples(
                 hint="give a whole number of at least 1",
             )
     check_callable("progress", progress)
-    refuse_no_module(model)
-    refuse_script(model)
+    refuse_wrappers(model)
+    refuse_unfit(model)
     example = example_of(model, example_inputs)
     if example is None:
         example = make_up_inputs(model)
@@ -184,11 +185,24 @@ class _Mismatch:
         """The first norm whose term is not finite."""
         return next((name for name, term in zip(self._seen, self._terms, strict=True) if not term.isfinite()), _UNNAMED)
 
+    def derived(self, inputs: Inputs, leaves: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor | None]]:
+        """Return the mismatch and its gradients."""
+        loss = self(inputs)
+        _refuse_unusable(loss, self)
+        try:
+            return loss.detach(), torch.autograd.grad(loss, leaves, allow_unused=True)
+        except Exception as cause:  # as of gradient checkpointing, which does not see again what was seen at the norms
+            raise InitializationError(
+                f"the gradients of the model failed: {type(cause).__name__}: {first_line(cause)}",
+                code="no-gradient",
+                hint="turn gradient checkpointing off, or calibrate with data",
+            ) from cause
+
     def _see(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
         name = self._names.get(id(mean))
         self._seen.append(_UNNAMED if name is None else f"'{name}'")
-        if id(mean) not in self._sound and not bool(var.isfinite().all() & mean.isfinite().all() & (var.mean() > 0)):
-            raise _unusable_statistics(self._seen[-1], var)
+        if id(mean) not in self._sound and bool((var == 0).all()):
+            raise _no_deviation(self._seen[-1])
         self._sound.add(id(mean))
         y = x if x.dtype == torch.float64 else x.float()
         own_var, own_mean = torch.var_mean(y, [0, *range(2, y.ndim)], correction=0)
@@ -225,10 +239,9 @@ def _moved(model: nn.Module, start: _Start, steps: int, tell: Callable[[int], No
     first = math.nan
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = _RATE * (1 + math.cos(math.pi * step / steps)) / 2
-        loss = mismatch(samples())
-        _refuse_unusable(loss, mismatch)
-        first = float(loss.detach()) if step == 0 else first
-        for leaf, gradient in zip(leaves, _gradients(loss, leaves), strict=True):
+        loss, gradients = mismatch.derived(samples(), leaves)
+        first = float(loss) if step == 0 else first
+        for leaf, gradient in zip(leaves, gradients, strict=True):
             leaf.grad = gradient
         optimizer.step()
         tell(step + 1)
@@ -248,29 +261,7 @@ def _refuse_unusable(loss: Tensor, mismatch: _Mismatch) -> None:
         raise not_finite(mismatch.where)
 
 
-def _unusable_statistics(where: str, var: Tensor) -> InitializationError:
+def _no_deviation(where: str) -> InitializationError:
     """Return the error about what the norm ``where`` has recorded."""
-    if bool((var == 0).all()):
-        text = f"the running variance of {where} is 0 in all channels: there is no deviation that samples could have"
-        return InitializationError(text, code="no-statistics", hint="calibrate with data")
-    return InitializationError(
-        f"the running statistics of {where} are not finite, or its variances negative",
-        code="weights-not-finite",
-        hint="take a checkpoint from before the training diverged",
-    )
-
-
-def _gradients(loss: Tensor, leaves: list[Tensor]) -> tuple[Tensor | None, ...]:
-    """Return the gradients by the samples.
-
-    Raises:
-        InputError: The model has no backward pass.
-    """
-    try:
-        return torch.autograd.grad(loss, leaves, allow_unused=True)
-    except Exception as cause:
-        raise InputError(
-            f"the model's backward pass fails: {type(cause).__name__}: {first_line(cause)}",
-            code="no-gradient",
-            hint="calibrate with data",
-        ) from cause
+    text = f"the running variance of {where} is 0 in all channels: there is no deviation that samples could have"
+    return InitializationError(text, code="no-statistics", hint="calibrate with data")

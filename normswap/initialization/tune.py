@@ -150,9 +150,10 @@ class _Features:
                 handle.remove()
 
     def _recorder(self, name: str) -> Callable[..., None]:
-        def record(_: nn.Module, args: Any, output: Tensor) -> None:
+        def record(_: nn.Module, args: Any, output: Any) -> None:
             if name in self.found:
                 return
+            (output, *_state) = tensors_of(output)  # a recurrent layer's outputs come before its state
             self.found[name] = output
             if name in self.into_addition:
                 self.pending[id(output)] = output, name
@@ -210,8 +211,10 @@ class Tune(Match):
         assert isinstance(work.batches, list)
         heads = [target.get_submodule(name) for name in fitted.keys() - {one.name for one in placed}]
         parts = [part for one in placed for part in one.parts]
-        parameters = {id(p): p for part in (*parts, *heads) for p in part.parameters()}
+        layers = {s.site.name: target.get_submodule(s.site.name) for s in work.bound.recurrent if not s.recipe.exact}
+        parameters = {id(p): p for part in (*parts, *heads, *layers.values()) for p in part.parameters()}
         places = [name for name in fitted if ":" not in name]
+        places += [name for name, layer in layers.items() if isinstance(layer, nn.RNNBase)]  # a cell shows one step
         before, after = tune_to(
             work.source, target, places, list(parameters.values()), work.batches, steps=steps, progress=work.progress
         )

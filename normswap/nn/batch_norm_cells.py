@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normswap.nn.batch_normalized import BatchNormalized
-from normswap.nn.normalized import NormalizedCell, without_cell_norm
+from normswap.nn.normalized import NormalizedCell, rnn_mode, without_cell_norm
 from normswap.nn.recurrent_steps import State
 
 __all__ = ["BatchNormGRUCell", "BatchNormLSTMCell", "BatchNormRNNCell"]
@@ -125,7 +125,5 @@ class BatchNormRNNCell(_Cell):
     """
 
     def __init__(self, *args: Any, nonlinearity: str = "tanh", **options: Any) -> None:
-        if nonlinearity not in ("tanh", "relu"):
-            raise ValueError(f"the nonlinearity must be 'tanh' or 'relu', got {nonlinearity!r}")
-        super().__init__(f"RNN_{nonlinearity.upper()}", *args, **without_cell_norm(options))
+        super().__init__(rnn_mode(nonlinearity), *args, **without_cell_norm(options))
         self.nonlinearity = nonlinearity

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normswap.nn.normalized import Normalized
+from normswap.nn.recomputation import refuse_recomputation
 from normswap.nn.recurrent_steps import State, gru_step, lstm_step
 
 __all__ = ["BatchNormalized"]
@@ -82,6 +83,8 @@ class BatchNormalized(Normalized):
 
     def _plain(self, end: str, x: Tensor | None = None) -> dict[str, Tensor]:
         """Return the tensors with which a layer of torch's is this one; with ``x``, the batch's statistics are its."""
+        if x is not None and not self.input_only:
+            refuse_recomputation(f"a {type(self).__name__} whose statistics are shared over time")
         found: dict[str, Tensor] = {}
         for part in ("ih", "hh"):
             weight, bias = self._own(f"weight_{part}", end), self._own(f"bias_{part}", end)

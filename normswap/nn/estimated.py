@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.nn.norms import any_sample, per_channel
+from normswap.nn.recomputation import refuse_recomputation
 
 __all__ = ["EstimatedStatistics"]
 
@@ -66,6 +67,7 @@ class EstimatedStatistics(nn.Module):
 
     @torch.no_grad()
     def _follow(self, x: Tensor) -> None:
+        refuse_recomputation("an EstimatedStatistics")
         values, axes = x.to(self.running_mean.dtype), [0, *range(2, x.ndim)]
         self.num_batches_tracked.add_(1)
         rate = 1 / self.num_batches_tracked.to(values.dtype) if self.momentum is None else self.momentum

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from normswap.nn.layer_norm_steps import Direction, gru, lstm, rnn
 from normswap.nn.layer_normalized import LayerNormalized
-from normswap.nn.normalized import NormalizedCell
+from normswap.nn.normalized import NormalizedCell, rnn_mode
 from normswap.nn.recurrent_steps import State, Step
 
 __all__ = ["LayerNormGRUCell", "LayerNormLSTMCell", "LayerNormRNNCell"]
@@ -84,9 +84,7 @@ class LayerNormRNNCell(_Cell):
     """
 
     def __init__(self, *args: Any, nonlinearity: str = "tanh", eps: float = 1e-5, **options: Any) -> None:
-        if nonlinearity not in ("tanh", "relu"):
-            raise ValueError(f"the nonlinearity must be 'tanh' or 'relu', got {nonlinearity!r}")
-        super().__init__(f"RNN_{nonlinearity.upper()}", *args, eps=eps, **options)
+        super().__init__(rnn_mode(nonlinearity), *args, eps=eps, **options)
         self.nonlinearity = nonlinearity
 
     def _step(self, p: Direction, x: Tensor) -> tuple[Tensor, Step]:

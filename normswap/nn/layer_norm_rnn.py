@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normswap.nn.layer_norm_lstm import derives_by_hand, lstm_over_time
 from normswap.nn.layer_norm_steps import Direction, gru, lstm, rnn
 from normswap.nn.layer_normalized import LayerNormalized
+from normswap.nn.normalized import rnn_mode
 from normswap.nn.normalized_rnn import NormalizedRNNBase, over_time
 from normswap.nn.recurrent_steps import State, Step
 
@@ -26,11 +28,17 @@ class LayerNormRNNBase(LayerNormalized, NormalizedRNNBase):
     def _one_layer(self, k: int, x: Tensor, sizes: list[int], first: Sequence[State]) -> tuple[Tensor, list[State]]:
         found, last = [], []
         for d, end in enumerate(self._ends(k)):
-            u, step = self._step(self._direction(end), x)
-            y, state = over_time(step, u, sizes, first[d], backwards=d == 1)
+            y, state = self._over_time(self._direction(end), x, sizes, first[d], backwards=d == 1)
             found.append(y)
             last.append(state)
         return torch.cat(found, -1) if len(found) > 1 else found[0], last
+
+    def _over_time(
+        self, p: Direction, x: Tensor, sizes: list[int], first: State, *, backwards: bool
+    ) -> tuple[Tensor, State]:
+        """Run one direction of a layer; return all h and the last state of each sample."""
+        u, step = self._step(p, x)
+        return over_time(step, u, sizes, first, backwards=backwards)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (", cell_norm=True" if self.cell_norm else "")
@@ -62,6 +70,13 @@ class LayerNormLSTM(LayerNormRNNBase):
 
     def _step(self, p: Direction, x: Tensor) -> tuple[Tensor, Step]:
         return lstm(p, x)
+
+    def _over_time(
+        self, p: Direction, x: Tensor, sizes: list[int], first: State, *, backwards: bool
+    ) -> tuple[Tensor, State]:
+        if not derives_by_hand(p, x, sizes):
+            return super()._over_time(p, x, sizes, first, backwards=backwards)
+        return lstm_over_time(p, p.norm(p.of_input(x), p.ih), len(sizes), first, backwards=backwards)
 
 
 class LayerNormGRU(LayerNormRNNBase):
@@ -102,9 +117,7 @@ class LayerNormRNN(LayerNormRNNBase):
     """
 
     def __init__(self, *args: Any, nonlinearity: str = "tanh", eps: float = 1e-5, **options: Any) -> None:
-        if nonlinearity not in ("tanh", "relu"):
-            raise ValueError(f"the nonlinearity must be 'tanh' or 'relu', got {nonlinearity!r}")
-        super().__init__(f"RNN_{nonlinearity.upper()}", *args, eps=eps, **options)
+        super().__init__(rnn_mode(nonlinearity), *args, eps=eps, **options)
         self.nonlinearity = nonlinearity
 
     def _step(self, p: Direction, x: Tensor) -> tuple[Tensor, Step]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from normswap.nn.recurrent_steps import State, Step, gru_step, lstm_step
 
-__all__ = ["PARTS", "Direction", "gru", "lstm", "rnn"]
+__all__ = ["PARTS", "Direction", "gru", "lstm", "lstm_step_of", "rnn"]
 
 PARTS = {"LSTM": ("ih", "hh"), "GRU": ("ih", "hh"), "RNN_TANH": ("",), "RNN_RELU": ("",)}
 """What is normalized over all gates' units: what W_ih gives and what W_hh gives, or the sum of both."""
@@ -66,6 +66,11 @@ def lstm(p: Direction, x: Tensor) -> tuple[Tensor, Step]:
     ``i, f, g, o = LN(W_ih x + b_ih) + LN(W_hh h + b_hh)``, ``c' = σ(f) c + σ(i) tanh g``,
     ``h' = σ(o) tanh(LN(c'))``. It is c' that goes on, and not LN(c').
     """
+    return p.norm(p.of_input(x), p.ih), lstm_step_of(p)
+
+
+def lstm_step_of(p: Direction) -> Step:
+    """Return the step of :func:`lstm`."""
     assert p.hh is not None
     of_state, cell = p.hh, p.c
     of_cell = None if cell is None else lambda c: p.norm(c, cell)
@@ -73,7 +78,7 @@ def lstm(p: Direction, x: Tensor) -> tuple[Tensor, Step]:
     def step(u: Tensor, state: State) -> State:
         return lstm_step(u + p.norm(p.of_state(state[0]), of_state), state[1], p.w_hr, of_cell)
 
-    return p.norm(p.of_input(x), p.ih), step
+    return step
 
 
 def gru(p: Direction, x: Tensor) -> tuple[Tensor, Step]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from normswap.nn.kinds import Answering
 from normswap.nn.recurrent_steps import GATES, State
 
-__all__ = ["Normalized", "NormalizedCell", "without_cell_norm"]
+__all__ = ["Normalized", "NormalizedCell", "rnn_mode", "without_cell_norm"]
 
 
 class Normalized(Answering):
@@ -98,6 +98,17 @@ class NormalizedCell(Normalized, nn.RNNCellBase):
                 raise RuntimeError(f"expected a state of shape {size}, got {tuple(value.shape)}")
         h, c = self._one_step(x, (state[0], state[1]), t)
         return (h, c) if self.mode == "LSTM" else h
+
+
+def rnn_mode(nonlinearity: str) -> str:
+    """Return torch's name of an RNN with this nonlinearity.
+
+    Raises:
+        ValueError: It is neither ``"tanh"`` nor ``"relu"``.
+    """
+    if nonlinearity not in ("tanh", "relu"):
+        raise ValueError(f"the nonlinearity must be 'tanh' or 'relu', got {nonlinearity!r}")
+    return f"RNN_{nonlinearity.upper()}"
 
 
 def without_cell_norm(options: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from normswap.nn.norms import any_sample, per_channel
+from normswap.nn.recomputation import refuse_recomputation
 
 __all__ = ["StreamingNorm"]
 
@@ -47,6 +48,8 @@ def _in_training(
 ) -> Tensor:
     """Normalize ``x`` by long-term and present statistics, which then become long-term ones."""
     alpha, beta, rate, eps = settings
+    if alpha > 0:
+        refuse_recomputation("a StreamingNorm")
     mean, var = running
     values, axes, some = x.to(mean.dtype), [0, *range(2, x.ndim)], any_sample(x)
     of_batch = torch.where(some, values.mean(axes), mean)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -97,7 +97,9 @@ def collect(model: nn.Module, replayed: nn.Module | None) -> Contents:
             contents.shared[name] = memory[where]
             continue
         memory[where] = name
-        if plain.stride() != torch.empty(plain.shape, device="meta").stride() and _is_dense(plain):
+        if plain.stride() != torch.empty(plain.shape, device="meta").stride() and _is_dense(
+            plain.shape, plain.stride()
+        ):
             contents.strides[name] = list(plain.stride())
         contents.tensors[name] = plain.resolve_conj().resolve_neg().cpu().contiguous()
     contents.training.extend(fqn for fqn, module in model.named_modules() if module.training)
@@ -122,10 +124,17 @@ def _unstorable(slot: Slot, what: str, hint: str) -> InputError:
     return InputError(f"the {slot.kind} '{slot.name}' {what}", code="storage-tensor", hint=hint)
 
 
-def _is_dense(tensor: Tensor) -> bool:
-    """Tell whether the strides are those of some order of the axes: without overlaps and without gaps."""
-    like = torch.empty_like(tensor, device="meta", memory_format=torch.preserve_format)
-    return like.stride() == tensor.stride()
+def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Tell whether the strides are those of some order of the axes: without overlaps and without gaps.
+
+    That of an axis of size 1 means nothing and may be any.
+    """
+    expected = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(strides, shape, strict=True) if size > 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
 
 
 def _changed_attributes(model: nn.Module, replayed: nn.Module) -> dict[str, dict[str, Any]]:
@@ -205,7 +214,7 @@ def _restored(name: str, contents: Contents) -> Tensor:
     value = torch.empty_like(stored)
     if name in contents.strides:
         strides = contents.strides[name]
-        if not _is_dense(torch.empty_strided(stored.shape, strides, device="meta")):
+        if len(strides) != stored.ndim or not _is_dense(stored.shape, strides):
             raise ValueError(f"the strides {strides} of '{name}' do not fit its shape {tuple(stored.shape)}")
         value = torch.empty_strided(stored.shape, strides, dtype=stored.dtype)
     return value.copy_(stored)

@@ -7,6 +7,7 @@ How the entries of its state follow is in :mod:`normswap.training.states`; which
 from __future__ import annotations
 
 import copy
+import weakref
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,6 +25,9 @@ from normswap.training.records import OptimizerMigration, OptimizerRow
 from normswap.training.states import OPTIMIZERS, Entries, Held, carried, is_unchanged, refuse_misshapen, terms_of
 
 __all__ = ["migrate_optimizer"]
+
+_MIGRATED: weakref.WeakKeyDictionary[Optimizer, weakref.ref[Moves]] = weakref.WeakKeyDictionary()
+"""The conversion that an optimizer was last carried through."""
 
 
 def migrate_optimizer(
@@ -116,6 +120,8 @@ def _of_optimizer(
 ) -> OptimizerMigration:
     own = {id(ref()): name for name, refs in moves.old.items() for ref in refs if ref() is not None}
     parameters = [tensor for group in optimizer.param_groups for tensor in group["params"]]
+    new = dict(model.named_parameters())
+    _refuse_migrated(optimizer, moves, {id(p): name for name, p in new.items() if id(p) not in own})
     if not any(id(tensor) in own for tensor in parameters):
         raise InputError(
             f"none of the {len(parameters)} parameters of the {type(optimizer).__name__} is one of the old model's",
@@ -129,7 +135,6 @@ def _of_optimizer(
         {own.get(id(tensor), tensor): state for tensor, state in optimizer.state.items()},
     )
     groups, states, rows = _migrated(layout, model, moves, entries)
-    new = dict(model.named_parameters())
     made = optimizer if inplace else copy.copy(optimizer)
     state: defaultdict[Tensor, Any] = defaultdict(dict)
     for entry, found in ((entry, found) for entry, found in states.items() if found):
@@ -151,8 +156,22 @@ def _of_optimizer(
         made.defaults = dict(optimizer.defaults)
     _start(made, state)
     made.register_load_state_dict_pre_hook(refuse_shapes)
+    _MIGRATED[made] = weakref.ref(moves)
     foreign = sum(id(tensor) not in own for tensor in parameters)
     return OptimizerMigration(made, tuple(rows), foreign)
+
+
+def _refuse_migrated(optimizer: Optimizer, moves: Moves, new: Mapping[int, str]) -> None:
+    """Raise where the optimizer is the converted model's already: what it holds would be mapped once more."""
+    held = next((new[id(t)] for group in optimizer.param_groups for t in group["params"] if id(t) in new), None)
+    known = _MIGRATED.get(optimizer)
+    if held is not None or (known is not None and known() is moves):
+        what = "it was migrated before" if held is None else f"it holds '{held}'"
+        raise InputError(
+            f"the {type(optimizer).__name__} is one of the converted model already: {what}",
+            code="migrated-already",
+            hint="go on with it; to migrate again, give the old model's optimizer",
+        )
 
 
 def _start(optimizer: Optimizer, state: defaultdict[Tensor, Any]) -> None:

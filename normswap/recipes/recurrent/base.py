@@ -48,6 +48,11 @@ class RecurrentRecipe(Described):
         """Whether the layer gets its values from calibration data."""
         return self.start is not Start.WEIGHTS
 
+    @property
+    def reads_cell(self) -> bool:
+        """Whether the layer gets values that follow from its c, beside those of its matrices."""
+        return False
+
     def refuse(self, site: RecurrentSite) -> str | None:
         """Return why this recipe cannot be used at ``site``, or None."""
         return None
