@@ -693,7 +693,7 @@ def rewritten(path: Path, **changes: str | None) -> None:
 
 LAYERS: dict[str, Callable[[int, int], nn.Module]] = {
     f"{kind.__name__}{form}": functools.partial(kind, **options)
-    for form, options in (("", {}), (", groups", {"groups": 2}), (", kernel of one", {"kernel_size": 1}))
+    for form, options in (("", {}), (", groups", {"groups": 2}))
     for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
     for options in ({"kernel_size": 3, **options},)
 } | {"Linear": nn.Linear}
