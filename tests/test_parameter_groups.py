@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import pytest
 import torch
@@ -152,3 +153,16 @@ def test_what_does_not_fit_is_refused(options: dict[str, object], code: str) -> 
     with pytest.raises(InputError) as caught:
         ns.parameter_groups(load_network(), **options)  # type: ignore[arg-type]
     assert caught.value.code == code
+
+
+@pytest.mark.parametrize("rates", [[0.1], {5: 0.1}, "backbone.*"])
+def test_rates_that_are_no_globs_are_refused(rates: Any) -> None:
+    with pytest.raises(InputError, match="must give factors by globs of names") as caught:
+        ns.parameter_groups(nn.Linear(2, 2), lr=0.1, rates=rates)
+    assert caught.value.code == "option-type"
+    assert ns.parameter_groups(nn.Linear(2, 2), lr=0.1, rates={"*": 0.1})
+
+
+def test_what_is_no_module_is_refused() -> None:
+    with pytest.raises(InputError, match="dict"):
+        ns.parameter_groups(nn.Linear(2, 2).state_dict())  # type: ignore[arg-type]

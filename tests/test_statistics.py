@@ -127,3 +127,13 @@ def test_bad_data_leaves_the_model_as_it_was() -> None:
             ns.update_statistics(one, data)
         assert caught.value.code == code
     assert not changed(before, fingerprint(model))
+
+
+def test_a_last_batch_of_one_sample_is_named() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(InputError, match="batch 2 gives a norm one value per channel") as caught:
+        ns.update_statistics(model, [torch.randn(4, 3), torch.randn(4, 3), torch.randn(1, 3)])
+    assert caught.value.code == "one-sample"
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    ns.update_statistics(model, [torch.randn(4, 3), torch.randn(2, 3)])

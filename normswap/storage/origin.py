@@ -101,8 +101,8 @@ def slots(model: nn.Module) -> Iterator[Slot]:
     for fqn, module in model.named_modules(remove_duplicate=False):
         own = vars(module)
         for kind, table in (
-            ("parameter", own["_parameters"]),
-            ("buffer", own["_buffers"]),
+            ("parameter", own.get("_parameters", {})),  # a traced TorchScript module has none in Python
+            ("buffer", own.get("_buffers", {})),
             ("attribute", own),
         ):
             for key, value in table.items():

@@ -28,7 +28,7 @@ from normswap.loading.files import expect_kind, kind_of, open_file
 from normswap.loading.readable import why_unreadable
 from normswap.loading.trust import Trust
 from normswap.recipes import Recipe
-from normswap.runs.wrappers import refuse_sharded
+from normswap.runs.wrappers import refuse_no_module, refuse_script, refuse_sharded
 from normswap.storage.contents import collect, give
 from normswap.storage.entries import (
     FORMAT_KEY,
@@ -99,6 +99,9 @@ def load(
     """
     path = Path(path)
     trusted = Trust.parse(trust)
+    if model is not None:
+        refuse_no_module(model)
+        refuse_script(model)
     with open_file(path) as file:
         expect_kind(kind_of(file), ("safetensors",), path)
     stored = read_stored(path)

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 
 from normswap.errors import InputError, argument
 from normswap.norms import norm_of
+from normswap.runs.wrappers import refuse_no_module
 
 __all__ = ["parameter_groups"]
 
@@ -45,7 +46,14 @@ def parameter_groups(
     Raises:
         InputError: A number does not fit, a pattern fits no parameter, or ``rates`` are given without ``lr``.
     """
+    refuse_no_module(model)
     _refuse_wrong("weight_decay", weight_decay)
+    if rates is not None and (not isinstance(rates, Mapping) or not all(isinstance(one, str) for one in rates)):
+        raise InputError(
+            f"{argument('rates')} must give factors by globs of names, got {rates!r}",
+            code="option-type",
+            hint="give a dict such as {'backbone.*': 0.1}",
+        )
     for pattern, factor in (rates or {}).items():
         _refuse_wrong(f"rates[{pattern!r}]", factor)
     if rates and lr is None:

@@ -18,12 +18,13 @@ from normswap.errors import InputError
 from normswap.nn.batch_normalized import BatchNormalized
 from normswap.norms import norm_of
 from normswap.runs.batches import bind_batches
-from normswap.runs.calling import first_input, run_on_data
+from normswap.runs.calling import Batch, first_input, run_on_data
 from normswap.runs.equal_models import make_equal, refuse_different_models
 from normswap.runs.guard import set_mode, untouched
 from normswap.runs.modes import held_modules
 from normswap.runs.processes import alone, in_step, objects, together
 from normswap.runs.watching import Statistics, not_finite, over_processes
+from normswap.runs.wrappers import refuse_no_module, refuse_script
 
 __all__ = ["StatisticsUpdate", "update_statistics"]
 
@@ -77,6 +78,8 @@ def update_statistics(
         InputError: The data does not fit, or the model has no norm with running statistics.
         InitializationError: What reaches a norm is not finite. The model is as it was then.
     """
+    refuse_no_module(model)
+    refuse_script(model)
     with together(processes):
         refuse_different_models(model, buffers=False)
         report = _updated(model, loader, forward_fn)
@@ -117,8 +120,9 @@ def _updated(model: nn.Module, loader: Any, forward_fn: Callable[[nn.Module, Any
             handles.append(module.register_forward_pre_hook(watch(name), with_kwargs=True))
         try:
             batches = bind_batches(model, loader, notes, forward_fn)
-            for batch in in_step(batches) if not alone() and _any_synchronizes(model, tables) else batches:
-                run_on_data(model, batch)
+            stream = in_step(batches) if not alone() and _any_synchronizes(model, tables) else batches
+            for number, batch in enumerate(stream):
+                _run(model, batch, number)
         finally:
             for handle in handles:
                 handle.remove()
@@ -134,6 +138,20 @@ def _updated(model: nn.Module, loader: Any, forward_fn: Callable[[nn.Module, Any
             _write(tables[name], one, calls[name])
     samples = next((one.samples for one in found.values()), 0)
     return StatisticsUpdate(tuple(found), tuple(left), samples, tuple(notes))
+
+
+def _run(model: nn.Module, batch: Batch, number: int) -> None:
+    """Run ``model``, whose norms are in train mode; an error about a batch of one sample names the batch."""
+    try:
+        run_on_data(model, batch)
+    except InputError as error:
+        if "Expected more than 1 value per channel" not in str(error.__cause__):
+            raise
+        raise InputError(
+            f"batch {number} gives a norm one value per channel, which has no deviation",
+            code="one-sample",
+            hint="leave a last batch of one sample out, as a DataLoader with drop_last=True does",
+        ) from error.__cause__
 
 
 def _any_synchronizes(model: nn.Module, names: Iterable[str]) -> bool:
