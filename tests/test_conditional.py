@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -259,6 +261,45 @@ def test_a_class_may_be_one_for_all_samples() -> None:
     with torch.no_grad():
         assert distance(folding.model(z), model(z, torch.tensor(2))) <= 1e-12
         assert distance(folding.model(z), model(z, label)) > 1e-2
+
+
+STEPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "xv": lambda x, v: x * v,
+    "vx": lambda x, v: v * x,
+    "x+v": lambda x, v: x + v,
+    "v+x": lambda x, v: v + x,
+    "x-v": lambda x, v: x - v,
+    "v-x": lambda x, v: v - x,
+    "x/v": lambda x, v: x / v,
+    "v/x": lambda x, v: v / x,
+}
+
+
+class Chain(Holds):
+    """One step on what another gives, each of both sides."""
+
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+        gamma, beta = self.classes(label)[..., None, None].tanh().chunk(2, 1)
+        return STEPS[self.second](STEPS[self.first](self.bn(x), 2 + gamma), 2 + beta)
+
+
+def test_a_step_on_what_another_gives_keeps_its_sides() -> None:
+    z, label = torch.rand(3, CHANNELS, 4, 4, dtype=torch.float64) + 1, torch.tensor([0, 1, 2])
+    for first, second in product(STEPS, STEPS):
+        torch.manual_seed(3)
+        model = Chain(first, second).double().eval()
+        expected = at(model, 2, z, label)
+        folding = ns.fold_with_report(model, example_inputs=(z, label), condition={"label": 2})
+        assert ("label" in {row.name for row in folding.left}) == ("v/x" in (first, second))
+        with torch.no_grad():
+            assert distance(folding.model(z), expected) <= 1e-12
+        if second in ("x-v", "x/v"):
+            model.second = second[::-1]
+            assert distance(at(model, 2, z, label), expected) > 1e-2
 
 
 class Mixed(Holds):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
 
@@ -21,7 +22,7 @@ from normswap.nn import ChannelAffine
 from normswap.operations.table import reads_no_value
 from normswap.runs.guard import untouched
 
-__all__ = ["Kind", "affine_at", "equal", "kinds_of", "meetings", "values_of", "writes"]
+__all__ = ["Kind", "Meeting", "affine_at", "equal", "kinds_of", "meetings", "values_of", "writes"]
 
 
 class Kind(Enum):
@@ -90,17 +91,33 @@ def writes(node: fx.Node) -> bool:
     return (node.op in ("call_method", "call_function") and in_place) or bool(node.kwargs.get("inplace"))
 
 
-def meetings(graph: fx.Graph, kinds: Mapping[fx.Node, Kind]) -> dict[fx.Node, tuple[fx.Node, fx.Node] | None]:
-    """Return where data meets the class: of a call of two values the class's and the data's, None of another."""
+@dataclass(frozen=True)
+class Meeting:
+    """A call of two values, as it stands in the graph before anything in it is replaced.
+
+    Args:
+        of_class: What the class gives.
+        data: What depends on data.
+        place: The place of the data among the call's arguments: 0 in ``x − β``, 1 in ``β − x``.
+    """
+
+    of_class: fx.Node
+    data: fx.Node
+    place: int
+
+
+def meetings(graph: fx.Graph, kinds: Mapping[fx.Node, Kind]) -> dict[fx.Node, Meeting | None]:
+    """Return the calls in which data meets the class: those of the two alone as a meeting, others as None."""
     written = {one for node in graph.nodes if writes(node) for one in node.all_input_nodes}
-    found: dict[fx.Node, tuple[fx.Node, fx.Node] | None] = {}
+    found: dict[fx.Node, Meeting | None] = {}
     for node in graph.nodes:
         of = [one for one in node.all_input_nodes if kinds[one] is Kind.CLASS]
         if not of or (kinds[node] is not Kind.DATA and node.op != "output"):
             continue
         others = [one for one in node.all_input_nodes if kinds[one] is Kind.DATA]
         plain = node.target in _PARTS and len(node.args) == 2 and not node.kwargs
-        found[node] = (of[0], others[0]) if plain and len(of) == len(others) == 1 and of[0] not in written else None
+        alone = plain and len(of) == len(others) == 1 and of[0] not in written
+        found[node] = Meeting(of[0], others[0], node.args.index(others[0])) if alone else None
     return found
 
 
@@ -132,9 +149,9 @@ def equal(a: Any, b: Any) -> bool:
     return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
 
 
-def affine_at(node: fx.Node, of_class: fx.Node, data: fx.Node, values: Mapping[fx.Node, Any]) -> ChannelAffine | None:
-    """Return the affine of each channel that ``node`` applies to ``data``; None where it is none."""
-    value, x, y = values[of_class], values[data], values[node]
+def affine_at(node: fx.Node, met: Meeting, values: Mapping[fx.Node, Any]) -> ChannelAffine | None:
+    """Return the affine of each channel that ``node`` applies to its data; None where it is none."""
+    value, x, y = values[met.of_class], values[met.data], values[node]
     if not all(isinstance(one, Tensor) for one in (value, x, y)) or x.ndim < 2 or y.shape != x.shape or not len(x):
         return None
     whole = value.expand(x.shape)
@@ -144,7 +161,7 @@ def affine_at(node: fx.Node, of_class: fx.Node, data: fx.Node, values: Mapping[f
         return None
     constant = each[:, 0].double()
     ones, zeros = torch.ones_like(constant), torch.zeros_like(constant)
-    first = node.args[0] is data
+    first = met.place == 0
     part = _PARTS[node.target]
     if part == "div" and not first:
         return None

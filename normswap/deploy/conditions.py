@@ -94,14 +94,13 @@ def at_class(model: nn.Module, condition: Mapping[str, int], inputs: Inputs | No
     values, again = values_of(traced, given), values_of(traced, given)
     kept, meets = list[fx.Node](), meetings(graph, kinds)
     _fix(traced, name, index, label, batch)
-    places = {node: node.args.index(of[1]) for node, of in meets.items() if of is not None}  # until it is another's
-    for node, of in meets.items():
-        fixed = of is not None and equal(values[of[0]], again[of[0]])
-        affine = affine_at(node, *of, values) if of is not None and fixed else None
-        if of is None or affine is None:
+    for node, met in meets.items():
+        fixed = met is not None and equal(values[met.of_class], again[met.of_class])
+        affine = affine_at(node, met, values) if met is not None and fixed else None
+        if met is None or affine is None:
             kept.append(node)
         else:
-            _put_affine(traced, node, places[node], affine)
+            _put_affine(traced, node, met.place, affine)
     graph.eliminate_dead_code(lambda node: node.is_impure() or writes(node))
     traced.delete_all_unused_submodules()
     traced.recompile()
