@@ -6,7 +6,8 @@ import copy
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
-from typing import Any
+from types import MethodType
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -364,6 +365,58 @@ def test_what_is_no_affine_of_the_class_stays_and_is_right(form: type[nn.Module]
     row = next(row for row in folding.left if row.name == "label")
     assert row.result == "computed in each call"
     assert row.reason == "what it gives to 'norm' is not one factor and one summand of each channel"
+
+
+class Optional(Generator):
+    """Arguments with defaults, which the forward branches on without a test that a trace would notice."""
+
+    def forward(
+        self,
+        z: Tensor,
+        label: Tensor,
+        skip: Tensor | None = None,
+        scale: float = 1.0,
+        act: str | None = None,
+        sizes: tuple[int, ...] = (1, 1),
+    ) -> Tensor:
+        x = super().forward(z * scale, label)
+        if skip is not None:
+            x = torch.tanh(x) + skip
+        if act is None:
+            x = F.pad(x, sizes)
+        return x
+
+    WAYS: ClassVar[tuple[dict[str, Any], ...]] = (
+        {},
+        {"skip": None, "act": None},
+        {"skip": torch.tensor(0.5)},
+        {"act": "none"},
+        {"scale": 2.0, "sizes": (0, 2, 2, 0)},
+    )
+
+
+@pytest.mark.parametrize("way", range(len(Optional.WAYS)))
+def test_other_arguments_are_those_that_the_example_gives(way: int) -> None:
+    model, (z, label) = Optional(Holds).double().eval(), inputs(6)
+    more, two = Optional.WAYS[way], torch.full_like(label, 2)
+    folded = ns.fold(model, example_inputs={"z": z, "label": label, **more}, condition={"label": 2})
+    free = {key: value for key, value in more.items() if key in ("skip", "scale") and value is not None}
+    with torch.no_grad():
+        assert distance(folded(z, **free), model(z, two, **more)) <= 1e-12
+        assert all(not torch.equal(model(z, two, **w), model(z, two, **more)) for w in Optional.WAYS[2:] if w != more)
+    for key in more:  # no call takes a branch other than the example's
+        with pytest.raises(TypeError, match=key):
+            folded(z, **({k: v for k, v in free.items() if k != key} if key in free else {key: more[key]}))
+
+
+def test_a_forward_of_the_instance_is_the_one_that_is_folded() -> None:
+    model, (z, label) = Generator(Holds).double().eval(), inputs(6)
+    usual, two = at(model, 2, z, label), torch.full_like(label, 2)
+    model.forward = MethodType(lambda self, z, label: Generator.forward(self, -z, label), model)
+    folded = ns.fold(model, example_inputs=(z, label), condition={"label": 2})
+    with torch.no_grad():
+        assert distance(folded(z), model(z, two)) <= 1e-12
+        assert distance(folded(z), usual) > 1e-2
 
 
 class Branches(Generator):

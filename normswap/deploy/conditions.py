@@ -20,11 +20,10 @@ from torch import Tensor, fx, nn
 from normswap.checks.self_check import eval_output
 from normswap.deploy.affines import is_hooked
 from normswap.deploy.class_values import affine_at, equal, kinds_of, meetings, values_of, writes
+from normswap.deploy.held_arguments import free_arguments, graph_of
 from normswap.deploy.rows import FoldRow
-from normswap.errors import FoldError, InputError, argument
-from normswap.graph.tracer import ScopeTracer, hook_barrier
+from normswap.errors import InputError, argument
 from normswap.nn import ChannelAffine
-from normswap.runs.guard import untouched
 from normswap.runs.inputs import Inputs
 
 __all__ = ["AtClass", "at_class", "without_identities"]
@@ -79,7 +78,7 @@ def at_class(model: nn.Module, condition: Mapping[str, int], inputs: Inputs | No
         )
     given[name] = torch.full_like(label, index)
     eval_output(model, given)  # it has such a class
-    graph = _graph(model)
+    graph = graph_of(model, given)
     batch = next(
         (key for key, v in given.items() if key != name and isinstance(v, Tensor) and v.shape[:1] == label.shape), None
     )
@@ -107,7 +106,7 @@ def at_class(model: nn.Module, condition: Mapping[str, int], inputs: Inputs | No
     where = ", ".join(dict.fromkeys(_place(node, model) for node in kept))
     why = f"what it gives to {where} is not one factor and one summand of each channel"
     left = (FoldRow(name, "computed in each call", why),) if kept else ()
-    rest = {key: value for key, value in given.items() if key != name}
+    rest = {key: value for key, value in free_arguments(given).items() if key != name}
     return AtClass(traced, given, rest, left)
 
 
@@ -154,37 +153,6 @@ def _bound(model: nn.Module, inputs: Inputs, name: str) -> dict[str, Any]:
             hint=f"its arguments are {', '.join(signature.parameters)}",
         )
     return dict(bound.arguments)
-
-
-def _graph(model: nn.Module) -> fx.Graph:
-    """Return the graph of a model's forward, its layers and norms as leaves."""
-
-    def refused(why: str) -> FoldError:
-        return FoldError(
-            f"{type(model).__name__} cannot be written as a graph: {why}",
-            code="fold-condition",
-            hint=f"fold it without {argument('condition')}, and give the class in each call",
-        )
-
-    with untouched(model) as before:
-        try:
-            graph = ScopeTracer().trace(model)
-        except Exception as cause:
-            raise refused(f"{type(cause).__name__}: {cause}") from cause
-    if before.changed:
-        raise refused("its forward keeps state")
-    if any(str(node.target).startswith("*") for node in graph.nodes if node.op == "placeholder"):
-        raise refused("it takes any number of arguments")
-    called = {node.target for node in graph.nodes if node.op == "call_module"}
-    for fqn, module in model.named_modules():
-        inside = any(fqn.startswith(f"{leaf}.") for leaf in called)
-        if (module._forward_hooks or module._forward_pre_hooks) and fqn not in called and not inside:
-            raise refused(f"a forward hook is on '{fqn}', which would not be called")
-    for node in list(graph.nodes):
-        if node.target is hook_barrier:
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
-    return graph
 
 
 def _fix(traced: fx.GraphModule, name: str, index: int, label: Tensor, batch: str | None) -> None:
