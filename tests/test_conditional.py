@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from types import MethodType
 from typing import Any, ClassVar
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -365,6 +367,86 @@ def test_what_is_no_affine_of_the_class_stays_and_is_right(form: type[nn.Module]
     row = next(row for row in folding.left if row.name == "label")
     assert row.result == "computed in each call"
     assert row.reason == "what it gives to 'norm' is not one factor and one summand of each channel"
+
+
+class Of(nn.Module):
+    """A value of the class in front of a convolution, computed from its embedding and the map x."""
+
+    def __init__(self, value: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.classes, self.value = nn.Conv2d(3, CHANNELS, 3), nn.Embedding(CLASSES, CHANNELS), value
+
+    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+        return self.conv(x) * self.value(self.classes(label), x)
+
+
+def corners(e: Tensor, x: Tensor) -> Tensor:
+    """Two values of each sample and half of the channels, enlarged to a map of all channels."""
+    return F.interpolate(e.view(-1, 1, CHANNELS // 2, 2), size=(x.size(2) - 2, x.size(3) - 2))
+
+
+SIZED: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], int, str]] = {
+    "norm over the batch": (lambda e, x: F.normalize(e, dim=0)[..., None, None], 4, "depends on the size"),
+    "norm over one": (lambda e, x: F.normalize(e, dim=0)[..., None, None], 1, "depends on the size"),
+    "sum": (lambda e, x: (e * e.sum())[..., None, None], 4, "depends on the size"),
+    "cumsum of one": (lambda e, x: e.cumsum(0)[..., None, None], 1, "depends on the size"),
+    "deviation": (lambda e, x: (e + e.std(0, correction=0))[..., None, None], 4, ""),
+    "mean": (lambda e, x: (e - e.mean(0) / 2)[..., None, None], 4, ""),
+    "norm over the channels": (lambda e, x: F.normalize(e, dim=1)[..., None, None], 4, ""),
+    "a map's size": (corners, 4, "depends on the size"),
+    "sum of a map": (
+        lambda e, x: e[..., None, None].expand(-1, -1, x.size(2), 1).sum((2, 3), keepdim=True),
+        4,
+        "depends on the size",
+    ),
+    "noise": (lambda e, x: (e + torch.randn_like(e).sum())[..., None, None], 1, "differs from call to call"),
+    "a fixed batch": (lambda e, x: e.view(4, CHANNELS, 1, 1), 4, "may depend on the batch's size"),
+}
+
+
+@pytest.mark.parametrize("what", SIZED)
+def test_what_depends_on_a_size_is_no_affine_of_the_class(what: str) -> None:
+    value, batch, why = SIZED[what]
+    model, label = Of(value).double().eval(), torch.arange(batch) % CLASSES
+    side = 3 if what == "a map's size" else 6  # a map of 1x1 has one corner
+    x = torch.randn(batch, 3, side, side, dtype=torch.float64)
+    folding = ns.fold_with_report(model, example_inputs=(x, label), condition={"label": 2})
+    assert [row.reason for row in folding.left] == ([ANY] if why else [])
+    assert all(why in row.reason and "what it gives to the Of" in row.reason for row in folding.left)
+    if why:
+        assert any(node.target is operator.mul for node in folding.model.graph.nodes)
+    for size in [(4, 3, side, side), (2, 3, 7, 9)][: 1 if "fixed" in what else 2]:
+        x, two = torch.randn(size, dtype=torch.float64), torch.full(size[:1], 2)
+        with torch.no_grad(), torch.random.fork_rng(devices=()):
+            torch.manual_seed(3)
+            found = folding.model(x)
+            torch.manual_seed(3)
+            assert distance(found, model(x, two)) <= 1e-12
+            assert distance(found, model(x, two + 1)) > 1e-2
+
+
+class Gated(nn.Module):
+    """A gate of one value for each class, on the steps of a sequence, with an argument of as many rows as samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line, self.norm, self.gate = nn.Linear(5, 6), nn.LayerNorm(6), nn.Embedding(CLASSES, 1)
+
+    def forward(self, pairs: Tensor, x: Tensor, label: Tensor) -> Tensor:
+        gate = self.gate(label)[:, None]
+        return torch.cat([self.norm(self.line(x)) * gate, gate.expand(-1, x.size(1), -1)], 2)[:, pairs[0]]
+
+
+def test_a_gate_on_a_sequence_is_none_of_its_channels_and_the_batch_is_that_of_the_samples() -> None:
+    model, pairs = Gated().double().eval(), torch.tensor([[0, 2, 1], [1, 1, 2]])
+    example = (pairs, torch.randn(2, 7, 5, dtype=torch.float64), torch.tensor([0, 1]))
+    folding = ns.fold_with_report(model, example_inputs=example, condition={"label": 2})
+    assert any(row.reason.endswith("or on that of a map or a sequence") for row in folding.left)
+    for size in ((2, 7, 5), (5, 9, 5), (1, 3, 5)):
+        x, two = torch.randn(size, dtype=torch.float64), torch.full(size[:1], 2)
+        with torch.no_grad():
+            assert distance(folding.model(pairs, x), model(pairs, x, two)) <= 1e-12
+            assert distance(folding.model(pairs, x), model(pairs, x, two + 1)) > 1e-2
 
 
 class Optional(Generator):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,10 @@ from torch import Tensor, fx, nn
 
 from normswap.checks.self_check import eval_output
 from normswap.deploy.affines import is_hooked
-from normswap.deploy.class_values import affine_at, equal, kinds_of, meetings, values_of, writes
+from normswap.deploy.class_affines import class_affines
+from normswap.deploy.class_values import kinds_of, meetings, writes
 from normswap.deploy.held_arguments import free_arguments, graph_of
+from normswap.deploy.other_sizes import with_samples
 from normswap.deploy.rows import FoldRow
 from normswap.errors import InputError, argument
 from normswap.nn import ChannelAffine
@@ -65,49 +67,35 @@ def at_class(model: nn.Module, condition: Mapping[str, int], inputs: Inputs | No
             code="fold-condition",
             hint=f"give {argument('example_inputs')}, the class among them",
         )
-    given = _bound(model, inputs, name)
-    label = given[name]
-    whole = isinstance(label, Tensor) and not label.is_floating_point() and not label.is_complex()
-    if not whole or label.ndim > 1 or label.dtype is torch.bool:
-        what = f"{label.dtype} of shape {tuple(label.shape)}" if isinstance(label, Tensor) else type(label).__name__
-        raise InputError(
-            f"'{name}' is no class of each sample: it is a {what}",
-            code="fold-condition",
-            hint="only a whole number for each sample can be held at one value: of a map, a vector or a mixture of "
-            "classes γ and β differ from sample to sample",
-        )
-    given[name] = torch.full_like(label, index)
-    eval_output(model, given)  # it has such a class
-    graph = graph_of(model, given)
-    batch = next(
-        (key for key, v in given.items() if key != name and isinstance(v, Tensor) and v.shape[:1] == label.shape), None
-    )
-    if label.ndim and batch is None:
+    whole = _bound(model, inputs, name)
+    label = _of_class(name, whole[name], index)
+    whole[name] = label
+    eval_output(model, whole)  # it has such a class
+    graph, given = graph_of(model, whole), free_arguments(whole)
+    if label.ndim and not with_samples(given, name):
         raise InputError(
             f"no other argument of {type(model).__name__} has as many samples as '{name}'",
             code="fold-condition",
             hint="give example inputs of one batch size",
         )
-    kinds = kinds_of(graph, name)
     traced = fx.GraphModule(model, graph, class_name=type(model).__name__).eval()
-    values, again = values_of(traced, given), values_of(traced, given)
-    kept, meets = list[fx.Node](), meetings(graph, kinds)
-    _fix(traced, name, index, label, batch)
-    for node, met in meets.items():
-        fixed = met is not None and equal(values[met.of_class], again[met.of_class])
-        affine = affine_at(node, met, values) if met is not None and fixed else None
-        if met is None or affine is None:
-            kept.append(node)
-        else:
-            _put_affine(traced, node, met.place, affine)
+    meets = meetings(graph, kinds_of(graph, name))
+    shown = class_affines(traced, given, name, meets)
+    _fix(traced, name, index, label, (*shown.batch, *with_samples(given, name))[0] if label.ndim else None)
+    for node, affine in shown.found.items():
+        _put_affine(traced, node, shown.calls[node].place, affine)
     graph.eliminate_dead_code(lambda node: node.is_impure() or writes(node))
     traced.delete_all_unused_submodules()
     traced.recompile()
-    where = ", ".join(dict.fromkeys(_place(node, model) for node in kept))
-    why = f"what it gives to {where} is not one factor and one summand of each channel"
-    left = (FoldRow(name, "computed in each call", why),) if kept else ()
-    rest = {key: value for key, value in free_arguments(given).items() if key != name}
-    return AtClass(traced, given, rest, left)
+    rest = {key: value for key, value in given.items() if key != name}
+    return AtClass(traced, whole, rest, tuple(_left(name, shown.left, model)))
+
+
+def _left(name: str, why: Mapping[fx.Node, str], model: nn.Module) -> Iterator[FoldRow]:
+    """Yield a row for each reason for which something of the class stays."""
+    for reason in dict.fromkeys(why.values()):
+        where = ", ".join(dict.fromkeys(_place(node, model) for node in why if why[node] == reason))
+        yield FoldRow(name, "computed in each call", f"what it gives to {where} {reason}")
 
 
 def without_identities(model: fx.GraphModule) -> None:
@@ -135,6 +123,20 @@ def _condition(condition: Mapping[str, int]) -> tuple[str, int]:
             hint=f"give the argument's name and the class's number: {argument('condition', {'label': 3})}",
         )
     return pair
+
+
+def _of_class(name: str, label: Any, index: int) -> Tensor:
+    """Return labels as ``label``, all of the class ``index``."""
+    whole = isinstance(label, Tensor) and not label.is_floating_point() and not label.is_complex()
+    if not whole or label.ndim > 1 or label.dtype is torch.bool:
+        what = f"{label.dtype} of shape {tuple(label.shape)}" if isinstance(label, Tensor) else type(label).__name__
+        raise InputError(
+            f"'{name}' is no class of each sample: it is a {what}",
+            code="fold-condition",
+            hint="only a whole number for each sample can be held at one value: of a map, a vector or a mixture of "
+            "classes γ and β differ from sample to sample",
+        )
+    return torch.full_like(label, index)
 
 
 def _bound(model: nn.Module, inputs: Inputs, name: str) -> dict[str, Any]:
