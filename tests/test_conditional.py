@@ -501,6 +501,36 @@ def test_a_forward_of_the_instance_is_the_one_that_is_folded() -> None:
         assert distance(folded(z), usual) > 1e-2
 
 
+class Twice(Generator):
+    """The norm is also called by itself, and what holds it cannot be traced."""
+
+    def __init__(self, holder: type[nn.Module]) -> None:
+        super().__init__(holder)
+
+    def forward(self, z: Tensor, label: Tensor) -> Tensor:
+        x = self.conv(self.start(z).view(-1, CHANNELS, 3, 3))
+        return self.end(F.relu(self.norm(x, label)) + self.norm.bn(x))
+
+
+class Untraced(Holds):
+    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+        return super().forward(x, label) if x.abs().sum() >= 0 else x
+
+
+@pytest.mark.parametrize("holder", [Holds, Untraced])
+def test_what_a_graph_and_a_module_call_both_has_its_parts_left(holder: type[nn.Module]) -> None:
+    model, (z, label) = Twice(holder).double().eval(), inputs(6)
+    model.norm.bn.running_mean.normal_()
+    model.norm.bn.running_var.uniform_(0.5, 2)
+    for recipe in ("wn+mobn", "mobn", "wn"):
+        converted = ns.swap_norms(model, recipe, example_inputs=(z, label))
+        folded = ns.fold(converted, example_inputs=(z, label), condition={"label": 2})
+        expected = at(model, 2, z, label)
+        with torch.no_grad():
+            assert distance(folded(z), expected) <= 1e-12
+            assert distance(folded(z), at(model, 1, z, label)) > 1e-3
+
+
 class Branches(Generator):
     def forward(self, z: Tensor, label: Tensor) -> Tensor:
         return super().forward(z if label.sum() > 0 else -z, label)
