@@ -248,6 +248,23 @@ def test_at_one_class_it_is_exported_and_behind_another_norm_stands_an_affine(tm
     assert [value.name for value in artifact.inputs] == ["z"]
 
 
+class OfBytes(Holds):
+    """Takes labels of any whole dtype."""
+
+    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+        return super().forward(x, label.long())
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64])
+@pytest.mark.parametrize("index", [3, np.int64(3)])
+def test_labels_and_a_class_may_be_of_any_whole_dtype(dtype: torch.dtype, index: Any) -> None:
+    model, (z, label) = generator(OfBytes), inputs(12)
+    folded = ns.fold(model, example_inputs=(z, label.to(dtype)), condition={"label": index})
+    with torch.no_grad():
+        assert distance(folded(z), at(model, 3, z, label)) <= 1e-12
+        assert distance(folded(z), at(model, 2, z, label)) > 1e-2
+
+
 class OfOne(Holds):
     """The class is one for the batch."""
 
@@ -449,6 +466,15 @@ def test_a_gate_on_a_sequence_is_none_of_its_channels_and_the_batch_is_that_of_t
             assert distance(folding.model(pairs, x), model(pairs, x, two + 1)) > 1e-2
 
 
+def test_an_example_without_samples_shows_nothing() -> None:
+    model, (z, label) = generator(Holds), inputs(12)
+    folding = ns.fold_with_report(model, example_inputs=(z[:0], label[:0]), condition={"label": 2})
+    assert "label" in {row.name for row in folding.left}
+    with torch.no_grad():
+        assert distance(folding.model(z), at(model, 2, z, label)) <= 1e-12
+        assert distance(folding.model(z), at(model, 1, z, label)) > 1e-2
+
+
 class Optional(Generator):
     """Arguments with defaults, which the forward branches on without a test that a trace would notice."""
 
@@ -481,7 +507,11 @@ class Optional(Generator):
 def test_other_arguments_are_those_that_the_example_gives(way: int) -> None:
     model, (z, label) = Optional(Holds).double().eval(), inputs(6)
     more, two = Optional.WAYS[way], torch.full_like(label, 2)
-    folded = ns.fold(model, example_inputs={"z": z, "label": label, **more}, condition={"label": 2})
+    folding = ns.fold_with_report(model, example_inputs={"z": z, "label": label, **more}, condition={"label": 2})
+    held = {"act": "held at 'none'", "sizes": "held at (0, 2, 2, 0)"}
+    rows = {row.name: row.result for row in folding.rows}
+    assert {name: rows.get(name) for name in held} == {name: held[name] if more.get(name) else None for name in held}
+    folded = folding.model
     free = {key: value for key, value in more.items() if key in ("skip", "scale") and value is not None}
     with torch.no_grad():
         assert distance(folded(z, **free), model(z, two, **more)) <= 1e-12
@@ -543,7 +573,7 @@ def hooked() -> nn.Module:
 
 
 Z, LABEL = inputs(12)
-REFUSED: dict[str, tuple[nn.Module, Any, dict[str, Any], str]] = {
+REFUSED: dict[str, tuple[nn.Module, Any, Any, str]] = {
     "no inputs": (generator(Holds), None, {"label": 1}, "condition=.* needs inputs|needs inputs"),
     "another name": (generator(Holds), (Z, LABEL), {"y": 1}, "no 'y'"),
     "a vector": (generator(Holds), (Z, torch.eye(CLASSES)[LABEL]), {"label": 1}, "float32 of shape"),
@@ -552,6 +582,12 @@ REFUSED: dict[str, tuple[nn.Module, Any, dict[str, Any], str]] = {
     "none": (generator(Holds), (Z, LABEL), {}, "is no class"),
     "below zero": (generator(Holds), (Z, LABEL), {"label": -1}, "is no class"),
     "no number": (generator(Holds), (Z, LABEL), {"label": "cat"}, "is no class"),
+    "a word": (generator(Holds), (Z, LABEL), "label", "condition='label' is no class"),
+    "a list": (generator(Holds), (Z, LABEL), ["label", 1], "is no class"),
+    "a tensor": (generator(Holds), (Z, LABEL), torch.tensor(1), "is no class"),
+    "no name": (generator(Holds), (Z, LABEL), {1: 1}, "is no class"),
+    "more than a byte": (generator(Holds), (Z, LABEL.to(torch.uint8)), {"label": 300}, "300 is no class.*uint8"),
+    "more than a number": (generator(Holds), (Z, LABEL), {"label": 2**70}, "is no class that 'label' can give"),
     "too large": (generator(Holds), (Z, LABEL), {"label": CLASSES}, "index out of range"),
     "a branch": (Branches(Holds).double().eval(), (Z, LABEL), {"label": 1}, "cannot be written as a graph"),
     "a hook": (hooked(), (Z, LABEL), {"label": 1}, "a forward hook is on 'norm'"),

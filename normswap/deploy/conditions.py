@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
@@ -39,12 +40,14 @@ class AtClass:
         model: A graph of the model without the argument that gave the class; its modules are the model's own.
         original: The inputs of the model as it was, of that class.
         inputs: The inputs of the model at the class.
+        held: Which other arguments are held at a value that is not their default.
         left: What of the class is still computed in each call, and why.
     """
 
     model: fx.GraphModule
     original: Inputs
     inputs: Inputs
+    held: tuple[FoldRow, ...]
     left: tuple[FoldRow, ...]
 
 
@@ -88,7 +91,16 @@ def at_class(model: nn.Module, condition: Mapping[str, int], inputs: Inputs | No
     traced.delete_all_unused_submodules()
     traced.recompile()
     rest = {key: value for key, value in given.items() if key != name}
-    return AtClass(traced, whole, rest, tuple(_left(name, shown.left, model)))
+    return AtClass(traced, whole, rest, tuple(_held(model, whole)), tuple(_left(name, shown.left, model)))
+
+
+def _held(model: nn.Module, given: Mapping[str, Any]) -> Iterator[FoldRow]:
+    """Yield a row for each argument that the model at the class does not take and is called with in the example."""
+    parameters = inspect.signature(model.forward).parameters
+    for name, value in given.items():
+        default = parameters[name].default
+        if name not in free_arguments(given) and (type(value), value) != (type(default), default):
+            yield FoldRow(name, f"held at {value!r}")
 
 
 def _left(name: str, why: Mapping[fx.Node, str], model: nn.Module) -> Iterator[FoldRow]:
@@ -114,15 +126,18 @@ def _place(node: fx.Node, model: nn.Module) -> str:
     return f"'{found}'" if found else f"the {type(model).__name__}"
 
 
-def _condition(condition: Mapping[str, int]) -> tuple[str, int]:
-    (pair, *more) = [*condition.items()] or [("", -1)]
-    if more or not pair[0] or isinstance(pair[1], bool) or not isinstance(pair[1], int) or pair[1] < 0:
-        raise InputError(
-            f"{argument('condition', dict(condition))} is no class",
-            code="fold-condition",
-            hint=f"give the argument's name and the class's number: {argument('condition', {'label': 3})}",
-        )
-    return pair
+def _condition(condition: Any) -> tuple[str, int]:
+    pairs: list[tuple[Any, Any]] = [*condition.items()] if isinstance(condition, Mapping) else []
+    if len(pairs) == 1 and isinstance(pairs[0][0], str) and pairs[0][0]:
+        name, index = pairs[0]
+        if isinstance(index, (int, np.integer)) and not isinstance(index, bool) and index >= 0:
+            return name, int(index)
+    given = dict(pairs) if isinstance(condition, Mapping) else condition
+    raise InputError(
+        f"{argument('condition', given)} is no class",
+        code="fold-condition",
+        hint=f"give the argument's name and the class's number: {argument('condition', {'label': 3})}",
+    )
 
 
 def _of_class(name: str, label: Any, index: int) -> Tensor:
@@ -135,6 +150,12 @@ def _of_class(name: str, label: Any, index: int) -> Tensor:
             code="fold-condition",
             hint="only a whole number for each sample can be held at one value: of a map, a vector or a mixture of "
             "classes γ and β differ from sample to sample",
+        )
+    if index > torch.iinfo(label.dtype).max:
+        raise InputError(
+            f"{index} is no class that '{name}' can give: its numbers are {label.dtype}",
+            code="fold-condition",
+            hint="give a class that the model has",
         )
     return torch.full_like(label, index)
 

@@ -102,6 +102,7 @@ def fold_with_report(
     left: list[FoldRow] = []
     if fixed is not None:
         folded, given, inputs = fixed.model, fixed.original, fixed.inputs
+        rows += fixed.held
         left += fixed.left
     ranks = {} if inputs is None else ranks_on(folded, inputs)
     for name, reason in make_plain(folded):
@@ -154,9 +155,8 @@ def _named_by_graphs(model: nn.Module) -> set[int]:
     found = set()
     for owner in model.modules():
         if isinstance(owner, fx.GraphModule):
-            named = [
-                str(node.target).split(".") for node in owner.graph.nodes if node.op in ("call_module", "get_attr")
-            ]
+            calls = (node for node in owner.graph.nodes if node.op in ("call_module", "get_attr"))
+            named = [str(node.target).split(".") for node in calls]
             parents = {".".join(parts[:end]) for parts in named for end in range(1, len(parts))}
             found |= {id(m) for fqn, m in owner.named_modules(remove_duplicate=False) if fqn in parents}
     return found

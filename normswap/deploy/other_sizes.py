@@ -37,7 +37,7 @@ def larger_batches(given: Mapping[str, Any], name: str) -> Iterator[tuple[tuple[
 
     See Note [Which arguments have the batch].
     """
-    found = with_samples(given, name)[:_MOST_ARGUMENTS]
+    found = [key for key in with_samples(given, name) if len(given[key])][:_MOST_ARGUMENTS]
     for many in range(1, len(found) + 1):
         for chosen in combinations(found, many):
             yield chosen, _resized(given, _axes(given, name, chosen), 2 * len(given[chosen[0]]))
@@ -58,6 +58,7 @@ def other_maps(given: Mapping[str, Any], name: str, *, larger: bool) -> Iterator
         for key, value in given.items()
         if key != name and isinstance(value, Tensor) and value.layout is torch.strided
         for axis in range(1, value.ndim)
+        if value.numel()
     }
     groups = [frozenset(one for one in axes if axes[one] == size) for size in dict.fromkeys(axes.values())]
     groups += [frozenset(one for one in axes if one[1] == axis) for axis in {axis: None for _, axis in axes}]
