@@ -416,7 +416,11 @@ SIZED: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], int, str]] = {
         4,
         "depends on the size",
     ),
-    "noise": (lambda e, x: (e + torch.randn_like(e).sum())[..., None, None], 1, "differs from call to call"),
+    "noise": (
+        lambda e, x: (e + torch.randn_like(e).sum())[..., None, None],
+        1,
+        "differs with the data, or from call to call",
+    ),
     "a fixed batch": (lambda e, x: e.view(4, CHANNELS, 1, 1), 4, "may depend on the batch's size"),
 }
 
@@ -440,6 +444,81 @@ def test_what_depends_on_a_size_is_no_affine_of_the_class(what: str) -> None:
             torch.manual_seed(3)
             assert distance(found, model(x, two)) <= 1e-12
             assert distance(found, model(x, two + 1)) > 1e-2
+
+
+def written(e: Tensor, x: Tensor) -> Tensor:
+    e.add_(x.mean())
+    return e[..., None, None]
+
+
+def written_behind_a_view(e: Tensor, x: Tensor) -> Tensor:
+    view = e[..., None]
+    e.add_(x.mean())
+    return view[..., None]
+
+
+def set_in_part(e: Tensor, x: Tensor) -> Tensor:
+    e[:, 0] = x[0, 0, 0, 0]
+    return e[..., None, None]
+
+
+@pytest.mark.parametrize("value", [written, written_behind_a_view, set_in_part])
+def test_what_data_was_written_to_is_no_affine_of_the_class(value: Callable[[Tensor, Tensor], Tensor]) -> None:
+    model, label = Of(value).double().eval(), torch.tensor([0, 1])
+    example = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    folding = ns.fold_with_report(model, example_inputs=(example, label), condition={"label": 2})
+    assert "label" in {row.name for row in folding.left}
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64) + 1
+    with torch.no_grad():
+        expected = model(x, torch.full_like(label, 2))
+        assert distance(folding.model(x), expected) <= 1e-12
+        at_once = Of(lambda e, _: value(e, example)).double().eval()  # as if the data were always the example's
+        at_once.load_state_dict(model.state_dict())
+        assert distance(at_once(x, torch.full_like(label, 2)), expected) > 1e-2
+
+
+class Doubled(Holds):
+    """γ is written to between two uses of one view of it."""
+
+    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+        gamma = self.classes(label)[:, :CHANNELS]
+        view = gamma[..., None, None]
+        once = self.bn(x) * view
+        gamma.mul_(2)
+        return once * view
+
+
+def test_a_use_has_what_is_written_before_it() -> None:
+    model, (z, label) = generator(Doubled), inputs(12)
+    folding = ns.fold_with_report(model, example_inputs=(z, label), condition={"label": 2})
+    with torch.no_grad():
+        assert distance(folding.model(z), at(model, 2, z, label)) <= 1e-12
+        assert distance(folding.model(z), at(model, 1, z, label)) > 1e-3
+
+
+class Styled(nn.Module):
+    """A map of one row for all samples, in front of the samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.classes = nn.Conv2d(3, CHANNELS, 3), nn.Embedding(CLASSES, CHANNELS)
+
+    def forward(self, style: Tensor, x: Tensor, label: Tensor) -> Tensor:
+        gamma = self.classes(label)[..., None, None]
+        return torch.cat([self.conv(x) * gamma * style, gamma + 0 * x[:, :1, 2:, 2:]], 1)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_what_is_one_for_all_samples_is_not_where_the_batch_is(batch: int) -> None:
+    model, style = Styled().double().eval(), torch.randn(1, CHANNELS, 4, 4, dtype=torch.float64)
+    example = (style, torch.randn(batch, 3, 6, 6, dtype=torch.float64), torch.arange(batch))
+    folded = ns.fold(model, example_inputs=example, condition={"label": 2})
+    assert not torch.equal(folded.conv.weight, model.conv.weight), "γ is part of it"
+    for size in (1, 4, 3):
+        x, two = torch.randn(size, 3, 6, 6, dtype=torch.float64), torch.full((size,), 2)
+        with torch.no_grad():
+            assert distance(folded(style, x), model(style, x, two)) <= 1e-12
+            assert distance(folded(style, x), model(style, x, two + 1)) > 1e-2
 
 
 class Gated(nn.Module):

@@ -1,19 +1,25 @@
 """Which of the calls where data meets the class are one affine of each channel, by runs of the graph.
 
 Note [What runs have to show]
-In each run the class's value must be the same at all samples and positions, in a run with other random numbers the same
-as in the first, and the same on other sizes: e/‖e‖ over the batch is one factor of each channel in any run, and another
-in each batch size. The same is up to rounding, which differs between the rows of one product of matrices.
+In each run the class's value must be the same at all samples and positions. On other data and with other random numbers
+it must be the same as in the first run, which shows whether something has written to it, unseen by the graph. It must
+be the same on other sizes, too: e/‖e‖ over the batch is one factor of each channel in any run, and another in each
+batch size. The same is up to rounding, which differs between the rows of one product of matrices.
 
 A gate of one value for each sample is a factor of whatever is on axis 1; where those are the steps of a sequence,
 another length shows it. Of maps and lengths those that the model runs on count. A model that runs on no other batch
 size is left as it is: how the class's values depend on that size is then not known.
+
+Note [One sample]
+With an example of one sample, an argument of one row for all samples is no different from one that has the batch, and
+with twice the rows in it alone the model may run as well, as one is broadcast. So of the arguments that the model runs
+with, those with which most of the class's values stay the same have the batch.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -22,7 +28,7 @@ import torch
 from torch import Tensor, fx
 
 from normswap.deploy.class_values import Meeting
-from normswap.deploy.other_sizes import larger_batches, one_sample, other_maps
+from normswap.deploy.other_inputs import larger_batches, one_sample, other_data, other_maps
 from normswap.nn import ChannelAffine
 from normswap.runs.guard import untouched
 from normswap.runs.settings import seed_generators
@@ -32,7 +38,7 @@ __all__ = ["ClassAffines", "class_affines"]
 _Affines = dict[fx.Node, ChannelAffine | None]
 
 _NO_AFFINE = "is not one factor and one summand of each channel"
-_RANDOM = "differs from call to call"
+_BY_DATA = "differs with the data, or from call to call"
 _BY_SIZE = "depends on the size of the batch, or on that of a map or a sequence"
 _UNKNOWN = "may depend on the batch's size, as the model runs on no other"
 
@@ -69,75 +75,114 @@ def class_affines(
         name: The argument that gives the class.
         meets: Where data meets the class.
     """
-    calls = {node: met for node, met in meets.items() if met is not None}
-    first = _affines_on(traced, given, calls, 0)
-    left = {node: _NO_AFFINE for node in meets if first.get(node) is None}
+    runs = _Runs(traced, {node: met for node, met in meets.items() if met is not None})
+    left = {node: _NO_AFFINE for node in meets if runs.first(given).get(node) is None}
 
-    def compare(inputs: Mapping[str, Any], seed: int, why: str) -> bool:
-        """Tell whether the graph runs on ``inputs``, after noting where it gives another affine."""
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                again = _affines_on(traced, inputs, calls, seed)
-        except Exception:  # the model does not take this size
-            return False
-        for node in calls:
-            if node not in left and not _agree(first[node], again[node]):
-                left[node] = why
-        return True
+    def note(nodes: Iterable[fx.Node] | None, why: str) -> bool:
+        """Tell whether the graph has run, after noting the nodes that were other affines than in the first run."""
+        for node in nodes or ():
+            left.setdefault(node, why)
+        return nodes is not None
 
-    compare(given, 1, _RANDOM)
-    batch: tuple[str, ...] = ()
+    for seed, inputs in enumerate((given, *other_data(given, name)), 1):
+        note(runs.other_at(inputs, seed), _BY_DATA)
+    batch, by_size = _batch(runs, given, name)
+    note(by_size, _BY_SIZE)
+    if not batch:
+        note(meets, _UNKNOWN)
     small = given
-    for chosen, inputs in larger_batches(given, name):
-        if compare(inputs, 0, _BY_SIZE):
-            batch = chosen
-            break
-    else:
-        left = {node: left.get(node, _UNKNOWN) for node in meets}
-    if batch and compare(one := one_sample(given, name, batch), 0, _BY_SIZE):
+    if batch and note(runs.other_at(one := one_sample(given, name, batch)), _BY_SIZE):
         small = one
     if len(left) < len(meets):
         # A longer sequence may be none that a table of positions has, at which an accelerator stops for good.
         tensors = chain(given.values(), traced.parameters(), traced.buffers())
         on_cpu = all(one.device.type == "cpu" for one in tensors if isinstance(one, Tensor))
         for inputs in other_maps(small, name, larger=on_cpu):
-            compare(inputs, 0, _BY_SIZE)
-    found = {node: affine for node, affine in first.items() if affine is not None and node not in left}
-    return ClassAffines(calls, found, left, batch)
+            note(runs.other_at(inputs), _BY_SIZE)
+    found = {node: affine for node, affine in runs.usual.items() if affine is not None and node not in left}
+    return ClassAffines(runs.calls, found, left, batch)
+
+
+def _batch(runs: _Runs, given: Mapping[str, Any], name: str) -> tuple[tuple[str, ...], set[fx.Node]]:
+    """Return the arguments that have the batch, as far as runs show them, and the calls that depend on its size.
+
+    See Note [Which arguments have the batch] and Note [One sample].
+    """
+    found: list[tuple[tuple[str, ...], set[fx.Node]]] = []
+    of_all = given[name].ndim == 0
+    tried = list(larger_batches(given, name))
+    every = (tried and runs.other_at(tried[-1][1])) or set()
+    for chosen, inputs in tried:
+        others = runs.other_at(inputs)
+        if others is None:
+            continue
+        found.append((chosen, others))
+        if not of_all and (others <= every or len(given[name]) > 1):
+            break
+    if not found:
+        return (), set()
+    batch, others = min(found, key=lambda one: len(one[1]))
+    return batch, every.union(*(others for _, others in found)) if of_all else every | others
+
+
+class _Runs:
+    """Runs of a graph, compared with its first.
+
+    Args:
+        traced: The graph.
+        calls: The calls whose affines are compared.
+    """
+
+    def __init__(self, traced: fx.GraphModule, calls: Mapping[fx.Node, Meeting]) -> None:
+        self.traced, self.calls = traced, calls
+        self.usual: _Affines = {}
+
+    def first(self, given: Mapping[str, Any]) -> _Affines:
+        """Run on the arguments ``given``, by name; return the affine that each call is."""
+        self.usual = self._affines_on(given, 0)
+        return self.usual
+
+    def other_at(self, given: Mapping[str, Any], seed: int = 0) -> set[fx.Node] | None:
+        """Return the calls that are another affine on other inputs than in the first run; None where that fails."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                again = self._affines_on(given, seed)
+        except Exception:  # the model does not take this size
+            return None
+        return {node for node in self.calls if not _agree(self.usual[node], again[node])}
+
+    def _affines_on(self, given: Mapping[str, Any], seed: int) -> _Affines:
+        run = _Kept(self.traced, self.calls)
+        args = [given[str(node.target)] for node in self.traced.graph.nodes if node.op == "placeholder"]
+        with untouched(self.traced), torch.no_grad():
+            seed_generators(seed)
+            torch.backends.cudnn.allow_tf32 = False  # whose rounding differs with the batch's size, and is coarse
+            run.run(*(value.clone() if isinstance(value, Tensor) else value for value in args))
+        return run.affines
 
 
 class _Kept(fx.Interpreter):
-    """Runs a graph and keeps what some nodes give."""
+    """Runs a graph and keeps the affine that each of ``calls`` is."""
 
-    def __init__(self, module: fx.GraphModule, wanted: set[fx.Node]) -> None:
+    def __init__(self, module: fx.GraphModule, calls: Mapping[fx.Node, Meeting]) -> None:
         super().__init__(module)
-        self.wanted = wanted
-        self.values: dict[fx.Node, Any] = {}
+        self.calls = calls
+        self.affines: _Affines = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if n in self.wanted:
-            self.values[n] = value.clone() if isinstance(value, Tensor) else value  # it may be written to later
-        return value
+        met = self.calls.get(n)
+        if met is None:
+            return super().run_node(n)
+        # What they are now: they may have been written to since they were made, and may be again.
+        value, x = self.env[met.of_class], self.env[met.data]
+        y = super().run_node(n)
+        self.affines[n] = _affine_at(met, value, x, y)
+        return y
 
 
-def _affines_on(
-    traced: fx.GraphModule, given: Mapping[str, Any], calls: Mapping[fx.Node, Meeting], seed: int
-) -> _Affines:
-    """Return the affine that each of ``calls`` is in a run on arguments, which are given by their names."""
-    run = _Kept(traced, {one for node, met in calls.items() for one in (node, met.of_class, met.data)})
-    args = [given[str(node.target)] for node in traced.graph.nodes if node.op == "placeholder"]
-    with untouched(traced), torch.no_grad():
-        seed_generators(seed)
-        torch.backends.cudnn.allow_tf32 = False  # whose rounding differs with the batch's size, and is coarse
-        run.run(*(value.clone() if isinstance(value, Tensor) else value for value in args))
-    return {node: _affine_at(node, met, run.values) for node, met in calls.items()}
-
-
-def _affine_at(node: fx.Node, met: Meeting, values: Mapping[fx.Node, Any]) -> ChannelAffine | None:
-    """Return the affine of each channel that ``node`` applies to its data; None where it is none."""
-    value, x, y = values[met.of_class], values[met.data], values[node]
+def _affine_at(met: Meeting, value: Any, x: Any, y: Any) -> ChannelAffine | None:
+    """Return the affine of each channel that a call applies to its data x, giving y; None where it is none."""
     if not all(isinstance(one, Tensor) for one in (value, x, y)) or x.ndim < 2 or y.shape != x.shape or not x.numel():
         return None
     each = value.expand(x.shape).movedim(1, 0).flatten(1)

@@ -23,7 +23,7 @@ from normswap.deploy.affines import is_hooked
 from normswap.deploy.class_affines import class_affines
 from normswap.deploy.class_values import kinds_of, meetings, writes
 from normswap.deploy.held_arguments import free_arguments, graph_of
-from normswap.deploy.other_sizes import with_samples
+from normswap.deploy.other_inputs import with_samples
 from normswap.deploy.rows import FoldRow
 from normswap.errors import InputError, argument
 from normswap.nn import ChannelAffine

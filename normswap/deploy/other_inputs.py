@@ -1,4 +1,4 @@
-"""Inputs of other sizes: of more samples and of one, and with smaller and larger maps or sequences.
+"""Other inputs: of other values, of more samples and of one, and with smaller and larger maps or sequences.
 
 Note [Which arguments have the batch]
 An argument that has by chance as many rows as there are samples, such as the two rows of a graph's edges, does not grow
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["larger_batches", "one_sample", "other_maps", "with_samples"]
+__all__ = ["larger_batches", "one_sample", "other_data", "other_maps", "with_samples"]
 
 _MOST_ARGUMENTS = 5
 
@@ -30,6 +30,27 @@ def with_samples(given: Mapping[str, Any], name: str) -> list[str]:
     label = given[name]
     samples = len(label) if label.ndim else len(tensors[ranked[0]])
     return [key for key in ranked if len(tensors[key]) == samples]
+
+
+def other_data(given: Mapping[str, Any], name: str) -> Iterator[dict[str, Any]]:
+    """Yield inputs with other values in all arguments but the class ``name``: of the other sign, and shifted noise.
+
+    Values that are no numbers with a point may be places in a table, and change their order alone.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def changed(value: Any, of_noise: bool) -> Any:
+        if isinstance(value, float):
+            return 0.75 * value + 0.1
+        if not isinstance(value, Tensor) or value.layout is not torch.strided:
+            return value
+        if not value.is_floating_point():
+            return value.flip(tuple(range(value.ndim)))
+        noise = torch.randn(value.shape, generator=generator).to(value)
+        return noise + 0.5 if of_noise else -0.75 * value
+
+    for of_noise in (False, True):
+        yield {key: value if key == name else changed(value, of_noise) for key, value in given.items()}
 
 
 def larger_batches(given: Mapping[str, Any], name: str) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
