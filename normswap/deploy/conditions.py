@@ -22,10 +22,11 @@ from normswap.checks.self_check import eval_output
 from normswap.deploy.affines import is_hooked
 from normswap.deploy.class_affines import class_affines
 from normswap.deploy.class_values import kinds_of, meetings, writes
-from normswap.deploy.held_arguments import free_arguments, graph_of
-from normswap.deploy.other_inputs import with_samples
+from normswap.deploy.held_arguments import free_arguments, graph_of, no_graph
+from normswap.deploy.in_place import out_of_place
+from normswap.deploy.other_inputs import other_data, with_samples
 from normswap.deploy.rows import FoldRow
-from normswap.errors import InputError, argument
+from normswap.errors import InputError, argument, first_line
 from normswap.nn import ChannelAffine
 from normswap.runs.inputs import Inputs
 
@@ -82,8 +83,11 @@ def at_class(model: nn.Module, condition: Mapping[str, int], inputs: Inputs | No
             hint="give example inputs of one batch size",
         )
     traced = fx.GraphModule(model, graph, class_name=type(model).__name__).eval()
-    meets = meetings(graph, kinds_of(graph, name))
-    shown = class_affines(traced, given, name, meets)
+    try:
+        out_of_place(traced, given, other_data(given, name))
+        shown = class_affines(traced, given, name, meetings(graph, kinds_of(graph, name)))
+    except Exception as cause:
+        raise no_graph(model, f"its graph does not run: {type(cause).__name__}: {first_line(cause)}") from cause
     _fix(traced, name, index, label, (*shown.batch, *with_samples(given, name))[0] if label.ndim else None)
     for node, affine in shown.found.items():
         _put_affine(traced, node, shown.calls[node].place, affine)

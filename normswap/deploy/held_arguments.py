@@ -16,7 +16,7 @@ from normswap.errors import FoldError, argument
 from normswap.graph.tracer import ScopeTracer, hook_barrier
 from normswap.runs.guard import untouched
 
-__all__ = ["free_arguments", "graph_of"]
+__all__ = ["free_arguments", "graph_of", "no_graph"]
 
 _PLAIN = (type(None), bool, int, float, complex, str, Enum, torch.dtype, torch.device)
 _MANY = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -49,34 +49,35 @@ def graph_of(model: nn.Module, given: Mapping[str, Any]) -> fx.Graph:
     Raises:
         FoldError: The forward cannot be written as a graph.
     """
-
-    def refused(why: str) -> FoldError:
-        return FoldError(
-            f"{type(model).__name__} cannot be written as a graph: {why}",
-            code="fold-condition",
-            hint=f"fold it without {argument('condition')}, and give the class in each call",
-        )
-
     signature = inspect.signature(model.forward)
     if any(signature.parameters[key].kind in _MANY for key in given):
-        raise refused("it takes any number of arguments")
+        raise no_graph(model, "it takes any number of arguments")
     try:
         with _held(model, signature, given), untouched(model) as before:
-            graph = ScopeTracer().trace(model)
+            graph = ScopeTracer(in_place=True).trace(model)
     except Exception as cause:
-        raise refused(f"{type(cause).__name__}: {cause}") from cause
+        raise no_graph(model, f"{type(cause).__name__}: {cause}") from cause
     if before.changed:
-        raise refused("its forward keeps state")
+        raise no_graph(model, "its forward keeps state")
     called = {node.target for node in graph.nodes if node.op == "call_module"}
     for fqn, module in model.named_modules():
         inside = any(fqn.startswith(f"{leaf}.") for leaf in called)
         if (module._forward_hooks or module._forward_pre_hooks) and fqn not in called and not inside:
-            raise refused(f"a forward hook is on '{fqn}', which would not be called")
+            raise no_graph(model, f"a forward hook is on '{fqn}', which would not be called")
     for node in list(graph.nodes):
         if node.target is hook_barrier:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
     return graph
+
+
+def no_graph(model: nn.Module, why: str) -> FoldError:
+    """Return the error for a model that no graph is a model at one class of."""
+    return FoldError(
+        f"{type(model).__name__} cannot be written as a graph: {why}",
+        code="fold-condition",
+        hint=f"fold it without {argument('condition')}, and give the class in each call",
+    )
 
 
 @contextmanager
