@@ -675,6 +675,26 @@ class Branches(Generator):
         return super().forward(z if label.sum() > 0 else -z, label)
 
 
+class Nameless(Generator):
+    def forward(self, z: Tensor, /, label: Tensor, *more: Any, **named: Any) -> Tensor:
+        return super().forward(z, label)
+
+
+class AnyNumber(Generator):
+    def forward(self, z: Tensor, label: Tensor, *more: Any, **named: Any) -> Tensor:
+        return super().forward(z * named.get("scale", 1), label)
+
+
+def test_any_number_of_arguments_may_be_none() -> None:
+    model, (z, label) = AnyNumber(Holds).double().eval(), inputs(6)
+    folded = ns.fold(model, example_inputs=(z, label), condition={"label": 2})
+    with torch.no_grad():
+        assert distance(folded(z), at(model, 2, z, label)) <= 1e-12
+        assert distance(folded(z), at(model, 1, z, label)) > 1e-2
+    with pytest.raises(TypeError, match="scale"):
+        folded(z, scale=2)
+
+
 def hooked() -> nn.Module:
     model = generator(Holds)
     model.norm.register_forward_hook(lambda *_: None)
@@ -699,6 +719,9 @@ REFUSED: dict[str, tuple[nn.Module, Any, Any, str]] = {
     "more than a number": (generator(Holds), (Z, LABEL), {"label": 2**70}, "is no class that 'label' can give"),
     "too large": (generator(Holds), (Z, LABEL), {"label": CLASSES}, "index out of range"),
     "a branch": (Branches(Holds).double().eval(), (Z, LABEL), {"label": 1}, "cannot be written as a graph"),
+    "no name of an argument": (Nameless(Holds).double().eval(), (Z, LABEL), {"label": 1}, "without a name"),
+    "more places": (AnyNumber(Holds).double().eval(), (Z, LABEL, 1), {"label": 1}, "any number"),
+    "more names": (AnyNumber(Holds).double().eval(), {"z": Z, "label": LABEL, "scale": 1}, {"label": 1}, "any number"),
     "a hook": (hooked(), (Z, LABEL), {"label": 1}, "a forward hook is on 'norm'"),
 }
 

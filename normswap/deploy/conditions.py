@@ -179,6 +179,9 @@ def _bound(model: nn.Module, inputs: Inputs, name: str) -> dict[str, Any]:
             code="fold-condition",
             hint=f"its arguments are {', '.join(signature.parameters)}",
         )
+    kinds = {signature.parameters[key].kind for key in bound.arguments}
+    if kinds - {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}:
+        raise no_graph(model, "it is given arguments without a name, or any number of them")
     return dict(bound.arguments)
 
 

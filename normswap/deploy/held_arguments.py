@@ -19,7 +19,6 @@ from normswap.runs.guard import untouched
 __all__ = ["free_arguments", "graph_of", "no_graph"]
 
 _PLAIN = (type(None), bool, int, float, complex, str, Enum, torch.dtype, torch.device)
-_MANY = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def free_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -50,8 +49,6 @@ def graph_of(model: nn.Module, given: Mapping[str, Any]) -> fx.Graph:
         FoldError: The forward cannot be written as a graph.
     """
     signature = inspect.signature(model.forward)
-    if any(signature.parameters[key].kind in _MANY for key in given):
-        raise no_graph(model, "it takes any number of arguments")
     try:
         with _held(model, signature, given), untouched(model) as before:
             graph = ScopeTracer(in_place=True).trace(model)
