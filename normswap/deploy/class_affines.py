@@ -109,20 +109,19 @@ def _batch(runs: _Runs, given: Mapping[str, Any], name: str) -> tuple[tuple[str,
     See Note [Which arguments have the batch] and Note [One sample].
     """
     found: list[tuple[tuple[str, ...], set[fx.Node]]] = []
-    of_all = given[name].ndim == 0
-    tried = list(larger_batches(given, name))
-    every = (tried and runs.other_at(tried[-1][1])) or set()
-    for chosen, inputs in tried:
+    label = given[name]
+    for number, (chosen, inputs) in enumerate(larger_batches(given, name)):
         others = runs.other_at(inputs)
         if others is None:
             continue
         found.append((chosen, others))
-        if not of_all and (others <= every or len(given[name]) > 1):
+        if label.ndim and number and (others <= found[0][1] or len(label) > 1):
             break
     if not found:
         return (), set()
-    batch, others = min(found, key=lambda one: len(one[1]))
-    return batch, every.union(*(others for _, others in found)) if of_all else every | others
+    batch, others = min(found, key=lambda one: (len(one[1]), len(one[0])))
+    of_one = label.ndim and len(label) == 1
+    return batch, others | found[0][1] if of_one else others.union(*(others for _, others in found))
 
 
 class _Runs:

@@ -2,8 +2,8 @@
 
 Note [Which arguments have the batch]
 An argument that has by chance as many rows as there are samples, such as the two rows of a graph's edges, does not grow
-with the batch. So arguments are tried by themselves first, then two together and so on, those likeliest to hold data
-first: the first with which the model runs on more samples have the batch.
+with the batch. So arguments are tried by themselves, then two together and so on, those likeliest to hold data first:
+the first with which the model runs on more samples have the batch.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ def other_data(given: Mapping[str, Any], name: str) -> Iterator[dict[str, Any]]:
 def larger_batches(given: Mapping[str, Any], name: str) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
     """Yield arguments that may have the batch, with inputs of twice the samples in them and in the class.
 
-    See Note [Which arguments have the batch].
+    The first are all together; see Note [Which arguments have the batch].
     """
     found = [key for key in with_samples(given, name) if len(given[key])][:_MOST_ARGUMENTS]
-    for many in range(1, len(found) + 1):
+    for many in (len(found), *range(1, len(found))) if found else ():
         for chosen in combinations(found, many):
             yield chosen, _resized(given, _axes(given, name, chosen), 2 * len(given[chosen[0]]))
 
