@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import copy
+import operator
+from collections.abc import Callable
+from itertools import product
 from pathlib import Path
-from typing import Any
+from types import MethodType
+from typing import Any, ClassVar
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -243,6 +248,23 @@ def test_at_one_class_it_is_exported_and_behind_another_norm_stands_an_affine(tm
     assert [value.name for value in artifact.inputs] == ["z"]
 
 
+class OfBytes(Holds):
+    """Takes labels of any whole dtype."""
+
+    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+        return super().forward(x, label.long())
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64])
+@pytest.mark.parametrize("index", [3, np.int64(3)])
+def test_labels_and_a_class_may_be_of_any_whole_dtype(dtype: torch.dtype, index: Any) -> None:
+    model, (z, label) = generator(OfBytes), inputs(12)
+    folded = ns.fold(model, example_inputs=(z, label.to(dtype)), condition={"label": index})
+    with torch.no_grad():
+        assert distance(folded(z), at(model, 3, z, label)) <= 1e-12
+        assert distance(folded(z), at(model, 2, z, label)) > 1e-2
+
+
 class OfOne(Holds):
     """The class is one for the batch."""
 
@@ -259,6 +281,45 @@ def test_a_class_may_be_one_for_all_samples() -> None:
     with torch.no_grad():
         assert distance(folding.model(z), model(z, torch.tensor(2))) <= 1e-12
         assert distance(folding.model(z), model(z, label)) > 1e-2
+
+
+STEPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "xv": lambda x, v: x * v,
+    "vx": lambda x, v: v * x,
+    "x+v": lambda x, v: x + v,
+    "v+x": lambda x, v: v + x,
+    "x-v": lambda x, v: x - v,
+    "v-x": lambda x, v: v - x,
+    "x/v": lambda x, v: x / v,
+    "v/x": lambda x, v: v / x,
+}
+
+
+class Chain(Holds):
+    """One step on what another gives, each of both sides."""
+
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+        gamma, beta = self.classes(label)[..., None, None].tanh().chunk(2, 1)
+        return STEPS[self.second](STEPS[self.first](self.bn(x), 2 + gamma), 2 + beta)
+
+
+def test_a_step_on_what_another_gives_keeps_its_sides() -> None:
+    z, label = torch.rand(3, CHANNELS, 4, 4, dtype=torch.float64) + 1, torch.tensor([0, 1, 2])
+    for first, second in product(STEPS, STEPS):
+        torch.manual_seed(3)
+        model = Chain(first, second).double().eval()
+        expected = at(model, 2, z, label)
+        folding = ns.fold_with_report(model, example_inputs=(z, label), condition={"label": 2})
+        assert ("label" in {row.name for row in folding.left}) == ("v/x" in (first, second))
+        with torch.no_grad():
+            assert distance(folding.model(z), expected) <= 1e-12
+        if second in ("x-v", "x/v"):
+            model.second = second[::-1]
+            assert distance(at(model, 2, z, label), expected) > 1e-2
 
 
 class Mixed(Holds):
@@ -317,7 +378,7 @@ def test_what_is_no_affine_of_the_class_stays_and_is_right(form: type[nn.Module]
     with torch.no_grad():
         for size in (12, 4):
             assert distance(folding.model(z[:size]), at(model, 2, z, label)[:size]) <= 1e-12
-    if form in (Mixed, WritesLater, Linears):  # γ is added to what the sample gives; a trace has *= as a product
+    if form in (Mixed, WritesLater, Linears):  # γ is added to what the sample gives; *= as a product is the same
         assert "label" not in {row.name for row in folding.left}
         return
     row = next(row for row in folding.left if row.name == "label")
@@ -325,9 +386,313 @@ def test_what_is_no_affine_of_the_class_stays_and_is_right(form: type[nn.Module]
     assert row.reason == "what it gives to 'norm' is not one factor and one summand of each channel"
 
 
+class Of(nn.Module):
+    """A value of the class in front of a convolution, computed from its embedding and the map x."""
+
+    def __init__(self, value: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.classes, self.value = nn.Conv2d(3, CHANNELS, 3), nn.Embedding(CLASSES, CHANNELS), value
+
+    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+        return self.conv(x) * self.value(self.classes(label), x)
+
+
+def corners(e: Tensor, x: Tensor) -> Tensor:
+    """Two values of each sample and half of the channels, enlarged to a map of all channels."""
+    return F.interpolate(e.view(-1, 1, CHANNELS // 2, 2), size=(x.size(2) - 2, x.size(3) - 2))
+
+
+SIZED: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], int, str]] = {
+    "norm over the batch": (lambda e, x: F.normalize(e, dim=0)[..., None, None], 4, "depends on the size"),
+    "norm over one": (lambda e, x: F.normalize(e, dim=0)[..., None, None], 1, "depends on the size"),
+    "sum": (lambda e, x: (e * e.sum())[..., None, None], 4, "depends on the size"),
+    "cumsum of one": (lambda e, x: e.cumsum(0)[..., None, None], 1, "depends on the size"),
+    "deviation": (lambda e, x: (e + e.std(0, correction=0))[..., None, None], 4, ""),
+    "mean": (lambda e, x: (e - e.mean(0) / 2)[..., None, None], 4, ""),
+    "norm over the channels": (lambda e, x: F.normalize(e, dim=1)[..., None, None], 4, ""),
+    "a map's size": (corners, 4, "depends on the size"),
+    "sum of a map": (
+        lambda e, x: e[..., None, None].expand(-1, -1, x.size(2), 1).sum((2, 3), keepdim=True),
+        4,
+        "depends on the size",
+    ),
+    "noise": (
+        lambda e, x: (e + torch.randn_like(e).sum())[..., None, None],
+        1,
+        "differs with the data, or from call to call",
+    ),
+    "a fixed batch": (lambda e, x: e.view(4, CHANNELS, 1, 1), 4, "may depend on the batch's size"),
+}
+
+
+@pytest.mark.parametrize("what", SIZED)
+def test_what_depends_on_a_size_is_no_affine_of_the_class(what: str) -> None:
+    value, batch, why = SIZED[what]
+    model, label = Of(value).double().eval(), torch.arange(batch) % CLASSES
+    side = 3 if what == "a map's size" else 6  # a map of 1x1 has one corner
+    x = torch.randn(batch, 3, side, side, dtype=torch.float64)
+    folding = ns.fold_with_report(model, example_inputs=(x, label), condition={"label": 2})
+    assert [row.reason for row in folding.left] == ([ANY] if why else [])
+    assert all(why in row.reason and "what it gives to the Of" in row.reason for row in folding.left)
+    if why:
+        assert any(node.target is operator.mul for node in folding.model.graph.nodes)
+    for size in [(4, 3, side, side), (2, 3, 7, 9)][: 1 if "fixed" in what else 2]:
+        x, two = torch.randn(size, dtype=torch.float64), torch.full(size[:1], 2)
+        with torch.no_grad(), torch.random.fork_rng(devices=()):
+            torch.manual_seed(3)
+            found = folding.model(x)
+            torch.manual_seed(3)
+            assert distance(found, model(x, two)) <= 1e-12
+            assert distance(found, model(x, two + 1)) > 1e-2
+
+
+def written(e: Tensor, x: Tensor) -> Tensor:
+    e.add_(x.mean())
+    return e[..., None, None]
+
+
+def written_behind_a_view(e: Tensor, x: Tensor) -> Tensor:
+    view = e[..., None]
+    e.add_(x.mean())
+    return view[..., None]
+
+
+def set_in_part(e: Tensor, x: Tensor) -> Tensor:
+    e[:, 0] = x[0, 0, 0, 0]
+    return e[..., None, None]
+
+
+@pytest.mark.parametrize("value", [written, written_behind_a_view, set_in_part])
+def test_what_data_was_written_to_is_no_affine_of_the_class(value: Callable[[Tensor, Tensor], Tensor]) -> None:
+    model, label = Of(value).double().eval(), torch.tensor([0, 1])
+    example = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    folding = ns.fold_with_report(model, example_inputs=(example, label), condition={"label": 2})
+    assert "label" in {row.name for row in folding.left}
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64) + 1
+    with torch.no_grad():
+        expected = model(x, torch.full_like(label, 2))
+        assert distance(folding.model(x), expected) <= 1e-12
+        at_once = Of(lambda e, _: value(e, example)).double().eval()  # as if the data were always the example's
+        at_once.load_state_dict(model.state_dict())
+        assert distance(at_once(x, torch.full_like(label, 2)), expected) > 1e-2
+
+
+class Doubled(Holds):
+    """γ is written to between two uses of one view of it."""
+
+    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+        gamma = self.classes(label)[:, :CHANNELS]
+        view = gamma[..., None, None]
+        once = self.bn(x) * view
+        gamma.mul_(2)
+        return once * view
+
+
+def test_a_use_has_what_is_written_before_it() -> None:
+    model, (z, label) = generator(Doubled), inputs(12)
+    folding = ns.fold_with_report(model, example_inputs=(z, label), condition={"label": 2})
+    with torch.no_grad():
+        assert distance(folding.model(z), at(model, 2, z, label)) <= 1e-12
+        assert distance(folding.model(z), at(model, 1, z, label)) > 1e-3
+
+
+class Seen(Holds):
+    """The norm's output is written to in place, which a second name of it sees; the sum counts little."""
+
+    small: float = 1e-6
+
+    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+        gamma, beta = self.classes(label)[..., None, None].chunk(2, 1)
+        gamma += 1
+        out = self.bn(x)
+        again = out
+        out *= gamma
+        out = out + 0
+        out += beta
+        return x + self.small * (out + again)
+
+
+def test_an_operator_in_place_is_seen_by_other_names_of_its_tensor() -> None:
+    model, (z, label) = generator(Seen), inputs(12)
+    folding = ns.fold_with_report(model, example_inputs=(z, label), condition={"label": 2})
+    assert [node.target for node in folding.model.graph.nodes if node.op == "call_function"].count(operator.imul) == 1
+    assert "label" in {row.name for row in folding.left}
+    with torch.no_grad():
+        expected = at(model, 2, z, label)
+        assert distance(folding.model(z), expected) <= 1e-12
+        for node in folding.model.graph.nodes:
+            node.target = operator.mul if node.target is operator.imul else node.target
+        folding.model.recompile()
+        assert 1e-12 < distance(folding.model(z), expected) < 1e-3, "what a check on outputs would let pass"
+
+
+class Styled(nn.Module):
+    """A map of one row for all samples, in front of the samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.classes = nn.Conv2d(3, CHANNELS, 3), nn.Embedding(CLASSES, CHANNELS)
+
+    def forward(self, style: Tensor, x: Tensor, label: Tensor) -> Tensor:
+        gamma = self.classes(label)[..., None, None]
+        return torch.cat([self.conv(x) * gamma * style, gamma + 0 * x[:, :1, 2:, 2:]], 1)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_what_is_one_for_all_samples_is_not_where_the_batch_is(batch: int) -> None:
+    model, style = Styled().double().eval(), torch.randn(1, CHANNELS, 4, 4, dtype=torch.float64)
+    example = (style, torch.randn(batch, 3, 6, 6, dtype=torch.float64), torch.arange(batch))
+    folded = ns.fold(model, example_inputs=example, condition={"label": 2})
+    assert not torch.equal(folded.conv.weight, model.conv.weight), "γ is part of it"
+    for size in (1, 4, 3):
+        x, two = torch.randn(size, 3, 6, 6, dtype=torch.float64), torch.full((size,), 2)
+        with torch.no_grad():
+            assert distance(folded(style, x), model(style, x, two)) <= 1e-12
+            assert distance(folded(style, x), model(style, x, two + 1)) > 1e-2
+
+
+class Gated(nn.Module):
+    """A gate of one value for each class, on the steps of a sequence, with an argument of as many rows as samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line, self.norm, self.gate = nn.Linear(5, 6), nn.LayerNorm(6), nn.Embedding(CLASSES, 1)
+
+    def forward(self, pairs: Tensor, x: Tensor, label: Tensor) -> Tensor:
+        gate = self.gate(label)[:, None]
+        return torch.cat([self.norm(self.line(x)) * gate, gate.expand(-1, x.size(1), -1)], 2)[:, pairs[0]]
+
+
+def test_a_gate_on_a_sequence_is_none_of_its_channels_and_the_batch_is_that_of_the_samples() -> None:
+    model, pairs = Gated().double().eval(), torch.tensor([[0, 2, 1], [1, 1, 2]])
+    example = (pairs, torch.randn(2, 7, 5, dtype=torch.float64), torch.tensor([0, 1]))
+    folding = ns.fold_with_report(model, example_inputs=example, condition={"label": 2})
+    assert any(row.reason.endswith("or on that of a map or a sequence") for row in folding.left)
+    for size in ((2, 7, 5), (5, 9, 5), (1, 3, 5)):
+        x, two = torch.randn(size, dtype=torch.float64), torch.full(size[:1], 2)
+        with torch.no_grad():
+            assert distance(folding.model(pairs, x), model(pairs, x, two)) <= 1e-12
+            assert distance(folding.model(pairs, x), model(pairs, x, two + 1)) > 1e-2
+
+
+def test_an_example_without_samples_shows_nothing() -> None:
+    model, (z, label) = generator(Holds), inputs(12)
+    folding = ns.fold_with_report(model, example_inputs=(z[:0], label[:0]), condition={"label": 2})
+    assert "label" in {row.name for row in folding.left}
+    with torch.no_grad():
+        assert distance(folding.model(z), at(model, 2, z, label)) <= 1e-12
+        assert distance(folding.model(z), at(model, 1, z, label)) > 1e-2
+
+
+class Optional(Generator):
+    """Arguments with defaults, which the forward branches on without a test that a trace would notice."""
+
+    def forward(
+        self,
+        z: Tensor,
+        label: Tensor,
+        skip: Tensor | None = None,
+        scale: float = 1.0,
+        act: str | None = None,
+        sizes: tuple[int, ...] = (1, 1),
+    ) -> Tensor:
+        x = super().forward(z * scale, label)
+        if skip is not None:
+            x = torch.tanh(x) + skip
+        if act is None:
+            x = F.pad(x, sizes)
+        return x
+
+    WAYS: ClassVar[tuple[dict[str, Any], ...]] = (
+        {},
+        {"skip": None, "act": None},
+        {"skip": torch.tensor(0.5)},
+        {"act": "none"},
+        {"scale": 2.0, "sizes": (0, 2, 2, 0)},
+    )
+
+
+@pytest.mark.parametrize("way", range(len(Optional.WAYS)))
+def test_other_arguments_are_those_that_the_example_gives(way: int) -> None:
+    model, (z, label) = Optional(Holds).double().eval(), inputs(6)
+    more, two = Optional.WAYS[way], torch.full_like(label, 2)
+    folding = ns.fold_with_report(model, example_inputs={"z": z, "label": label, **more}, condition={"label": 2})
+    held = {"act": "held at 'none'", "sizes": "held at (0, 2, 2, 0)"}
+    rows = {row.name: row.result for row in folding.rows}
+    assert {name: rows.get(name) for name in held} == {name: held[name] if more.get(name) else None for name in held}
+    folded = folding.model
+    free = {key: value for key, value in more.items() if key in ("skip", "scale") and value is not None}
+    with torch.no_grad():
+        assert distance(folded(z, **free), model(z, two, **more)) <= 1e-12
+        assert all(not torch.equal(model(z, two, **w), model(z, two, **more)) for w in Optional.WAYS[2:] if w != more)
+    for key in more:  # no call takes a branch other than the example's
+        with pytest.raises(TypeError, match=key):
+            folded(z, **({k: v for k, v in free.items() if k != key} if key in free else {key: more[key]}))
+
+
+def test_a_forward_of_the_instance_is_the_one_that_is_folded() -> None:
+    model, (z, label) = Generator(Holds).double().eval(), inputs(6)
+    usual, two = at(model, 2, z, label), torch.full_like(label, 2)
+    model.forward = MethodType(lambda self, z, label: Generator.forward(self, -z, label), model)
+    folded = ns.fold(model, example_inputs=(z, label), condition={"label": 2})
+    with torch.no_grad():
+        assert distance(folded(z), model(z, two)) <= 1e-12
+        assert distance(folded(z), usual) > 1e-2
+
+
+class Twice(Generator):
+    """The norm is also called by itself, and what holds it cannot be traced."""
+
+    def __init__(self, holder: type[nn.Module]) -> None:
+        super().__init__(holder)
+
+    def forward(self, z: Tensor, label: Tensor) -> Tensor:
+        x = self.conv(self.start(z).view(-1, CHANNELS, 3, 3))
+        return self.end(F.relu(self.norm(x, label)) + self.norm.bn(x))
+
+
+class Untraced(Holds):
+    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+        return super().forward(x, label) if x.abs().sum() >= 0 else x
+
+
+@pytest.mark.parametrize("holder", [Holds, Untraced])
+def test_what_a_graph_and_a_module_call_both_has_its_parts_left(holder: type[nn.Module]) -> None:
+    model, (z, label) = Twice(holder).double().eval(), inputs(6)
+    model.norm.bn.running_mean.normal_()
+    model.norm.bn.running_var.uniform_(0.5, 2)
+    for recipe in ("wn+mobn", "mobn", "wn"):
+        converted = ns.swap_norms(model, recipe, example_inputs=(z, label))
+        folded = ns.fold(converted, example_inputs=(z, label), condition={"label": 2})
+        expected = at(model, 2, z, label)
+        with torch.no_grad():
+            assert distance(folded(z), expected) <= 1e-12
+            assert distance(folded(z), at(model, 1, z, label)) > 1e-3
+
+
 class Branches(Generator):
     def forward(self, z: Tensor, label: Tensor) -> Tensor:
         return super().forward(z if label.sum() > 0 else -z, label)
+
+
+class Nameless(Generator):
+    def forward(self, z: Tensor, /, label: Tensor, *more: Any, **named: Any) -> Tensor:
+        return super().forward(z, label)
+
+
+class AnyNumber(Generator):
+    def forward(self, z: Tensor, label: Tensor, *more: Any, **named: Any) -> Tensor:
+        return super().forward(z * named.get("scale", 1), label)
+
+
+def test_any_number_of_arguments_may_be_none() -> None:
+    model, (z, label) = AnyNumber(Holds).double().eval(), inputs(6)
+    folded = ns.fold(model, example_inputs=(z, label), condition={"label": 2})
+    with torch.no_grad():
+        assert distance(folded(z), at(model, 2, z, label)) <= 1e-12
+        assert distance(folded(z), at(model, 1, z, label)) > 1e-2
+    with pytest.raises(TypeError, match="scale"):
+        folded(z, scale=2)
 
 
 def hooked() -> nn.Module:
@@ -337,7 +702,7 @@ def hooked() -> nn.Module:
 
 
 Z, LABEL = inputs(12)
-REFUSED: dict[str, tuple[nn.Module, Any, dict[str, Any], str]] = {
+REFUSED: dict[str, tuple[nn.Module, Any, Any, str]] = {
     "no inputs": (generator(Holds), None, {"label": 1}, "condition=.* needs inputs|needs inputs"),
     "another name": (generator(Holds), (Z, LABEL), {"y": 1}, "no 'y'"),
     "a vector": (generator(Holds), (Z, torch.eye(CLASSES)[LABEL]), {"label": 1}, "float32 of shape"),
@@ -346,8 +711,17 @@ REFUSED: dict[str, tuple[nn.Module, Any, dict[str, Any], str]] = {
     "none": (generator(Holds), (Z, LABEL), {}, "is no class"),
     "below zero": (generator(Holds), (Z, LABEL), {"label": -1}, "is no class"),
     "no number": (generator(Holds), (Z, LABEL), {"label": "cat"}, "is no class"),
+    "a word": (generator(Holds), (Z, LABEL), "label", "condition='label' is no class"),
+    "a list": (generator(Holds), (Z, LABEL), ["label", 1], "is no class"),
+    "a tensor": (generator(Holds), (Z, LABEL), torch.tensor(1), "is no class"),
+    "no name": (generator(Holds), (Z, LABEL), {1: 1}, "is no class"),
+    "more than a byte": (generator(Holds), (Z, LABEL.to(torch.uint8)), {"label": 300}, "300 is no class.*uint8"),
+    "more than a number": (generator(Holds), (Z, LABEL), {"label": 2**70}, "is no class that 'label' can give"),
     "too large": (generator(Holds), (Z, LABEL), {"label": CLASSES}, "index out of range"),
     "a branch": (Branches(Holds).double().eval(), (Z, LABEL), {"label": 1}, "cannot be written as a graph"),
+    "no name of an argument": (Nameless(Holds).double().eval(), (Z, LABEL), {"label": 1}, "without a name"),
+    "more places": (AnyNumber(Holds).double().eval(), (Z, LABEL, 1), {"label": 1}, "any number"),
+    "more names": (AnyNumber(Holds).double().eval(), {"z": Z, "label": LABEL, "scale": 1}, {"label": 1}, "any number"),
     "a hook": (hooked(), (Z, LABEL), {"label": 1}, "a forward hook is on 'norm'"),
 }
 

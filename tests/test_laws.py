@@ -879,6 +879,34 @@ def test_a_functional_norm_in_a_forward_with_options_is_refused() -> None:
         ns.swap_norms(TakesOptions(), "ln")
 
 
+class SeenInPlace(nn.Module):
+    """A functional norm whose output is written to in place, which a second name of it sees; the sum counts little."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.gain = nn.Conv2d(3, 3, 3, padding=1), nn.Parameter(torch.rand(3, 1, 1) + 1)
+        self.register_buffer("running_mean", torch.randn(3))
+        self.register_buffer("running_var", torch.rand(3) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.batch_norm(self.conv(x), self.running_mean, self.running_var, training=self.training)
+        again = out
+        out *= self.gain
+        return x + 1e-6 * (out + again)
+
+
+@pytest.mark.parametrize("recipe", EXACT)
+def test_a_rewritten_forward_writes_in_place_where_the_forward_does(recipe: str) -> None:
+    model, x = SeenInPlace().double().eval(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    converted = ns.convert(model, recipe, example_inputs=(x,)).model
+    with torch.no_grad():
+        expected = model(x)
+        for found in (converted, ns.fold(converted, example_inputs=(x,))):
+            assert distance(found(x), expected) <= 1e-13
+        out = (expected - x) / 2e-6
+        assert distance(x + 1e-6 * (out + out / model.gain), expected) > 1e-9, "what a check on outputs would let pass"
+
+
 @ALL
 def test_a_hook_on_a_norm_goes_on_counting(recipe: str) -> None:
     known = case("hooked_norm", recipe, True)

@@ -2,26 +2,25 @@
 
 Note [What the class alone gives]
 A value depends on the class alone where it is computed from the class and the model's tensors. It may have the batch's
-size or a map's, as in ``gain(y).view(x.size(0), -1, 1, 1)``, but must not be computed with these. It is taken for an
-affine where, on example inputs, it is the same at all samples and positions.
+size or a map's, as in ``gain(y).view(x.size(0), -1, 1, 1)``, but must not be computed with these. Runs show whether it
+is an affine (:mod:`normswap.deploy.class_affines`).
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import fx
 
-from normswap.nn import ChannelAffine
 from normswap.operations.table import reads_no_value
-from normswap.runs.guard import untouched
 
-__all__ = ["Kind", "affine_at", "equal", "kinds_of", "meetings", "values_of", "writes"]
+__all__ = ["PARTS", "Kind", "Meeting", "kinds_of", "meetings", "writes"]
 
 
 class Kind(Enum):
@@ -43,7 +42,7 @@ _FORMED = {F.interpolate, *_FORMS}
 
 _IN_PLACE = ("iadd", "isub", "imul", "itruediv")
 
-_PARTS: Mapping[Any, str] = {
+PARTS: Mapping[Any, str] = {
     target: name
     for name, targets in {
         "mul": (operator.mul, torch.mul, "mul"),
@@ -53,6 +52,7 @@ _PARTS: Mapping[Any, str] = {
     }.items()
     for target in targets
 }
+"""The operations of two values that may be affines."""
 
 
 def kinds_of(graph: fx.Graph, name: str) -> dict[fx.Node, Kind]:
@@ -90,72 +90,36 @@ def writes(node: fx.Node) -> bool:
     return (node.op in ("call_method", "call_function") and in_place) or bool(node.kwargs.get("inplace"))
 
 
-def meetings(graph: fx.Graph, kinds: Mapping[fx.Node, Kind]) -> dict[fx.Node, tuple[fx.Node, fx.Node] | None]:
-    """Return where data meets the class: of a call of two values the class's and the data's, None of another."""
+@dataclass(frozen=True)
+class Meeting:
+    """A call of two values, as it stands in the graph before anything in it is replaced.
+
+    Args:
+        part: What is called, of :data:`PARTS`.
+        of_class: What the class gives.
+        data: What depends on data.
+        place: The place of the data among the call's arguments: 0 in ``x − β``, 1 in ``β − x``.
+    """
+
+    part: str
+    of_class: fx.Node
+    data: fx.Node
+    place: int
+
+
+def meetings(graph: fx.Graph, kinds: Mapping[fx.Node, Kind]) -> dict[fx.Node, Meeting | None]:
+    """Return the calls in which data meets the class: those of the two alone as a meeting, others as None."""
     written = {one for node in graph.nodes if writes(node) for one in node.all_input_nodes}
-    found: dict[fx.Node, tuple[fx.Node, fx.Node] | None] = {}
+    found: dict[fx.Node, Meeting | None] = {}
     for node in graph.nodes:
         of = [one for one in node.all_input_nodes if kinds[one] is Kind.CLASS]
         if not of or (kinds[node] is not Kind.DATA and node.op != "output"):
             continue
         others = [one for one in node.all_input_nodes if kinds[one] is Kind.DATA]
-        plain = node.target in _PARTS and len(node.args) == 2 and not node.kwargs
-        found[node] = (of[0], others[0]) if plain and len(of) == len(others) == 1 and of[0] not in written else None
+        plain = node.target in PARTS and len(node.args) == 2 and not node.kwargs
+        alone = plain and len(of) == len(others) == 1 and of[0] not in written
+        if alone:
+            found[node] = Meeting(PARTS[node.target], of[0], others[0], node.args.index(others[0]))
+        else:
+            found[node] = None
     return found
-
-
-class _Kept(fx.Interpreter):
-    """Runs a graph and keeps what each node gives."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module, garbage_collect_values=False)
-        self.values: dict[fx.Node, Any] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        self.values[n] = value.clone() if isinstance(value, Tensor) else value  # it may be written to later
-        return value
-
-
-def values_of(traced: fx.GraphModule, given: Mapping[str, Any]) -> dict[fx.Node, Any]:
-    """Return what each node of a graph gives on arguments, which are given by their names."""
-    run = _Kept(traced)
-    places = [node for node in traced.graph.nodes if node.op == "placeholder"]
-    args = [given[str(p.target)] if str(p.target) in given else p.args[0] for p in places]
-    with untouched(traced), torch.no_grad():
-        run.run(*(value.clone() if isinstance(value, Tensor) else value for value in args))
-    return run.values
-
-
-def equal(a: Any, b: Any) -> bool:
-    """Tell whether two values are tensors with the same bits."""
-    return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
-
-
-def affine_at(node: fx.Node, of_class: fx.Node, data: fx.Node, values: Mapping[fx.Node, Any]) -> ChannelAffine | None:
-    """Return the affine of each channel that ``node`` applies to ``data``; None where it is none."""
-    value, x, y = values[of_class], values[data], values[node]
-    if not all(isinstance(one, Tensor) for one in (value, x, y)) or x.ndim < 2 or y.shape != x.shape or not len(x):
-        return None
-    whole = value.expand(x.shape)
-    others = [axis for axis in range(x.ndim) if axis != 1]
-    each = whole.movedim(1, 0).flatten(1)
-    if not torch.equal(each, each[:, :1].expand_as(each)) or not others or not value.dtype.is_floating_point:
-        return None
-    constant = each[:, 0].double()
-    ones, zeros = torch.ones_like(constant), torch.zeros_like(constant)
-    first = node.args[0] is data
-    part = _PARTS[node.target]
-    if part == "div" and not first:
-        return None
-    factor, shift = {
-        "mul": (constant, zeros),
-        "add": (ones, constant),
-        "sub": (ones, -constant) if first else (-ones, constant),
-        "div": (1 / constant, zeros),
-    }[part]
-    affine = ChannelAffine(x.shape[1], x.ndim, device=x.device, dtype=y.dtype)
-    with torch.no_grad():
-        affine.weight.copy_(factor)
-        affine.bias.copy_(shift)
-    return affine

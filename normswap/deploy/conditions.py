@@ -10,21 +10,24 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
 from normswap.checks.self_check import eval_output
 from normswap.deploy.affines import is_hooked
-from normswap.deploy.class_values import affine_at, equal, kinds_of, meetings, values_of, writes
+from normswap.deploy.class_affines import class_affines
+from normswap.deploy.class_values import kinds_of, meetings, writes
+from normswap.deploy.held_arguments import free_arguments, graph_of, no_graph
+from normswap.deploy.in_place import out_of_place
+from normswap.deploy.other_inputs import other_data, with_samples
 from normswap.deploy.rows import FoldRow
-from normswap.errors import FoldError, InputError, argument
-from normswap.graph.tracer import ScopeTracer, hook_barrier
+from normswap.errors import InputError, argument, first_line
 from normswap.nn import ChannelAffine
-from normswap.runs.guard import untouched
 from normswap.runs.inputs import Inputs
 
 __all__ = ["AtClass", "at_class", "without_identities"]
@@ -38,12 +41,14 @@ class AtClass:
         model: A graph of the model without the argument that gave the class; its modules are the model's own.
         original: The inputs of the model as it was, of that class.
         inputs: The inputs of the model at the class.
+        held: Which other arguments are held at a value that is not their default.
         left: What of the class is still computed in each call, and why.
     """
 
     model: fx.GraphModule
     original: Inputs
     inputs: Inputs
+    held: tuple[FoldRow, ...]
     left: tuple[FoldRow, ...]
 
 
@@ -66,50 +71,47 @@ def at_class(model: nn.Module, condition: Mapping[str, int], inputs: Inputs | No
             code="fold-condition",
             hint=f"give {argument('example_inputs')}, the class among them",
         )
-    given = _bound(model, inputs, name)
-    label = given[name]
-    whole = isinstance(label, Tensor) and not label.is_floating_point() and not label.is_complex()
-    if not whole or label.ndim > 1 or label.dtype is torch.bool:
-        what = f"{label.dtype} of shape {tuple(label.shape)}" if isinstance(label, Tensor) else type(label).__name__
-        raise InputError(
-            f"'{name}' is no class of each sample: it is a {what}",
-            code="fold-condition",
-            hint="only a whole number for each sample can be held at one value: of a map, a vector or a mixture of "
-            "classes γ and β differ from sample to sample",
-        )
-    given[name] = torch.full_like(label, index)
-    eval_output(model, given)  # it has such a class
-    graph = _graph(model)
-    batch = next(
-        (key for key, v in given.items() if key != name and isinstance(v, Tensor) and v.shape[:1] == label.shape), None
-    )
-    if label.ndim and batch is None:
+    whole = _bound(model, inputs, name)
+    label = _of_class(name, whole[name], index)
+    whole[name] = label
+    eval_output(model, whole)  # it has such a class
+    graph, given = graph_of(model, whole), free_arguments(whole)
+    if label.ndim and not with_samples(given, name):
         raise InputError(
             f"no other argument of {type(model).__name__} has as many samples as '{name}'",
             code="fold-condition",
             hint="give example inputs of one batch size",
         )
-    kinds = kinds_of(graph, name)
     traced = fx.GraphModule(model, graph, class_name=type(model).__name__).eval()
-    values, again = values_of(traced, given), values_of(traced, given)
-    kept, meets = list[fx.Node](), meetings(graph, kinds)
-    _fix(traced, name, index, label, batch)
-    places = {node: node.args.index(of[1]) for node, of in meets.items() if of is not None}  # until it is another's
-    for node, of in meets.items():
-        fixed = of is not None and equal(values[of[0]], again[of[0]])
-        affine = affine_at(node, *of, values) if of is not None and fixed else None
-        if of is None or affine is None:
-            kept.append(node)
-        else:
-            _put_affine(traced, node, places[node], affine)
+    try:
+        out_of_place(traced, given, other_data(given, name))
+        shown = class_affines(traced, given, name, meetings(graph, kinds_of(graph, name)))
+    except Exception as cause:
+        raise no_graph(model, f"its graph does not run: {type(cause).__name__}: {first_line(cause)}") from cause
+    _fix(traced, name, index, label, (*shown.batch, *with_samples(given, name))[0] if label.ndim else None)
+    for node, affine in shown.found.items():
+        _put_affine(traced, node, shown.calls[node].place, affine)
     graph.eliminate_dead_code(lambda node: node.is_impure() or writes(node))
     traced.delete_all_unused_submodules()
     traced.recompile()
-    where = ", ".join(dict.fromkeys(_place(node, model) for node in kept))
-    why = f"what it gives to {where} is not one factor and one summand of each channel"
-    left = (FoldRow(name, "computed in each call", why),) if kept else ()
     rest = {key: value for key, value in given.items() if key != name}
-    return AtClass(traced, given, rest, left)
+    return AtClass(traced, whole, rest, tuple(_held(model, whole)), tuple(_left(name, shown.left, model)))
+
+
+def _held(model: nn.Module, given: Mapping[str, Any]) -> Iterator[FoldRow]:
+    """Yield a row for each argument that the model at the class does not take and is called with in the example."""
+    parameters = inspect.signature(model.forward).parameters
+    for name, value in given.items():
+        default = parameters[name].default
+        if name not in free_arguments(given) and (type(value), value) != (type(default), default):
+            yield FoldRow(name, f"held at {value!r}")
+
+
+def _left(name: str, why: Mapping[fx.Node, str], model: nn.Module) -> Iterator[FoldRow]:
+    """Yield a row for each reason for which something of the class stays."""
+    for reason in dict.fromkeys(why.values()):
+        where = ", ".join(dict.fromkeys(_place(node, model) for node in why if why[node] == reason))
+        yield FoldRow(name, "computed in each call", f"what it gives to {where} {reason}")
 
 
 def without_identities(model: fx.GraphModule) -> None:
@@ -128,15 +130,38 @@ def _place(node: fx.Node, model: nn.Module) -> str:
     return f"'{found}'" if found else f"the {type(model).__name__}"
 
 
-def _condition(condition: Mapping[str, int]) -> tuple[str, int]:
-    (pair, *more) = [*condition.items()] or [("", -1)]
-    if more or not pair[0] or isinstance(pair[1], bool) or not isinstance(pair[1], int) or pair[1] < 0:
+def _condition(condition: Any) -> tuple[str, int]:
+    pairs: list[tuple[Any, Any]] = [*condition.items()] if isinstance(condition, Mapping) else []
+    if len(pairs) == 1 and isinstance(pairs[0][0], str) and pairs[0][0]:
+        name, index = pairs[0]
+        if isinstance(index, (int, np.integer)) and not isinstance(index, bool) and index >= 0:
+            return name, int(index)
+    given = dict(pairs) if isinstance(condition, Mapping) else condition
+    raise InputError(
+        f"{argument('condition', given)} is no class",
+        code="fold-condition",
+        hint=f"give the argument's name and the class's number: {argument('condition', {'label': 3})}",
+    )
+
+
+def _of_class(name: str, label: Any, index: int) -> Tensor:
+    """Return labels as ``label``, all of the class ``index``."""
+    whole = isinstance(label, Tensor) and not label.is_floating_point() and not label.is_complex()
+    if not whole or label.ndim > 1 or label.dtype is torch.bool:
+        what = f"{label.dtype} of shape {tuple(label.shape)}" if isinstance(label, Tensor) else type(label).__name__
         raise InputError(
-            f"{argument('condition', dict(condition))} is no class",
+            f"'{name}' is no class of each sample: it is a {what}",
             code="fold-condition",
-            hint=f"give the argument's name and the class's number: {argument('condition', {'label': 3})}",
+            hint="only a whole number for each sample can be held at one value: of a map, a vector or a mixture of "
+            "classes γ and β differ from sample to sample",
         )
-    return pair
+    if index > torch.iinfo(label.dtype).max:
+        raise InputError(
+            f"{index} is no class that '{name}' can give: its numbers are {label.dtype}",
+            code="fold-condition",
+            hint="give a class that the model has",
+        )
+    return torch.full_like(label, index)
 
 
 def _bound(model: nn.Module, inputs: Inputs, name: str) -> dict[str, Any]:
@@ -154,38 +179,10 @@ def _bound(model: nn.Module, inputs: Inputs, name: str) -> dict[str, Any]:
             code="fold-condition",
             hint=f"its arguments are {', '.join(signature.parameters)}",
         )
+    kinds = {signature.parameters[key].kind for key in bound.arguments}
+    if kinds - {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}:
+        raise no_graph(model, "it is given arguments without a name, or any number of them")
     return dict(bound.arguments)
-
-
-def _graph(model: nn.Module) -> fx.Graph:
-    """Return the graph of a model's forward, its layers and norms as leaves."""
-
-    def refused(why: str) -> FoldError:
-        return FoldError(
-            f"{type(model).__name__} cannot be written as a graph: {why}",
-            code="fold-condition",
-            hint=f"fold it without {argument('condition')}, and give the class in each call",
-        )
-
-    with untouched(model) as before:
-        try:
-            graph = ScopeTracer().trace(model)
-        except Exception as cause:
-            raise refused(f"{type(cause).__name__}: {cause}") from cause
-    if before.changed:
-        raise refused("its forward keeps state")
-    if any(str(node.target).startswith("*") for node in graph.nodes if node.op == "placeholder"):
-        raise refused("it takes any number of arguments")
-    called = {node.target for node in graph.nodes if node.op == "call_module"}
-    for fqn, module in model.named_modules():
-        inside = any(fqn.startswith(f"{leaf}.") for leaf in called)
-        if (module._forward_hooks or module._forward_pre_hooks) and fqn not in called and not inside:
-            raise refused(f"a forward hook is on '{fqn}', which would not be called")
-    for node in list(graph.nodes):
-        if node.target is hook_barrier:
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
-    return graph
 
 
 def _fix(traced: fx.GraphModule, name: str, index: int, label: Tensor, batch: str | None) -> None:

@@ -102,6 +102,7 @@ def fold_with_report(
     left: list[FoldRow] = []
     if fixed is not None:
         folded, given, inputs = fixed.model, fixed.original, fixed.inputs
+        rows += fixed.held
         left += fixed.left
     ranks = {} if inputs is None else ranks_on(folded, inputs)
     for name, reason in make_plain(folded):
@@ -141,7 +142,8 @@ def _fused(model: nn.Module, inputs: Inputs | None, ranks: Mapping[int, int]) ->
 
 
 def _simplify(model: nn.Module) -> None:
-    """Take the identities that folding left out of the sequences that conversion made."""
+    """Take the identities that folding left out of the sequences that conversion made, where no graph names them."""
+    named = _named_by_graphs(model)
     simpler: dict[int, nn.Module] = {}
     for fqn, module in list(model.named_modules(remove_duplicate=False)):
         if id(module) in simpler:
@@ -152,11 +154,23 @@ def _simplify(model: nn.Module) -> None:
         if not all(name.rstrip("0123456789") in _PARTS for name in module._modules):
             continue
         kept = OrderedDict((n, m) for n, m in module._modules.items() if type(m) is not nn.Identity)
-        if len(kept) == len(module._modules) or is_hooked(module) or not fqn:
+        if len(kept) == len(module._modules) or is_hooked(module) or not fqn or id(module) in named:
             continue
         only = next(iter(kept.values()), nn.Identity())
         simpler[id(module)] = only if len(kept) < 2 else nn.Sequential(kept)
         put(model, fqn, simpler[id(module)])
+
+
+def _named_by_graphs(model: nn.Module) -> set[int]:
+    """Return the ids of the modules of which a graph within ``model`` calls or reads a part by its name."""
+    found = set()
+    for owner in model.modules():
+        if isinstance(owner, fx.GraphModule):
+            calls = (node for node in owner.graph.nodes if node.op in ("call_module", "get_attr"))
+            named = [str(node.target).split(".") for node in calls]
+            parents = {".".join(parts[:end]) for parts in named for end in range(1, len(parts))}
+            found |= {id(m) for fqn, m in owner.named_modules(remove_duplicate=False) if fqn in parents}
+    return found
 
 
 def _replace_the_rest(model: nn.Module, ranks: Mapping[int, int], left: Mapping[int, str]) -> list[FoldRow]:

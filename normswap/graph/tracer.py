@@ -46,13 +46,17 @@ class ScopeTracer(fx.Tracer):
         scope: The fqn of the module that is going to be traced.
         own_forward_only: Record only the module's own forward: every submodule is a leaf.
         rank: The number of axes of the inputs, where it is known: tests of it are then no branch.
+        in_place: Record ``y *= a`` as the write to y that it is. Otherwise it is recorded as ``y = y * a``.
     """
 
     proxy_buffer_attributes = True
 
-    def __init__(self, scope: str = "", *, own_forward_only: bool = False, rank: int | None = None) -> None:
+    def __init__(
+        self, scope: str = "", *, own_forward_only: bool = False, rank: int | None = None, in_place: bool = False
+    ) -> None:
         super().__init__(autowrap_functions=(hook_barrier,), param_shapes_constant=True)
         self.scope_fqn, self.own_forward_only, self.rank = scope, own_forward_only, rank
+        self._proxies: type[_Proxy] = _WrittenProxy if in_place else _Proxy
         self.refused: list[tuple[str, nn.Module, str]] = []
         self._owner = scope
         self._tensor_names: dict[int, str] = {}
@@ -88,7 +92,7 @@ class ScopeTracer(fx.Tracer):
         """Return what the forward sees of ``node``."""
         if node.op == "placeholder" and self.rank is not None:
             return _RankedProxy(node, self)
-        return _Proxy(node, self)
+        return self._proxies(node, self)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Record whose forward made the node."""
@@ -190,6 +194,21 @@ class _Proxy(fx.Proxy):
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+
+class _WrittenProxy(_Proxy):
+    """A value that ``y *= a`` and its like write to."""
+
+
+def _write(target: Callable[[Any, Any], Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
+    def write(self: fx.Proxy, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", target, (self, other), {})
+
+    return write
+
+
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor"):
+    setattr(_WrittenProxy, f"__i{_name}__", _write(getattr(operator, f"i{_name}")))
 
 
 class _RankedProxy(_Proxy):

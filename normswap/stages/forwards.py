@@ -36,7 +36,7 @@ def trace_own_forward(owner: nn.Module, training: bool) -> fx.Graph:
         owner.__dict__["training"] = training
         try:
             with untouched(owner) as before:
-                graph = ScopeTracer(own_forward_only=True).trace(owner)
+                graph = ScopeTracer(own_forward_only=True, in_place=True).trace(owner)
         except Exception as cause:
             raise PlanError(
                 f"the forward of {type(owner).__name__}, which calls a norm functionally, cannot be traced: {cause}",
