@@ -9,13 +9,14 @@ from typing import Any
 from torch import nn
 
 from normswap.checks.conversion import refuse_unfit
-from normswap.errors import InputError
+from normswap.errors import InputError, argument
 from normswap.graph.records import refuse_wrappers
 from normswap.initialization.base import Progress, Work
 from normswap.initialization.match import Fitted, Match, match_sites
 from normswap.options import check_callable
 from normswap.preparation import asked, prepared
 from normswap.recipes import To, all_recipes
+from normswap.recipes.auto import Auto
 from normswap.records import InitRow, SiteCost
 from normswap.runs.data import Data
 from normswap.runs.guard import copy_of
@@ -54,6 +55,12 @@ def rank_sites(
     check_callable("progress", progress)
     recipe, chosen = asked(to, None, options)
     chosen = dataclasses.replace(chosen, recurrent=None)
+    if isinstance(recipe, Auto):
+        raise InputError(
+            f"{argument('to', recipe.name)} chooses a recipe at each norm, and has no error of its own",
+            code="auto-recipe",
+            hint="choose_recipes gives the errors of each recipe at each norm; to rank the norms, name one recipe",
+        )
     if recipe.exact:
         inexact = ", ".join(name for name, other in all_recipes().items() if not other.exact)
         raise InputError(

@@ -209,3 +209,18 @@ def test_a_subclass_that_was_opened_goes_by_the_name_that_it_has_in_the_model() 
     for include, exclude in (["4"], []), ([], ["1"]):
         plan = ns.plan(last_axis(), "wn", example_inputs=x, include=include, exclude=exclude)
         assert list(recipes_of(plan)) == norms[1:]
+
+
+def test_stays_is_what_plans_call_none() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+    plans = [ns.plan(model, {"1": stays, "*": "gn"}) for stays in ("stays", None)]
+    assert plans[0] == plans[1]
+    assert [step.site.norm for step in plans[0].steps] == ["3"]
+    assert ns.Plan.from_json(plans[0].to_json()) == plans[0]
+
+
+def test_auto_has_no_error_of_its_own_to_rank_sites_by() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    with pytest.raises(InputError, match="choose_recipes") as caught:
+        ns.rank_sites(model, "auto", calibration=torch.randn(8, 3, 6, 6))
+    assert caught.value.code == "auto-recipe"

@@ -10,6 +10,7 @@ from typing import Any
 from normswap.errors import InputError, parameter
 from normswap.recipes.auto import Auto
 from normswap.recipes.base import Recipe
+from normswap.recipes.stays import Stays
 from normswap.records import Site
 
 __all__ = ["PerSite"]
@@ -31,7 +32,9 @@ class PerSite(Recipe):
     by_itself = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "parts", tuple(map(tuple, self.parts)))
+        # "stays" is how plans and their tables call None, and means it.
+        parts = tuple((glob, None if isinstance(part, Stays) else part) for glob, part in self.parts)
+        object.__setattr__(self, "parts", parts)
         if not self.recipes:
             raise InputError(
                 f"{parameter('to')} names no recipe",

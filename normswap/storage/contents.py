@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from normswap.errors import InputError
 from normswap.storage.origin import Slot, slots, substituted
 
-__all__ = ["Contents", "collect", "give"]
+__all__ = ["Contents", "collect", "give", "is_plain"]
 
 _OWN = frozenset(vars(nn.Module()))
 _OTHER_MODEL = {
@@ -36,7 +36,8 @@ class Contents:
         loose: Names of tensors that are neither parameters nor buffers.
         trainable: Names of the tensors that require a gradient.
         training: Fqns of the modules in train mode.
-        attributes: Per fqn, the plain values (numbers, texts, None, tuples of these) that differ from the replay's.
+        attributes: Per fqn, the plain values (numbers, texts, None, lists and dicts of these) that differ from the
+            replay's.
     """
 
     tensors: dict[str, Tensor]
@@ -81,6 +82,7 @@ def collect(model: nn.Module, replayed: nn.Module | None) -> Contents:
     contents = Contents({})
     first: dict[int, str] = {}
     memory: dict[object, str] = {}
+    storages: set[int] = set()
     for slot in slots(model):
         name, tensor = slot.name, slot.tensor
         if slot.kind == "attribute":
@@ -101,11 +103,23 @@ def collect(model: nn.Module, replayed: nn.Module | None) -> Contents:
             plain.shape, plain.stride()
         ):
             contents.strides[name] = list(plain.stride())
-        contents.tensors[name] = plain.resolve_conj().resolve_neg().cpu().contiguous()
+        contents.tensors[name] = _alone(plain, storages)
     contents.training.extend(fqn for fqn, module in model.named_modules() if module.training)
     if replayed is not None:
         contents.attributes.update(_changed_attributes(model, replayed))
     return contents
+
+
+def _alone(tensor: Tensor, storages: set[int]) -> Tensor:
+    """Return a contiguous tensor on the CPU that shares no memory with those of ``storages``, and add its own.
+
+    The file's format takes no part of a tensor as another one: it becomes a tensor of its own.
+    """
+    found = tensor.resolve_conj().resolve_neg().cpu().contiguous()
+    place = found.untyped_storage().data_ptr()
+    found = found.clone() if found.numel() and place in storages else found
+    storages.add(found.untyped_storage().data_ptr())
+    return found
 
 
 def _plain(slot: Slot) -> Tensor:
@@ -143,7 +157,7 @@ def _changed_attributes(model: nn.Module, replayed: nn.Module) -> dict[str, dict
     for fqn, module in model.named_modules():
         old = vars(before[fqn])
         for name, value in vars(module).items():
-            if not _may_be_set(module, name) or not _is_scalar(value):
+            if not _may_be_set(module, name) or not is_plain(value):
                 continue
             if name not in old or repr(old[name]) != repr(value):  # NaN is NaN here, and True is not 1
                 changed[fqn][name] = _encode(value)
@@ -155,17 +169,30 @@ def _may_be_set(module: nn.Module, name: str) -> bool:
     return not taken and not callable(getattr(type(module), name, None))
 
 
-def _is_scalar(value: object) -> bool:
-    return type(value) in _SCALARS or (type(value) is tuple and all(map(_is_scalar, value)))
+def is_plain(value: object) -> bool:
+    """Tell whether a value is one that is stored: a number, a text, None, or a list, tuple or dict of these."""
+    if type(value) in (list, tuple):
+        return all(map(is_plain, value))  # type: ignore[call-overload]
+    if type(value) is dict:
+        return all(type(key) is str for key in value) and all(map(is_plain, value.values()))
+    return type(value) in _SCALARS
 
 
 def _encode(value: Any) -> Any:
-    return {"tuple": [_encode(part) for part in value]} if isinstance(value, tuple) else value
+    if isinstance(value, dict):
+        return {"dict": {key: _encode(part) for key, part in value.items()}}
+    if isinstance(value, (list, tuple)):
+        return {type(value).__name__: [_encode(part) for part in value]}
+    return value
 
 
 def _decode(value: Any) -> Any:
-    if isinstance(value, dict) and isinstance(value.get("tuple"), list):
-        return tuple(_decode(part) for part in value["tuple"])
+    if isinstance(value, dict) and len(value) == 1:
+        ((kind, parts),) = value.items()
+        if kind == "dict" and isinstance(parts, dict):
+            return {key: _decode(part) for key, part in parts.items()}
+        if kind in ("list", "tuple") and isinstance(parts, list):
+            return {"list": list, "tuple": tuple}[kind](map(_decode, parts))
     if type(value) not in _SCALARS:
         raise ValueError(f"an attribute is a {type(value).__name__}")
     return value

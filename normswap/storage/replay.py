@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from normswap.errors import InputError
@@ -16,10 +17,12 @@ from normswap.stages.bound import bind
 from normswap.stages.moves import Moves
 from normswap.stages.opened import opened
 from normswap.stages.rewriting import rewrite
-from normswap.storage.contents import differences
-from normswap.storage.origin import Origin, origin_of, remember, skeleton_of, slots
+from normswap.storage.contents import differences, is_plain
+from normswap.storage.origin import KEY, Origin, origin_of, remember, skeleton_of, slots
 
-__all__ = ["copied", "history", "refuse_changed", "replayed_on", "warn_of_hooks"]
+__all__ = ["copied", "history", "refuse_changed", "replayed_on", "warn_of_hooks", "warn_of_lost"]
+
+_OWN = frozenset(vars(nn.Module())) | {KEY}
 
 
 def history(model: nn.Module) -> list[Origin]:
@@ -117,3 +120,46 @@ def warn_of_hooks(model: nn.Module, replayed: nn.Module) -> None:
                     stacklevel=3,
                 )
                 return
+
+
+def warn_of_lost(model: nn.Module, replayed: nn.Module) -> None:
+    """Warn of what was changed after the conversion and is not stored: functions and objects that modules hold."""
+    before = dict(replayed.named_modules())
+    lost = [
+        f"'{fqn}.{name}'" if fqn else f"'{name}'"
+        for fqn, module in model.named_modules()
+        if not isinstance(module, fx.GraphModule)
+        for name, value in vars(module).items()
+        if name not in _OWN and not is_plain(value) and not _same(value, vars(before[fqn]).get(name), 3)
+    ]
+    if lost:
+        more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+        warnings.warn(
+            f"{', '.join(lost[:3])}{more}: changed after the conversion and neither tensor nor plain value, so not "
+            "stored; set it again after loading",
+            stacklevel=3,
+        )
+
+
+def _same(value: Any, other: Any, depth: int) -> bool:
+    """Tell whether a value may be what a replay has in its place: tensors and modules are compared elsewhere."""
+    if value is other or isinstance(value, (Tensor, nn.Module)):
+        return True
+    if type(value) is not type(other):
+        return False
+    if isinstance(value, MethodType):
+        return value.__func__ is other.__func__
+    if isinstance(value, FunctionType):
+        return value.__code__ is other.__code__
+    if isinstance(value, (BuiltinFunctionType, type)):
+        return False
+    if depth == 0:
+        return True
+    if isinstance(value, Mapping):
+        same_keys = list(map(str, value)) == list(map(str, other))
+        return same_keys and all(_same(a, b, depth - 1) for a, b in zip(value.values(), other.values(), strict=True))
+    if isinstance(value, (list, tuple)):
+        return len(value) == len(other) and all(_same(a, b, depth - 1) for a, b in zip(value, other, strict=True))
+    if is_plain(value):
+        return repr(value) == repr(other)
+    return _same(vars(value), vars(other), depth - 1) if hasattr(value, "__dict__") else True

@@ -42,7 +42,7 @@ from normswap.storage.entries import (
     unpacked,
 )
 from normswap.storage.origin import origin_of
-from normswap.storage.replay import copied, history, refuse_changed, replayed_on, warn_of_hooks
+from normswap.storage.replay import copied, history, refuse_changed, replayed_on, warn_of_hooks, warn_of_lost
 from normswap.storage.writing import check_target, reported, staged
 
 __all__ = ["holds_structure", "is_stored", "load", "save"]
@@ -70,6 +70,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         replayed = replayed_on(copied(skeleton), [(origin.plan, origin.recipe) for origin in origins])
         refuse_changed(model, replayed)
         warn_of_hooks(model, replayed)
+        warn_of_lost(model, replayed)
     contents = collect(model, replayed)
     metadata = header_of(origins, contents, skeleton)
     with staged(path) as place, reported(path):
@@ -102,6 +103,12 @@ def load(
     if model is not None:
         refuse_no_module(model)
         refuse_script(model)
+    if recipe is not None and not isinstance(recipe, Recipe):
+        raise InputError(
+            f"{argument('recipe', recipe)} is no recipe",
+            code="option-type",
+            hint="the file names its recipe; give an instance where its class is not one of this package's",
+        )
     with open_file(path) as file:
         expect_kind(kind_of(file), ("safetensors",), path)
     stored = read_stored(path)
