@@ -20,7 +20,7 @@ from normswap.graph.records import refuse_wrappers
 from normswap.initialization.base import Progress, initializer_for
 from normswap.initialization.equalization import EQUALIZED
 from normswap.options import check_callable
-from normswap.preparation import asked, planned, prepared, recurrent_of
+from normswap.preparation import asked, data_chooses_groups, planned, prepared, recurrent_of
 from normswap.recipes import Auto, To
 from normswap.records import Choice, InitReport, Plan
 from normswap.runs.data import Data
@@ -149,13 +149,7 @@ def convert(
     recipe, chosen = asked(to, plan, options, has_data=has_data)
     recurrent = recurrent_of(chosen, plan)
     initializer = initializer_for(chosen.init, recipe, has_data, recurrent)
-    choose_groups = recipe.least_group is not None and plan is None
-    if choose_groups and not initializer.fits:
-        raise InputError(
-            f"{argument('num_groups', 'auto')} chooses by calibration data and none is used",
-            code="no-calibration",
-            hint=f"give {argument('calibration')}, some hundred unlabelled samples, or a number",
-        )
+    choose_groups = data_chooses_groups(recipe, plan, initializer)
     model, notes = cast("tuple[Model, tuple[str, ...]]", unwrapped(model))
     refuse_wrappers(model)
     refuse_unfit(model)

@@ -26,7 +26,7 @@ from normswap.stages.find_sites import find_sites
 from normswap.stages.moves import Scale
 from normswap.stages.planning import make_plan
 
-__all__ = ["asked", "planned", "prepared", "recurrent_of"]
+__all__ = ["asked", "data_chooses_groups", "planned", "prepared", "recurrent_of"]
 
 
 def asked(to: To, plan: Plan | None, given: Mapping[str, Any], *, has_data: bool = True) -> tuple[Recipe, Options]:
@@ -62,6 +62,22 @@ def recurrent_of(options: Options, plan: Plan | None) -> RecurrentRecipe | None:
     if plan is None:
         return make_recurrent(options.recurrent)
     return make_recurrent(plan.recurrent_recipe or None, plan.recurrent_options)
+
+
+def data_chooses_groups(recipe: Recipe, plan: Plan | None, initializer: type[Initializer]) -> bool:
+    """Tell whether the group counts are left to the data.
+
+    Raises:
+        InputError: They are, and no data is used.
+    """
+    found = recipe.least_group is not None and plan is None
+    if found and not initializer.fits:
+        raise InputError(
+            f"{argument('num_groups', 'auto')} chooses by calibration data and none is used",
+            code="no-calibration",
+            hint=f"give {argument('calibration')}, some hundred unlabelled samples, or a number",
+        )
+    return found
 
 
 def planned(flow: Dataflow, recipe: Recipe, options: Options, data: Data) -> BoundPlan:
