@@ -263,6 +263,26 @@ def test_include_and_exclude_choose_norms(folder: Path) -> None:
         assert [step["site"]["norm"] for step in plan["steps"]] == ["4"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "recipe"),
+    [
+        ("--at *=stays", "stays"),
+        ("--at *=gn", "gn"),
+        ("--at 1=ln --at *=gn", "per-site (1: ln, *: gn)"),
+        ("--at 1=stays --at *=gn", "per-site (1: stays, *: gn)"),
+        ("--at 1=ln --to wn", "per-site (1: ln, *: wn)"),
+        ("--at 1=ln", "per-site (1: ln, *: gn+ws)"),
+    ],
+)
+def test_the_pattern_of_all_norms_stands_for_the_rest(folder: Path, arguments: str, recipe: str) -> None:
+    for command in (["convert", "model.pt", "--dry-run"], ["inspect", "model.pt"]):
+        assert run(*command, *arguments.split()).stdout.startswith(f"Sequential → {recipe}\n")
+        if "*" in arguments:
+            both = run(*command, *arguments.split(), "--to", "wn")
+            assert (both.exit_code, both.stdout) == (2, "")
+            assert "--to wn and --at '*=" in both.stderr
+
+
 def test_a_dry_run_writes_nothing_but_the_plan_it_is_asked_for(folder: Path) -> None:
     before = contents(folder)
     succeed("convert", "model.pt", "-o", "out.safetensors", "--onnx", "out.onnx", "--dry-run")

@@ -84,7 +84,7 @@ class Request:
     ) -> Request:
         """Return what the flags ask for."""
         if plan is None:
-            asked = read_at(to or default_of(chosen.get("recurrent")), at)
+            asked = read_at(to, at, default=default_of(chosen.get("recurrent")))
             return cls(asked, recipe.of(asked), chosen, None)
         made = Plan.from_json(read_text(plan))
         if to or at or recipe or chosen.keys() & {"include", "exclude", "recurrent"}:
