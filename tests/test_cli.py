@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import fcntl
+import inspect
 import json
 import logging
 import os
@@ -38,6 +39,7 @@ from normswap import errors, options
 from normswap.cli import app, boundary, console, converting, deploying, flags, reporting
 from normswap.cli.flags import DataFlags, InputFlags
 from normswap.cli.inputs import calibration_data, example_inputs
+from normswap.cli.protecting import FilesRead
 from normswap.cli.spelling import BY_OPTION, FLAGS, PYTHON_ONLY, flag_of, spell
 from normswap.cli.values import read_recipe_options, read_shapes
 from normswap.deploy.folding import FoldRow
@@ -834,6 +836,70 @@ def test_a_failure_while_writing_keeps_what_was_there(
     assert set(after) == {*before, "plan.json"}
     assert after["out.pt"] != before["out.pt"]
     assert after["out.onnx"] != before["out.onnx"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "convert model.pt --calibration data.safetensors -o data.safetensors",
+        "convert model.pt --input-file data.safetensors -o data.safetensors",
+        "convert model.pt --fold --input-file data.pt -o data.pt",
+        "convert state.pt --arch program.pt2 -o program.pt2",
+        "convert model.pt --trust script.html --report script.html",
+        "convert model.pt --plan plan.html --report plan.html",
+        "convert model.pt --calibration data.json --dry-run --save-plan linked.json",
+        "fold model.pt --input-file data.pt -o data.pt",
+        "fold state.pt --arch program.pt2 -o program.pt2",
+        "export model.pt --input-file data.onnx -o data.onnx",
+        "export data.onnx",
+    ],
+)
+def test_no_file_that_is_read_is_written_over(folder: Path, arguments: str) -> None:
+    for name in re.findall(r"[a-z]+\.[a-z0-9]+", arguments):
+        if name != "model.pt":
+            (folder / name).write_text("kept")
+    if "linked" in arguments:
+        (folder / "linked.json").unlink()
+        (folder / "linked.json").symlink_to("data.json")
+    if "plan.html" in arguments:
+        (folder / "plan.html").write_text(ns.plan(make_model(), "gn").to_json())
+    before = contents(folder)
+    result = run(*arguments.split())
+    assert result.exit_code == 2
+    assert "it is what is read" in result.stderr
+    assert contents(folder) == before
+
+
+def test_a_plan_may_be_written_over_itself_and_what_is_not_read_over(folder: Path) -> None:
+    np.save("data.npy", np.zeros((4, 3, 12, 12), np.float32))
+    Path("old.safetensors").write_text("written over")
+    succeed("convert", "model.pt", "--to", "gn", "--dry-run", "--save-plan", "plan.json")
+    succeed(*["convert", "model.pt", "--plan", "plan.json", "--save-plan", "plan.json", "-o", "old.safetensors"])
+    succeed(*["convert", "model.pt", "--to", "gn", "--input-file", "data.npy", "-o", "old.safetensors"])
+    assert "it is what is read" in run("convert", "old.safetensors", "--to", "gn", "-o", "old.safetensors").stderr
+
+
+@pytest.mark.parametrize(("flag", "suffix"), [("--report", ".html"), ("--save-plan", ".json"), ("--onnx", ".onnx")])
+def test_an_output_of_another_kind_is_refused(folder: Path, flag: str, suffix: str) -> None:
+    before = contents(folder)
+    for name in ("save.py", "model.pt", "plain"):
+        result = run("convert", "model.pt", flag, name)
+        assert result.exit_code == 2
+        assert f"error[output-kind]: {flag} {name} does not end with {suffix}" in result.stderr
+        assert f"write {Path(name).stem}{suffix}" in result.stderr
+    assert contents(folder) == before
+    succeed("convert", "model.pt", flag, f"plain{suffix}")
+
+
+def test_every_flag_for_a_file_is_read_or_stands_with_the_outputs() -> None:
+    paths = {}
+    for name in ("convert", "fold", "export", "migrate"):
+        command = next(one.callback for one in app.registered_commands if one.name == name)
+        flagged = inspect.signature(command).parameters.values()
+        read = FilesRead.of([*flagged], {flag.name: __file__ for flag in flagged}).paths
+        paths[name] = {flag.name for flag in flagged if "Path" in str(flag.annotation)} - read.keys()
+    assert paths.pop("convert") == {"output", "onnx", "report", "save_plan"}
+    assert all(written == {"output"} for written in paths.values())
 
 
 def test_two_outputs_of_one_name_are_refused() -> None:

@@ -120,10 +120,13 @@ class Files:
     @classmethod
     def of(cls, model: Path, recipe: str, writing: Writing) -> Files:
         """Return the files that the flags ask for."""
+        _require_suffix("--save-plan", writing.save_plan, ".json")
         if writing.dry_run:
             return cls(None, None, None, writing.save_plan)
         if writing.report is not None:
             require_packages()
+        _require_suffix("--onnx", writing.onnx, ".onnx")
+        _require_suffix("--report", writing.report, ".html")
         return cls(_target(model, recipe, writing), writing.onnx, writing.report, writing.save_plan)
 
     def all(self) -> list[Path]:
@@ -131,11 +134,16 @@ class Files:
         return [path for path in (self.target, self.onnx, self.report, self.plan) if path is not None]
 
 
+def _require_suffix(flag: str, path: Path | None, suffix: str) -> None:
+    if path is not None and path.suffix != suffix:
+        raise InputError(
+            f"{flag} {path} does not end with {suffix}", code="output-kind", hint=f"write {path.stem}{suffix}"
+        )
+
+
 def _target(model: Path, recipe: str, writing: Writing) -> Path | None:
     """Return where the converted model goes; None where the ONNX file alone is wanted."""
     output, fold, onnx = writing.output, writing.fold, writing.onnx
-    if onnx is not None and onnx.suffix != ".onnx":
-        raise InputError(f"--onnx {onnx} does not end with .onnx", code="output-kind", hint=f"write {onnx.stem}.onnx")
     suffix = ".pt2" if model.suffix == ".pt2" else ".pt" if fold else ".safetensors"
     if output is None:
         return None if onnx is not None and not fold else model.with_name(f"{model.stem}.{recipe}{suffix}")
