@@ -1119,6 +1119,18 @@ def test_a_recipes_options_get_their_own_types() -> None:
         read_recipe_options("gn+ws", {"eps": 1e-3}, ["eps=1e-4"])
 
 
+@pytest.mark.parametrize(
+    "name", ["inplace", "to", "model", "calibration", "plan", "progress", "check", "include", "axis"]
+)
+def test_an_option_that_is_none_of_the_recipe_is_refused(folder: Path, name: str) -> None:
+    result = run("convert", "model.pt", "--to", "ln", "--option", f"{name}=1", "--dry-run")
+    assert result.exit_code == 2
+    assert f"error[unknown-option]: the recipe has no option '{name}'" in result.stderr
+    assert ("did you mean 'axes'?" in result.stderr) == (name == "axis")
+    assert "its options are axes, eps" in result.stderr
+    succeed("convert", "model.pt", "--to", "ln", "--option", "axes=channel", "--dry-run")
+
+
 def test_noise_has_the_models_dtype_and_the_same_values_each_time() -> None:
     model = nn.Linear(4, 2).double()
     first, second = (example_inputs(model, InputFlags(["3x4"])) for _ in range(2))

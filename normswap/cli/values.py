@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -136,9 +137,16 @@ def read_recipe_options(recipe: Recipes, given: Mapping[str, Any], texts: Sequen
                 code="option-value",
                 hint="write --option axes=channel; `normswap recipes` lists the options",
             )
+        if name not in types:
+            near = difflib.get_close_matches(name, types, n=1)
+            raise InputError(
+                f"the recipe has no option {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
+                code="unknown-option",
+                hint=f"its options are {', '.join(types) or 'none'}; those of every conversion are flags of their own",
+            )
         if name in options:
             raise InputError(f"{name} is given twice", code="option-value", hint="give it once")
-        options[name] = _typed(name, value.strip(), types.get(name, ["str"]))
+        options[name] = _typed(name, value.strip(), types[name])
     return options
 
 
