@@ -1051,6 +1051,33 @@ def test_a_pipe_that_closes_early_is_no_error() -> None:
     assert "error" not in message
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+@pytest.mark.parametrize("arguments", ["recipes", "recipes --json", "--version", "convert --help"])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_behind_stdout_is_one_line(folder: Path, arguments: str, unbuffered: str) -> None:
+    environ = environment(PYTHONUNBUFFERED=unbuffered)
+    with open("/dev/full", "w") as full:
+        command = [*MODULE, *arguments.split()]
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environ, check=False)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error[output-stream]: cannot write to the standard output: No space left on device")
+    assert len(ended.stderr.splitlines()) == 2
+
+
+def test_a_closed_stdout_is_no_error(folder: Path) -> None:
+    command = shlex.join([*MODULE, *["convert", "model.pt", "--to", "gn", "-o", "out.safetensors"]])
+    ended = subprocess.run(
+        f"{command} >&-", shell=True, stderr=subprocess.PIPE, text=True, env=environment(), check=False
+    )
+    assert ended.returncode == 0
+    assert "Traceback" not in ended.stderr
+    assert {type(one) for one in ns.load("out.safetensors").modules()} >= {nn.GroupNorm}
+    assert (
+        subprocess.run(f"{command.replace('gn', 'gnn')} >&-", shell=True, env=environment(), check=False).returncode
+        == 2
+    )
+
+
 def test_ctrl_c_ends_with_130_and_leaves_nothing(folder: Path) -> None:
     (folder / "stop.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n", encoding="utf-8")
     before = contents(folder)
