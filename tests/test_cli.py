@@ -919,6 +919,37 @@ def test_an_output_is_checked_before_the_model_is_read(folder: Path) -> None:
     assert "error[file-missing]" in run("convert", "no-such-model.pt", "-o", "out.safetensors").stderr
 
 
+@pytest.mark.parametrize("command", ["convert", "fold", "export", "inspect"])
+@pytest.mark.parametrize("name", [".", "", "..", "models"])
+def test_a_folder_in_place_of_a_model_is_named(folder: Path, command: str, name: str) -> None:
+    (folder / "models").mkdir()
+    before = sorted(path.name for path in folder.iterdir())
+    result = run(command, name)
+    assert (result.exit_code, result.stderr) == (
+        2,
+        f"error[file-is-directory]: {name or '.'!r} is a directory\n  hint: give the checkpoint file in it\n",
+    )
+    assert sorted(path.name for path in folder.iterdir()) == before
+    assert "error[file-missing]" in run(command, "no.pt").stderr  # the negative control
+
+
+def test_a_pipe_in_place_of_a_file_is_told(folder: Path) -> None:
+    os.mkfifo("pipe.pt")
+    for arguments in ("inspect pipe.pt", "convert pipe.pt --to gn", "convert model.pt --calibration pipe.pt"):
+        result = run(*arguments.split())
+        assert result.exit_code == 2
+        assert "error[file-not-seekable]: 'pipe.pt' is no file but a pipe" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["a\udcff.safetensors", "a\udcff.pt2", "\udcff/a.safetensors", "a\udcff.onnx"])
+def test_an_output_whose_name_is_no_text_is_refused(folder: Path, name: str) -> None:
+    (folder / "\udcff").mkdir()
+    result = run("convert", "model.pt", "--to", "gn", "--onnx" if name.endswith("onnx") else "-o", name)
+    assert result.exit_code == 2
+    assert "has a name that is not UTF-8" in result.stderr
+    succeed("convert", "model.pt", "--to", "gn", "-o", "ä.safetensors")
+
+
 # JSON
 
 

@@ -15,7 +15,7 @@ import normswap as ns
 from normswap.cli.console import facts, note, print_json, say, table, working
 from normswap.cli.flags import OUTPUT, InputFlags, Json, Model, Opset, flattened, output_flag
 from normswap.cli.inputs import example_inputs, required_inputs
-from normswap.cli.outputs import needing_normswap, save_whole
+from normswap.cli.outputs import beside, needing_normswap, save_whole
 from normswap.cli.protecting import FilesRead
 from normswap.cli.reading import Reading
 from normswap.cli.reporting import describe_check, needs, show_artifact, written
@@ -57,7 +57,7 @@ def fold_model(
     normswap is installed, which the report says; a .pt2 program or an ONNX file needs no normswap.
     """
     program = model.suffix == ".pt2"
-    target = output or model.with_name(f"{model.stem}.folded.pt{2 if program else ''}")
+    target = output or beside(model, f"folded.pt{2 if program else ''}")
     if target.suffix not in (".pt", ".pth", ".pt2", ".safetensors"):
         raise InputError(
             f"a folded model is not written to {target}", code="output-kind", hint=f"write {target.stem}.pt"
@@ -136,8 +136,8 @@ def export_model(
     MODEL is what `normswap fold` or `normswap convert --fold` wrote. The file is kept only where onnxruntime computes
     with it, on two batch sizes, what torch does; with --dynamic-time on two lengths, too.
     """
-    target = output or model.with_suffix(".onnx")
-    if target.suffix != ".onnx":
+    target = output or beside(model, "onnx")
+    if output is not None and target.suffix != ".onnx":
         raise InputError(f"{target} does not end with .onnx", code="output-kind", hint=f"write {target.stem}.onnx")
     source = Source.of(reading)
     with read.staged(target) as place:

@@ -11,7 +11,7 @@ import typer
 import normswap as ns
 from normswap.cli.console import facts, note, print_json, say, working
 from normswap.cli.flags import Json, flattened, output_flag
-from normswap.cli.outputs import save_weights
+from normswap.cli.outputs import beside, save_weights
 from normswap.cli.protecting import FilesRead
 from normswap.cli.reading import Reading
 from normswap.cli.reporting import written
@@ -90,7 +90,7 @@ def migrate_checkpoint(
 
 
 def _beside(old: Path, found: StateDictMigration) -> Path:
-    return old.with_name(f"{old.stem}.migrated.{'safetensors' if found.to == 'converted' else 'pt'}")
+    return beside(old, f"migrated.{'safetensors' if found.to == 'converted' else 'pt'}")
 
 
 def _write(found: StateDictMigration, model: Any, path: Path) -> None:

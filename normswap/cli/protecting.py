@@ -10,10 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from normswap.errors import InputError
 from normswap.options import OUTPUT
 from normswap.storage.writing import staged
 
 __all__ = ["FilesRead"]
+
+_WRITTEN_BY_NAME = (".safetensors", ".onnx", ".pt2")
+"""The files that libraries write which take no other names than UTF-8."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +50,28 @@ class FilesRead:
         Raises:
             InputError: An output cannot be written there.
         """
+        for path in outputs:
+            if path.suffix in _WRITTEN_BY_NAME and not _is_text(os.path.realpath(path)):
+                raise InputError(
+                    f"cannot write {str(path)!r}: it, or its folder, has a name that is not UTF-8",
+                    code="output-path",
+                    hint="choose another output",
+                )
         spared = {(flag, os.path.realpath(path)) for flag, path in (rewritten or {}).items() if path is not None}
         inputs = [
             path for flag, paths in self.paths.items() for path in paths if (flag, os.path.realpath(path)) not in spared
         ]
         with staged(*outputs, inputs=inputs) as place:
             yield place
+
+
+def _is_text(name: str) -> bool:
+    """Return whether a file's name is UTF-8; in one that is not, Python has characters that have no such form."""
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_output(flag: inspect.Parameter) -> bool:

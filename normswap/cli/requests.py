@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from normswap.cli.flags import OUTPUT, Chosen, Opset, RecipeFlags, output_flag
-from normswap.cli.outputs import read_text
+from normswap.cli.outputs import beside, read_text
 from normswap.cli.values import STAYS, Recipes, read_at
 from normswap.errors import InputError
 from normswap.records import Plan
@@ -146,7 +146,7 @@ def _target(model: Path, recipe: str, writing: Writing) -> Path | None:
     output, fold, onnx = writing.output, writing.fold, writing.onnx
     suffix = ".pt2" if model.suffix == ".pt2" else ".pt" if fold else ".safetensors"
     if output is None:
-        return None if onnx is not None and not fold else model.with_name(f"{model.stem}.{recipe}{suffix}")
+        return None if onnx is not None and not fold else beside(model, f"{recipe}{suffix}")
     if output.suffix in ((".pt", ".pth", ".pt2") if fold else (".safetensors", ".pt2")):
         return output
     suffix = ".pt" if fold else ".safetensors"
