@@ -93,10 +93,10 @@ def _each_layer_once(steps: list[BoundStep]) -> list[BoundStep]:
 def _chosen(site: Site, recipe: Recipe, options: Options, has_data: bool) -> Recipe | tuple[str, str]:
     """Return the recipe that is used at ``site``, or the code and the words of why none is."""
     names = site.names
-    if options.include and not any(fnmatchcase(name, glob) for name in names for glob in options.include):
+    if not any(_matches(names, glob) for glob in options.include):
         return "excluded", Text(f"no pattern of {parameter('include')} matches it")
     for glob in options.exclude:
-        if any(fnmatchcase(name, glob) for name in names):
+        if _matches(names, glob):
             return "excluded", f"the pattern {glob!r} excludes it"
     chosen = recipe.at(site)
     if chosen is None:
@@ -115,9 +115,13 @@ def _check_globs(found: FoundSites, globs: Sequence[str], layers: Sequence[Recur
     names += [name for site in layers for name in site.names]
     names += [skip.name for skip in found.skips if skip.what == "norm"]
     for glob in globs:
-        if not any(fnmatchcase(name, glob) for name in names):
+        if glob != "*" and not any(fnmatchcase(name, glob) for name in names):
             raise InputError(
                 f"the pattern {glob!r} matches no norm" + (" and no recurrent layer" if layers else ""),
                 code="pattern-matches-nothing",
                 hint=f"norms are named like {names[0]!r}" if names else "the model has no norms",
             )
+
+
+def _matches(names: Sequence[str], glob: str) -> bool:
+    return any(fnmatchcase(name, glob) for name in names)
