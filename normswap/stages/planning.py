@@ -38,11 +38,12 @@ def make_plan(
         has_data: Whether data will be there to measure the statistics of norms that store none.
 
     Raises:
-        InputError: An option does not fit a site, or a glob matches nothing that could be converted.
+        InputError: An option does not fit a site, or a glob matches nothing that could be converted or decides nothing.
     """
     layers = () if recurrent is None else found.recurrent
     _check_globs(found, (*options.include, *options.exclude), layers)
     _check_globs(found, recipe.patterns)
+    _check_order(found, recipe.patterns)
     steps: list[BoundStep] = []
     skips = list(found.skips)
     for site in found.sites:
@@ -120,6 +121,23 @@ def _check_globs(found: FoundSites, globs: Sequence[str], layers: Sequence[Recur
                 f"the pattern {glob!r} matches no norm" + (" and no recurrent layer" if layers else ""),
                 code="pattern-matches-nothing",
                 hint=f"norms are named like {names[0]!r}" if names else "the model has no norms",
+            )
+
+
+def _check_order(found: FoundSites, patterns: Sequence[str]) -> None:
+    """Refuse a pattern that decides nowhere, as those before it take what it matches; ``*`` at the end is the rest."""
+    norms = [site.names for site in found.sites]
+    norms += [(skip.name,) for skip in found.skips if skip.what == "norm"]
+    for i, glob in enumerate(patterns):
+        matched = [names for names in norms if _matches(names, glob)]
+        before = [[one for one in patterns[:i] if _matches(names, one)][:1] for names in matched]
+        rest = glob == "*" and i == len(patterns) - 1 and glob not in patterns[:i]
+        if matched and all(before) and not rest:
+            first = ", ".join(dict.fromkeys(repr(one) for taken in before for one in taken))
+            raise InputError(
+                f"the pattern {glob!r} decides nothing: {first} before it takes every norm that it matches",
+                code="pattern-decides-nothing",
+                hint="the first pattern that matches decides: put the narrower one first, or leave one out",
             )
 
 
