@@ -110,8 +110,8 @@ class Options:
     """How a conversion is done, whatever the recipe.
 
     Args:
-        include: Convert only norms whose names match one of these globs; default all. It holds for recurrent layers,
-            too.
+        include: Convert only norms whose names match one of these globs; default all, ``("*",)``. None at all is
+            refused, as the list may have come out empty by mistake. It holds for recurrent layers, too.
         exclude: Leave norms whose names match one of these globs as they are. It holds for recurrent layers, too.
         init: How the new norms get their values. absorb keeps the model's function by what its BatchNorms know, at the
             statistics of the calibration data where there is some; match then fits each site to that data in closed
@@ -140,7 +140,7 @@ class Options:
     """
 
     include: tuple[str, ...] = option(
-        (),
+        ("*",),
         "Convert only norms whose names match one of these globs",
         flag=Flag(metavar="GLOB", heading=WHICH_NORMS, note=", such as 'layer1.*'"),
     )
@@ -214,6 +214,12 @@ class Options:
                     hint="give texts such as 'layer1.*'",
                 )
             object.__setattr__(self, name, given)
+        if not self.include:
+            raise InputError(
+                f"{parameter('include')} names no norm: it is empty",
+                code="include-empty",
+                hint="leave it out to convert all norms; to convert none, do not convert",
+            )
         if self.init == "none":
             renamed = Text(f"{argument('init', 'none')} is now called {argument('init', 'fresh')}")
             warnings.warn(renamed, FutureWarning, stacklevel=3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import fcntl
+import inspect
 import json
 import logging
 import os
@@ -38,6 +39,7 @@ from normswap import errors, options
 from normswap.cli import app, boundary, console, converting, deploying, flags, reporting
 from normswap.cli.flags import DataFlags, InputFlags
 from normswap.cli.inputs import calibration_data, example_inputs
+from normswap.cli.protecting import FilesRead
 from normswap.cli.spelling import BY_OPTION, FLAGS, PYTHON_ONLY, flag_of, spell
 from normswap.cli.values import read_recipe_options, read_shapes
 from normswap.deploy.folding import FoldRow
@@ -261,6 +263,26 @@ def test_include_and_exclude_choose_norms(folder: Path) -> None:
     for choice in (["--include", "4"], ["--exclude", "1"]):
         plan = json.loads(succeed("convert", "model.pt", *choice, "--dry-run", "--json").stdout)
         assert [step["site"]["norm"] for step in plan["steps"]] == ["4"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "recipe"),
+    [
+        ("--at *=stays", "stays"),
+        ("--at *=gn", "gn"),
+        ("--at 1=ln --at *=gn", "per-site (1: ln, *: gn)"),
+        ("--at 1=stays --at *=gn", "per-site (1: stays, *: gn)"),
+        ("--at 1=ln --to wn", "per-site (1: ln, *: wn)"),
+        ("--at 1=ln", "per-site (1: ln, *: gn+ws)"),
+    ],
+)
+def test_the_pattern_of_all_norms_stands_for_the_rest(folder: Path, arguments: str, recipe: str) -> None:
+    for command in (["convert", "model.pt", "--dry-run"], ["inspect", "model.pt"]):
+        assert run(*command, *arguments.split()).stdout.startswith(f"Sequential → {recipe}\n")
+        if "*" in arguments:
+            both = run(*command, *arguments.split(), "--to", "wn")
+            assert (both.exit_code, both.stdout) == (2, "")
+            assert "--to wn and --at '*=" in both.stderr
 
 
 def test_a_dry_run_writes_nothing_but_the_plan_it_is_asked_for(folder: Path) -> None:
@@ -816,6 +838,70 @@ def test_a_failure_while_writing_keeps_what_was_there(
     assert after["out.onnx"] != before["out.onnx"]
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "convert model.pt --calibration data.safetensors -o data.safetensors",
+        "convert model.pt --input-file data.safetensors -o data.safetensors",
+        "convert model.pt --fold --input-file data.pt -o data.pt",
+        "convert state.pt --arch program.pt2 -o program.pt2",
+        "convert model.pt --trust script.html --report script.html",
+        "convert model.pt --plan plan.html --report plan.html",
+        "convert model.pt --calibration data.json --dry-run --save-plan linked.json",
+        "fold model.pt --input-file data.pt -o data.pt",
+        "fold state.pt --arch program.pt2 -o program.pt2",
+        "export model.pt --input-file data.onnx -o data.onnx",
+        "export data.onnx",
+    ],
+)
+def test_no_file_that_is_read_is_written_over(folder: Path, arguments: str) -> None:
+    for name in re.findall(r"[a-z]+\.[a-z0-9]+", arguments):
+        if name != "model.pt":
+            (folder / name).write_text("kept")
+    if "linked" in arguments:
+        (folder / "linked.json").unlink()
+        (folder / "linked.json").symlink_to("data.json")
+    if "plan.html" in arguments:
+        (folder / "plan.html").write_text(ns.plan(make_model(), "gn").to_json())
+    before = contents(folder)
+    result = run(*arguments.split())
+    assert result.exit_code == 2
+    assert "it is what is read" in result.stderr
+    assert contents(folder) == before
+
+
+def test_a_plan_may_be_written_over_itself_and_what_is_not_read_over(folder: Path) -> None:
+    np.save("data.npy", np.zeros((4, 3, 12, 12), np.float32))
+    Path("old.safetensors").write_text("written over")
+    succeed("convert", "model.pt", "--to", "gn", "--dry-run", "--save-plan", "plan.json")
+    succeed(*["convert", "model.pt", "--plan", "plan.json", "--save-plan", "plan.json", "-o", "old.safetensors"])
+    succeed(*["convert", "model.pt", "--to", "gn", "--input-file", "data.npy", "-o", "old.safetensors"])
+    assert "it is what is read" in run("convert", "old.safetensors", "--to", "gn", "-o", "old.safetensors").stderr
+
+
+@pytest.mark.parametrize(("flag", "suffix"), [("--report", ".html"), ("--save-plan", ".json"), ("--onnx", ".onnx")])
+def test_an_output_of_another_kind_is_refused(folder: Path, flag: str, suffix: str) -> None:
+    before = contents(folder)
+    for name in ("save.py", "model.pt", "plain"):
+        result = run("convert", "model.pt", flag, name)
+        assert result.exit_code == 2
+        assert f"error[output-kind]: {flag} {name} does not end with {suffix}" in result.stderr
+        assert f"write {Path(name).stem}{suffix}" in result.stderr
+    assert contents(folder) == before
+    succeed("convert", "model.pt", flag, f"plain{suffix}")
+
+
+def test_every_flag_for_a_file_is_read_or_stands_with_the_outputs() -> None:
+    paths = {}
+    for name in ("convert", "fold", "export", "migrate"):
+        command = next(one.callback for one in app.registered_commands if one.name == name)
+        flagged = inspect.signature(command).parameters.values()
+        read = FilesRead.of([*flagged], {flag.name: __file__ for flag in flagged}).paths
+        paths[name] = {flag.name for flag in flagged if "Path" in str(flag.annotation)} - read.keys()
+    assert paths.pop("convert") == {"output", "onnx", "report", "save_plan"}
+    assert all(written == {"output"} for written in paths.values())
+
+
 def test_two_outputs_of_one_name_are_refused() -> None:
     with pytest.raises(InputError, match="two outputs have this name"), staged(Path("a.json"), Path("a.json")):
         pass
@@ -831,6 +917,37 @@ def test_a_folder_without_write_access_is_told_before_the_model_is_read(folder: 
 def test_an_output_is_checked_before_the_model_is_read(folder: Path) -> None:
     assert "error[output-path]" in run("convert", "no-such-model.pt", "-o", "no/out.safetensors").stderr
     assert "error[file-missing]" in run("convert", "no-such-model.pt", "-o", "out.safetensors").stderr
+
+
+@pytest.mark.parametrize("command", ["convert", "fold", "export", "inspect"])
+@pytest.mark.parametrize("name", [".", "", "..", "models"])
+def test_a_folder_in_place_of_a_model_is_named(folder: Path, command: str, name: str) -> None:
+    (folder / "models").mkdir()
+    before = sorted(path.name for path in folder.iterdir())
+    result = run(command, name)
+    assert (result.exit_code, result.stderr) == (
+        2,
+        f"error[file-is-directory]: {name or '.'!r} is a directory\n  hint: give the checkpoint file in it\n",
+    )
+    assert sorted(path.name for path in folder.iterdir()) == before
+    assert "error[file-missing]" in run(command, "no.pt").stderr  # the negative control
+
+
+def test_a_pipe_in_place_of_a_file_is_told(folder: Path) -> None:
+    os.mkfifo("pipe.pt")
+    for arguments in ("inspect pipe.pt", "convert pipe.pt --to gn", "convert model.pt --calibration pipe.pt"):
+        result = run(*arguments.split())
+        assert result.exit_code == 2
+        assert "error[file-not-seekable]: 'pipe.pt' is no file but a pipe" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["a\udcff.safetensors", "a\udcff.pt2", "\udcff/a.safetensors", "a\udcff.onnx"])
+def test_an_output_whose_name_is_no_text_is_refused(folder: Path, name: str) -> None:
+    (folder / "\udcff").mkdir()
+    result = run("convert", "model.pt", "--to", "gn", "--onnx" if name.endswith("onnx") else "-o", name)
+    assert result.exit_code == 2
+    assert "has a name that is not UTF-8" in result.stderr
+    succeed("convert", "model.pt", "--to", "gn", "-o", "ä.safetensors")
 
 
 # JSON
@@ -965,6 +1082,33 @@ def test_a_pipe_that_closes_early_is_no_error() -> None:
     assert "error" not in message
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+@pytest.mark.parametrize("arguments", ["recipes", "recipes --json", "--version", "convert --help"])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_behind_stdout_is_one_line(folder: Path, arguments: str, unbuffered: str) -> None:
+    environ = environment(PYTHONUNBUFFERED=unbuffered)
+    with open("/dev/full", "w") as full:
+        command = [*MODULE, *arguments.split()]
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environ, check=False)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error[output-stream]: cannot write to the standard output: No space left on device")
+    assert len(ended.stderr.splitlines()) == 2
+
+
+def test_a_closed_stdout_is_no_error(folder: Path) -> None:
+    command = shlex.join([*MODULE, *["convert", "model.pt", "--to", "gn", "-o", "out.safetensors"]])
+    ended = subprocess.run(
+        f"{command} >&-", shell=True, stderr=subprocess.PIPE, text=True, env=environment(), check=False
+    )
+    assert ended.returncode == 0
+    assert "Traceback" not in ended.stderr
+    assert {type(one) for one in ns.load("out.safetensors").modules()} >= {nn.GroupNorm}
+    assert (
+        subprocess.run(f"{command.replace('gn', 'gnn')} >&-", shell=True, env=environment(), check=False).returncode
+        == 2
+    )
+
+
 def test_ctrl_c_ends_with_130_and_leaves_nothing(folder: Path) -> None:
     (folder / "stop.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n", encoding="utf-8")
     before = contents(folder)
@@ -1031,6 +1175,18 @@ def test_a_recipes_options_get_their_own_types() -> None:
             read_recipe_options("gn+ws", {}, [wrong])
     with pytest.raises(InputError, match="eps is given twice"):
         read_recipe_options("gn+ws", {"eps": 1e-3}, ["eps=1e-4"])
+
+
+@pytest.mark.parametrize(
+    "name", ["inplace", "to", "model", "calibration", "plan", "progress", "check", "include", "axis"]
+)
+def test_an_option_that_is_none_of_the_recipe_is_refused(folder: Path, name: str) -> None:
+    result = run("convert", "model.pt", "--to", "ln", "--option", f"{name}=1", "--dry-run")
+    assert result.exit_code == 2
+    assert f"error[unknown-option]: the recipe has no option '{name}'" in result.stderr
+    assert ("did you mean 'axes'?" in result.stderr) == (name == "axis")
+    assert "its options are axes, eps" in result.stderr
+    succeed("convert", "model.pt", "--to", "ln", "--option", "axes=channel", "--dry-run")
 
 
 def test_noise_has_the_models_dtype_and_the_same_values_each_time() -> None:

@@ -92,6 +92,14 @@ def test_an_inexact_recipe_is_said_to_be_and_a_plain_state_dict_is_written_on_re
     assert "error[inexact-recipe]" in run("gn.safetensors", "--like", "gn.safetensors").stderr
 
 
+def test_no_file_that_is_read_is_written_over(folder: Path) -> None:
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for name in ("later.pt", "wn.safetensors"):
+        assert "it is what is read" in run("later.pt", "--like", "wn.safetensors", "-o", name).stderr
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    succeed("later.pt", "--like", "wn.safetensors", "-o", "gn.safetensors")  # the negative control: it is not read
+
+
 class Called:
     """Unpickles as a call."""
 

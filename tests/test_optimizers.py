@@ -450,7 +450,7 @@ def test_a_migrated_optimizer_is_not_migrated_again(to: str, inplace: bool) -> N
 
 def test_one_optimizer_goes_through_one_conversion_after_the_other() -> None:
     model, optimizer = trained(MAKERS["SGD"])
-    for only in (["bn1"], []):
+    for only in (["bn1"], ["*"]):
         result = ns.convert(model, "wn", example_inputs=data()[:1], inplace=True, include=only)
         assert result.model is model
         ns.migrate_optimizer(optimizer, result, inplace=True)

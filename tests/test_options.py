@@ -17,7 +17,7 @@ from normswap.options import Options
 
 
 def test_the_defaults_are_valid_and_globs_become_tuples() -> None:
-    assert Options() == Options(include=[], exclude=(), spread=2)  # type: ignore[arg-type]
+    assert Options() == Options(include=["*"], exclude=(), spread=2)  # type: ignore[arg-type]
     assert Options(include="layer1.*").include == ("layer1.*",)  # type: ignore[arg-type]
 
 
@@ -45,7 +45,7 @@ def test_a_value_that_an_option_cannot_have_is_refused(given: dict[str, Any], me
 
 @pytest.mark.parametrize(
     ("wrong", "right"),
-    [(5, "a"), (None, ()), ([5], ["a", "b"]), ({1: 2}, {"a": 1})],
+    [(5, "a"), (None, ("a",)), ([5], ["a", "b"]), ({1: 2}, {"a": 1})],
     ids=["5", "None", "list", "dict"],
 )
 @pytest.mark.parametrize("name", ["include", "exclude"])
@@ -54,6 +54,14 @@ def test_globs_are_texts(name: str, wrong: object, right: Any) -> None:
         Options(**{name: wrong})  # type: ignore[arg-type]
     assert refused.value.code == "option-type"
     assert getattr(Options(**{name: right}), name) == tuple(right)  # negative control
+
+
+@pytest.mark.parametrize("empty", [(), [], iter(())], ids=["tuple", "list", "iterator"])
+def test_an_empty_list_of_norms_is_not_taken_for_all_of_them(empty: Any) -> None:
+    with pytest.raises(InputError, match="include names no norm: it is empty") as refused:
+        Options(include=empty)
+    assert "leave it out to convert all norms" in refused.value.hint
+    assert Options(exclude=empty).exclude == ()  # the negative control: to leave none is to convert all
 
 
 def test_the_former_name_of_fresh_is_an_alias_with_a_warning() -> None:

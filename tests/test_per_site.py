@@ -50,8 +50,8 @@ def recipes_of(plan: Plan) -> dict[str, str]:
 
 
 def test_the_first_pattern_that_matches_decides() -> None:
-    plan = ns.plan(Net(), {"stem.*": "gn+aws", "*.1": "ln", "tail.*": "gn+ws"})
-    assert recipes_of(plan) == {STEM: "gn+aws", BODY: "ln", TAIL: "ln"}
+    plan = ns.plan(Net(), {"stem.*": "gn+aws", "[st]*": "ln", "*.1": "gn+ws"})
+    assert recipes_of(plan) == {STEM: "gn+aws", BODY: "gn+ws", TAIL: "ln"}
     plan = ns.plan(Net(), {"tail.*": "gn+ws", "*.1": "ln"})
     assert recipes_of(plan) == {STEM: "ln", BODY: "ln", TAIL: "gn+ws"}
 
@@ -147,6 +147,27 @@ def test_what_does_not_fit_is_refused(to: Any, options: dict[str, Any], words: s
         ns.plan(Net(), to, **options)
 
 
+@pytest.mark.parametrize(
+    ("to", "dead", "first"),
+    [
+        ({"*": "none", "body.*": "gn"}, "body.*", "'*'"),
+        ({"stem.*": "gn", "b*": "ln", "stem.1": None, "*": "gn"}, "stem.1", "'stem.*'"),
+        ({"stem.*": "gn", "b*": "ln", "[sb]*": None, "*": "gn"}, "[sb]*", "'stem.*', 'b*'"),
+        (PerSite((("*", make_recipe("gn")), ("*", make_recipe("ln")))), "*", "'*'"),
+    ],
+)
+def test_a_pattern_that_decides_nothing_is_refused(to: Any, dead: str, first: str) -> None:
+    with pytest.raises(InputError) as refused:
+        ns.plan(Net(), to)
+    assert refused.value.code == "pattern-decides-nothing"
+    assert f"{dead!r} decides nothing: {first} before it takes" in refused.value.message
+
+
+def test_a_pattern_that_decides_somewhere_or_stands_for_the_rest_is_taken() -> None:
+    assert recipes_of(ns.plan(Net(), {"body.*": "gn", "*": "none"})) == {STEM: "none", BODY: "gn", TAIL: "none"}
+    assert recipes_of(ns.plan(Net(), {"s*": "gn", "[sbt]*": "ln", "*": "none"})) == {STEM: "gn", BODY: "ln", TAIL: "ln"}
+
+
 def test_a_plan_is_read_back_and_replayed() -> None:
     first = ns.convert(Net(), {"stem.*": "gn+aws", "tail.*": None, "*": "gn+ws"}, num_groups=2)
     plan = Plan.from_json(first.plan.to_json())
@@ -206,7 +227,7 @@ def test_a_subclass_that_was_opened_goes_by_the_name_that_it_has_in_the_model() 
     assert [step.site.inside for step in ns.plan(last_axis(), "wn", example_inputs=x).steps] == ["1", "4"]
     plan = ns.plan(last_axis(), {"1": "wn", "4": "ln"}, example_inputs=x)
     assert recipes_of(plan) == {norms[0]: "wn", norms[1]: "ln"}
-    for include, exclude in (["4"], []), ([], ["1"]):
+    for include, exclude in (["4"], []), (["*"], ["1"]):
         plan = ns.plan(last_axis(), "wn", example_inputs=x, include=include, exclude=exclude)
         assert list(recipes_of(plan)) == norms[1:]
 

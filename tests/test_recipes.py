@@ -15,6 +15,7 @@ import normswap as ns
 from normswap.norms import Encoding, Incoming, Norm
 from normswap.recipes import all_recipes, make_recipe
 from normswap.recipes.base import GroupedRecipe
+from normswap.recipes.recurrent import make_recurrent
 from normswap.records import Site
 
 
@@ -96,6 +97,14 @@ def test_unknown_recipes_and_options_are_refused_with_what_there_is() -> None:
 def test_a_value_that_is_not_of_its_options_type_is_refused(recipe: str, options: dict[str, Any], words: str) -> None:
     with pytest.raises(ns.NormswapError, match=words):
         make_recipe(recipe, options)
+
+
+@pytest.mark.parametrize("eps", [0, -1e-5, float("nan"), float("inf")])
+def test_an_eps_that_leaves_no_norm_is_refused(eps: float) -> None:
+    for make in (make_recipe, make_recurrent):
+        with pytest.raises(ns.NormswapError, match=f"eps must be > 0 and finite, got {eps}"):
+            make("ln", {"eps": eps})
+        assert make("ln", {"eps": 1e-3}).options() == {"eps": 1e-3}  # type: ignore[union-attr]
 
 
 def test_options_reach_the_model() -> None:

@@ -234,8 +234,9 @@ def test_what_cannot_start_as_an_affine_map_is_refused() -> None:
         ns.convert(wide, None, recurrent="ln", calibration=torch.randn(8, 64, 30))
     with pytest.raises(InputError, match=r"recurrent='ln' needs data"):
         ns.convert(Tagger(), None, recurrent="ln")
-    with pytest.raises(InputError, match="spread of a recurrent layer must be > 0"):
-        ns.plan(Tagger(), None, recurrent={"recipe": "ln", "spread": 0})
+    for spread in (0, float("inf"), float("nan")):
+        with pytest.raises(InputError, match="spread of a recurrent layer must be > 0 and finite"):
+            ns.plan(Tagger(), None, recurrent={"recipe": "ln", "spread": spread})
     held = Sequences()
     held.layers = [{"first": held.rnn}]
     for model, words in ((held, "layers holds it, too"), (AsksForTheClass(), "AsksForTheClass asks for its class")):

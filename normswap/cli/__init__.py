@@ -10,13 +10,14 @@ from typing import Annotated
 import typer
 
 from normswap import __version__
-from normswap.cli.boundary import ErrorBoundary
+from normswap.cli.boundary import Command, ErrorBoundary
 from normswap.cli.checking import show_demo, show_recipes, verify_pair
-from normswap.cli.console import survive_any_encoding
+from normswap.cli.console import printing, survive_any_encoding
 from normswap.cli.converting import convert_model
 from normswap.cli.deploying import export_model, fold_model
 from normswap.cli.inspecting import inspect_model
 from normswap.cli.migrating import migrate_checkpoint
+from normswap.errors import InputError
 
 __all__ = ["app", "main"]
 
@@ -25,7 +26,7 @@ app = typer.Typer(
     name="normswap",
     no_args_is_help=True,
     pretty_exceptions_enable=False,  # ErrorBoundary prints them
-    rich_markup_mode="rich" if sys.stdout.isatty() else None,  # no boxes in a pipe
+    rich_markup_mode="rich" if sys.stdout is not None and sys.stdout.isatty() else None,  # no boxes in a pipe
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Example:  normswap convert model.pt --calibration images.npy --onnx model.onnx",
 )
@@ -35,9 +36,8 @@ def _add(command: Callable[..., None], name: str, *examples: str) -> None:
     """Add a command; its help is the function's docstring with each paragraph in one piece, as typer needs it."""
     paragraphs = (inspect.getdoc(command) or "").split("\n\n")
     text = "\n\n".join(paragraph.replace("\n", " ") for paragraph in paragraphs)
-    app.command(name, help=text, epilog="\n\n".join(f"Example:  normswap {name} {given}" for given in examples))(
-        command
-    )
+    epilog = "\n\n".join(f"Example:  normswap {name} {given}" for given in examples)
+    app.command(name, cls=Command, help=text, epilog=epilog)(command)
 
 
 _add(
@@ -83,4 +83,9 @@ def _root(
 def main() -> None:
     """Run the command line and end the process with its exit code."""
     survive_any_encoding()
-    app()
+    try:
+        with printing():
+            app()
+    except InputError as error:  # of the help or the version, which are no command's
+        typer.echo(error.text, err=True)
+        sys.exit(error.exit_code)

@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
-from normswap.cli.console import fitted, note
+from normswap.cli.console import fitted, note, printing
 from normswap.cli.spelling import spell
 from normswap.errors import NormswapError, marked
 
-__all__ = ["ErrorBoundary"]
+__all__ = ["Command", "ErrorBoundary"]
 
 # typer has a copy of click since 0.20 and click itself before: the base of the usage errors in either is this one.
 UsageError = cast("type[Exception]", typer.BadParameter.__mro__[2])
@@ -51,6 +51,15 @@ def _ended_by_signals() -> Iterator[None]:
     finally:
         for number in ours:
             signal.signal(number, signal.SIG_DFL)
+
+
+class Command(TyperCommand):
+    """A command whose help, which is printed as its flags are read, may go to a disk that is full."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the flags; see :func:`normswap.cli.console.printing` for what is raised."""
+        with printing():
+            return super().parse_args(ctx, args)
 
 
 class ErrorBoundary(TyperGroup):

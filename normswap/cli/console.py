@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import shutil
 import sys
 import textwrap
@@ -18,6 +19,7 @@ from typing import Any, TextIO
 import typer
 
 from normswap.cli.spelling import spell
+from normswap.errors import InputError
 from normswap.records import text_table
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "fitted",
     "note",
     "print_json",
+    "printing",
     "progressing",
     "say",
     "survive_any_encoding",
@@ -52,10 +55,35 @@ def fitted(text: str, stream: TextIO) -> str:
 
 
 def survive_any_encoding() -> None:
-    """Let a terminal or pipe that has no ``→`` or ``γ`` show a question mark instead of failing."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
+    """Let a terminal or pipe that has no ``→`` or ``γ`` show a question mark, and a closed one show nothing."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by `>&-`
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+
+
+@contextlib.contextmanager
+def printing() -> Iterator[None]:
+    """Tell where the standard output takes no more; a pipe that was closed is no error, and typer's affair.
+
+    Raises:
+        InputError: The disk that it goes to is full, or the like.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as cause:
+        with contextlib.suppress(OSError, ValueError):  # what is left would fail again as the process ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise InputError(
+            f"cannot write to the standard output: {cause.strerror or cause}",
+            code="output-stream",
+            hint="make room, or send it elsewhere; a file that was asked for is complete where it stands",
+        ) from None
 
 
 @contextlib.contextmanager
@@ -125,12 +153,14 @@ def note(text: str) -> None:
 
 def say(text: str = "") -> None:
     """Print a line of the result, in the words of the command line."""
-    typer.echo(fitted(spell(text), sys.stdout))
+    with printing():
+        typer.echo(fitted(spell(text), sys.stdout))
 
 
 def print_json(text: str) -> None:
     """Print the result for a machine; nothing else may go to stdout."""
-    typer.echo(text)
+    with printing():
+        typer.echo(text)
 
 
 def fits(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> bool:
@@ -146,7 +176,8 @@ def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
         return
     cells = [tuple(map(spell, row)) for row in rows]
     if not sys.stdout.isatty():
-        typer.echo(text_table(header, cells))
+        with printing():
+            typer.echo(text_table(header, cells))
         return
     from rich import box
     from rich.console import Console
@@ -171,7 +202,8 @@ def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
         grid.add_column(header[i], overflow="fold", width=width)
     for row in cells:
         grid.add_row(*(_literal(row[i]) for i in shown))
-    console.print(grid)
+    with printing():
+        console.print(grid)
 
 
 def _widths(columns: Sequence[Sequence[str]], room: int) -> list[int | None]:
@@ -205,7 +237,8 @@ def facts(pairs: Sequence[tuple[str, str]]) -> None:
     grid.add_column(overflow="fold")
     for label, text in pairs:
         grid.add_row(f"  {label}", _literal(text))
-    Console(highlight=False).print(grid)
+    with printing():
+        Console(highlight=False).print(grid)
 
 
 def _literal(text: str) -> Any:

@@ -24,6 +24,7 @@ from normswap.cli.flags import (
 )
 from normswap.cli.inputs import calibration_data, example_inputs, required_inputs, samples_of
 from normswap.cli.outputs import needing_normswap, needs_architecture, save_whole, store, write_text
+from normswap.cli.protecting import FilesRead
 from normswap.cli.reading import Reading
 from normswap.cli.reporting import as_record, left_as_they_were, needs, show_conversion, show_plan
 from normswap.cli.requests import Files, Request, Writing
@@ -32,7 +33,6 @@ from normswap.cli.values import AUTO, called
 from normswap.errors import NothingToConvertError
 from normswap.options import WHICH_NORMS
 from normswap.records import Plan
-from normswap.storage.writing import staged
 
 if TYPE_CHECKING:
     from torch import nn
@@ -63,6 +63,7 @@ def convert_model(
         typer.Option(metavar="FILE", help="carry out this plan, by --save-plan", rich_help_panel=WHICH_NORMS),
     ] = None,
     reading: Reading,
+    read: FilesRead,
     as_json: Json = False,
 ) -> None:
     """Swap a model's BatchNorms and keep what it has learnt.
@@ -77,7 +78,7 @@ def convert_model(
     source = Source.of(reading)
     request = Request.of(to, at, plan, recipe, chosen)
     files = Files.of(model, request.recipe, writing)
-    with staged(*files.all(), inputs=(model,)) as place:
+    with read.staged(*files.all(), rewritten={"plan": files.plan}) as place:
         network = source.open(model)
         inputs = example_inputs(network, given)
         batches = calibration_data(network, data, given, quiet=as_json)

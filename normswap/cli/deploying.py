@@ -15,13 +15,13 @@ import normswap as ns
 from normswap.cli.console import facts, note, print_json, say, table, working
 from normswap.cli.flags import OUTPUT, InputFlags, Json, Model, Opset, flattened, output_flag
 from normswap.cli.inputs import example_inputs, required_inputs
-from normswap.cli.outputs import needing_normswap, save_whole
+from normswap.cli.outputs import beside, needing_normswap, save_whole
+from normswap.cli.protecting import FilesRead
 from normswap.cli.reading import Reading
 from normswap.cli.reporting import describe_check, needs, show_artifact, written
 from normswap.cli.requests import DynamicTime
 from normswap.cli.sources import Source
 from normswap.errors import InputError
-from normswap.storage.writing import staged
 
 if TYPE_CHECKING:
     from normswap.deploy.rows import FoldRow
@@ -42,6 +42,7 @@ def fold_model(
     ] = None,
     given: InputFlags,
     reading: Reading,
+    read: FilesRead,
     as_json: Json = False,
 ) -> None:
     """Turn reparameterized weights into plain ones, for deployment.
@@ -56,13 +57,13 @@ def fold_model(
     normswap is installed, which the report says; a .pt2 program or an ONNX file needs no normswap.
     """
     program = model.suffix == ".pt2"
-    target = output or model.with_name(f"{model.stem}.folded.pt{2 if program else ''}")
+    target = output or beside(model, f"folded.pt{2 if program else ''}")
     if target.suffix not in (".pt", ".pth", ".pt2", ".safetensors"):
         raise InputError(
             f"a folded model is not written to {target}", code="output-kind", hint=f"write {target.stem}.pt"
         )
     source = Source.of(reading)
-    with staged(target, inputs=(model,)) as place:
+    with read.staged(target) as place:
         network = source.open(model).eval()
         take = required_inputs if target.suffix == ".pt2" else example_inputs
         inputs = take(network, given)
@@ -127,6 +128,7 @@ def export_model(
     ] = False,
     dynamic_time: DynamicTime = None,
     reading: Reading,
+    read: FilesRead,
     as_json: Json = False,
 ) -> None:
     """Write a folded model to an ONNX file and verify that file.
@@ -134,11 +136,11 @@ def export_model(
     MODEL is what `normswap fold` or `normswap convert --fold` wrote. The file is kept only where onnxruntime computes
     with it, on two batch sizes, what torch does; with --dynamic-time on two lengths, too.
     """
-    target = output or model.with_suffix(".onnx")
-    if target.suffix != ".onnx":
+    target = output or beside(model, "onnx")
+    if output is not None and target.suffix != ".onnx":
         raise InputError(f"{target} does not end with .onnx", code="output-kind", hint=f"write {target.stem}.onnx")
     source = Source.of(reading)
-    with staged(target, inputs=(model,)) as place:
+    with read.staged(target) as place:
         network = source.open(model).eval()
         inputs = required_inputs(
             network, given, use="" if dynamic_spatial else ", and the file takes no other height and width"

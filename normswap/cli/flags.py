@@ -18,6 +18,7 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 import typer
 
 from normswap.cli.console import note
+from normswap.cli.protecting import FilesRead
 from normswap.cli.spelling import flag_of, spell
 from normswap.cli.values import Recipes, Shapes, read_recipe_options, read_shapes
 from normswap.options import NEW_NORMS, OUTPUT, WHICH_NORMS, Meaning, Options
@@ -252,8 +253,12 @@ def flattened(command: str) -> Callable[[Callable[..., None]], Callable[..., Non
         hints = get_type_hints(function, include_extras=True)
         parameters: list[inspect.Parameter] = []
         groups: dict[str, tuple[list[str], Callable[..., Any]]] = {}
+        asking: list[str] = []
         for name, parameter in inspect.signature(function).parameters.items():
             hint = hints[name]
+            if hint is FilesRead:
+                asking.append(name)
+                continue
             if hint is Chosen:
                 flags = list(option_flags(command))
                 groups[name] = [flag.name for flag in flags], Chosen.of
@@ -266,7 +271,8 @@ def flattened(command: str) -> Callable[[Callable[..., None]], Callable[..., Non
 
         @functools.wraps(function)
         def run(**given: Any) -> None:
-            records = {name: make(**{f: given.pop(f) for f in names}) for name, (names, make) in groups.items()}
+            records: dict[str, Any] = {name: FilesRead.of(parameters, given) for name in asking}
+            records |= {name: make(**{f: given.pop(f) for f in names}) for name, (names, make) in groups.items()}
             function(**given, **records)
 
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

@@ -44,7 +44,7 @@ def inspect_model(
     inputs = example_inputs(network, given)
     batches = calibration_data(network, data, given, quiet=as_json)
     recurrent = chosen.pop("recurrent", None)
-    recipe = read_at(to or default_of(recurrent), at)
+    recipe = read_at(to, at, default=default_of(recurrent))
     if batches is not None and recipe == AUTO:
         with progressing("choosing recipes", quiet=as_json) as progress:
             choice = ns.choose_recipes(network, calibration=batches, example_inputs=inputs, progress=progress, **chosen)

@@ -11,12 +11,13 @@ import typer
 import normswap as ns
 from normswap.cli.console import facts, note, print_json, say, working
 from normswap.cli.flags import Json, flattened, output_flag
-from normswap.cli.outputs import save_weights
+from normswap.cli.outputs import beside, save_weights
+from normswap.cli.protecting import FilesRead
 from normswap.cli.reading import Reading
 from normswap.cli.reporting import written
 from normswap.cli.sources import Source
 from normswap.errors import InputError
-from normswap.storage.writing import reported, staged
+from normswap.storage.writing import reported
 
 if TYPE_CHECKING:
     from normswap.training.records import StateDictMigration
@@ -42,6 +43,7 @@ def migrate_checkpoint(
         output_flag("a .safetensors file, or a .pt file for a state dict (default: beside OLD)"),
     ] = None,
     reading: Reading,
+    read: FilesRead,
     as_json: Json = False,
 ) -> None:
     """Carry another checkpoint through a conversion that was made before, or back to BatchNorm.
@@ -60,7 +62,7 @@ def migrate_checkpoint(
     with working("migrating"):
         found = ns.migrate_state_dict(given, model)
     target = output or _beside(old, found)
-    with staged(target, inputs=(old, like)) as place, working(f"writing {target}"):
+    with read.staged(target) as place, working(f"writing {target}"):
         _write(found, model, place(target))
     if as_json:
         record = {
@@ -88,7 +90,7 @@ def migrate_checkpoint(
 
 
 def _beside(old: Path, found: StateDictMigration) -> Path:
-    return old.with_name(f"{old.stem}.migrated.{'safetensors' if found.to == 'converted' else 'pt'}")
+    return beside(old, f"migrated.{'safetensors' if found.to == 'converted' else 'pt'}")
 
 
 def _write(found: StateDictMigration, model: Any, path: Path) -> None:

@@ -12,7 +12,24 @@ from normswap.storage.writing import reported
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["needing_normswap", "needs_architecture", "read_text", "save_weights", "save_whole", "store", "write_text"]
+__all__ = [
+    "beside",
+    "needing_normswap",
+    "needs_architecture",
+    "read_text",
+    "save_weights",
+    "save_whole",
+    "store",
+    "write_text",
+]
+
+
+def beside(model: Path, ending: str) -> Path:
+    """Return the file beside ``model`` that is named like it, with ``ending`` in place of its suffix.
+
+    A folder without a name of its own (``.``) has one, too: that it is none that a command reads is told elsewhere.
+    """
+    return model.parent / f"{model.stem}.{ending}"
 
 
 def read_text(path: Path) -> str:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from normswap.cli.flags import OUTPUT, Chosen, Opset, RecipeFlags, output_flag
-from normswap.cli.outputs import read_text
+from normswap.cli.outputs import beside, read_text
 from normswap.cli.values import STAYS, Recipes, read_at
 from normswap.errors import InputError
 from normswap.records import Plan
@@ -84,7 +84,7 @@ class Request:
     ) -> Request:
         """Return what the flags ask for."""
         if plan is None:
-            asked = read_at(to or default_of(chosen.get("recurrent")), at)
+            asked = read_at(to, at, default=default_of(chosen.get("recurrent")))
             return cls(asked, recipe.of(asked), chosen, None)
         made = Plan.from_json(read_text(plan))
         if to or at or recipe or chosen.keys() & {"include", "exclude", "recurrent"}:
@@ -120,10 +120,13 @@ class Files:
     @classmethod
     def of(cls, model: Path, recipe: str, writing: Writing) -> Files:
         """Return the files that the flags ask for."""
+        _require_suffix("--save-plan", writing.save_plan, ".json")
         if writing.dry_run:
             return cls(None, None, None, writing.save_plan)
         if writing.report is not None:
             require_packages()
+        _require_suffix("--onnx", writing.onnx, ".onnx")
+        _require_suffix("--report", writing.report, ".html")
         return cls(_target(model, recipe, writing), writing.onnx, writing.report, writing.save_plan)
 
     def all(self) -> list[Path]:
@@ -131,14 +134,19 @@ class Files:
         return [path for path in (self.target, self.onnx, self.report, self.plan) if path is not None]
 
 
+def _require_suffix(flag: str, path: Path | None, suffix: str) -> None:
+    if path is not None and path.suffix != suffix:
+        raise InputError(
+            f"{flag} {path} does not end with {suffix}", code="output-kind", hint=f"write {path.stem}{suffix}"
+        )
+
+
 def _target(model: Path, recipe: str, writing: Writing) -> Path | None:
     """Return where the converted model goes; None where the ONNX file alone is wanted."""
     output, fold, onnx = writing.output, writing.fold, writing.onnx
-    if onnx is not None and onnx.suffix != ".onnx":
-        raise InputError(f"--onnx {onnx} does not end with .onnx", code="output-kind", hint=f"write {onnx.stem}.onnx")
     suffix = ".pt2" if model.suffix == ".pt2" else ".pt" if fold else ".safetensors"
     if output is None:
-        return None if onnx is not None and not fold else model.with_name(f"{model.stem}.{recipe}{suffix}")
+        return None if onnx is not None and not fold else beside(model, f"{recipe}{suffix}")
     if output.suffix in ((".pt", ".pth", ".pt2") if fold else (".safetensors", ".pt2")):
         return output
     suffix = ".pt" if fold else ".safetensors"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,9 @@ __all__ = [
 Shapes = tuple[tuple[int, ...], ...]
 Recipes = str | Mapping[str, str | None]
 """A recipe's name, or one by globs of norms' names."""
+
+REST = "*"
+"""The glob of all norms: where it is the last, of those that no other has taken."""
 
 STAYS = "stays"
 """What stands for a recipe where norms stay as they are."""
@@ -69,8 +73,17 @@ def _assignment(text: str) -> tuple[str, Any]:
         return name, {"True": True, "False": False, "None": None}.get(value, value)
 
 
-def read_at(to: str, texts: Sequence[str] | None) -> Recipes:
-    """Return the recipe ``to``, or a mapping with those of the ``GLOB=RECIPE``s before it."""
+def read_at(to: str | None, texts: Sequence[str] | None, *, default: str) -> Recipes:
+    """Return the recipe of all norms, or a mapping of the ``GLOB=RECIPE``s and, for the rest, that recipe.
+
+    Args:
+        to: What --to names, None where it is not given.
+        texts: The ``GLOB=RECIPE``s; ``*=RECIPE`` names that of the rest itself.
+        default: The recipe where neither names one.
+
+    Raises:
+        InputError: A text is none, a glob is given twice, or both --to and ``*=RECIPE`` are for the rest.
+    """
     found: dict[str, str | None] = {}
     for text in texts or ():
         glob, _, recipe = text.rpartition("=")
@@ -83,7 +96,15 @@ def read_at(to: str, texts: Sequence[str] | None) -> Recipes:
         if glob in found:
             raise InputError(f"--at {glob!r} is given twice", code="at-value", hint="give it once")
         found[glob] = None if recipe == STAYS else recipe
-    return {**found, "*": to} if found else to
+    if REST not in found:
+        return {**found, REST: to or default} if found else to or default
+    if to is not None:
+        raise InputError(
+            f"--to {to} and --at '{REST}={found[REST] or STAYS}' both say what becomes of every other norm",
+            code="at-value",
+            hint="leave one of them out",
+        )
+    return found if any(found.values()) else STAYS
 
 
 def called(recipe: Recipes) -> str:
@@ -116,9 +137,16 @@ def read_recipe_options(recipe: Recipes, given: Mapping[str, Any], texts: Sequen
                 code="option-value",
                 hint="write --option axes=channel; `normswap recipes` lists the options",
             )
+        if name not in types:
+            near = difflib.get_close_matches(name, types, n=1)
+            raise InputError(
+                f"the recipe has no option {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
+                code="unknown-option",
+                hint=f"its options are {', '.join(types) or 'none'}; those of every conversion are flags of their own",
+            )
         if name in options:
             raise InputError(f"{name} is given twice", code="option-value", hint="give it once")
-        options[name] = _typed(name, value.strip(), types.get(name, ["str"]))
+        options[name] = _typed(name, value.strip(), types[name])
     return options
 
 

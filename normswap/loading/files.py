@@ -89,6 +89,12 @@ def open_file(path: Path) -> BinaryIO:
                 code="file-is-directory",
                 hint="give the checkpoint file in it",
             )
+        if path.is_fifo() or path.is_socket() or path.is_char_device():
+            raise InputError(
+                f"{str(path)!r} is no file but a pipe or a device, which cannot be read back and forth",
+                code="file-not-seekable",
+                hint="write what it gives to a file, and give that",
+            )
         return path.open("rb")
     except FileNotFoundError:
         where = "" if path.is_absolute() else f" in {os.getcwd()}"

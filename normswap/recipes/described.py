@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
@@ -26,9 +27,11 @@ class Described:
 
     def __post_init__(self) -> None:
         eps = getattr(self, "eps", None)
-        if eps is not None and not eps > 0:
+        if eps is not None and not 0 < eps < math.inf:
             raise InputError(
-                f"{parameter('eps')} must be > 0, got {eps}", code="eps", hint="give a small number such as 1e-5"
+                f"{parameter('eps')} must be > 0 and finite, got {eps}",
+                code="eps",
+                hint="give a small number such as 1e-5",
             )
 
     @classmethod

@@ -38,11 +38,12 @@ def make_plan(
         has_data: Whether data will be there to measure the statistics of norms that store none.
 
     Raises:
-        InputError: An option does not fit a site, or a glob matches nothing that could be converted.
+        InputError: An option does not fit a site, or a glob matches nothing that could be converted or decides nothing.
     """
     layers = () if recurrent is None else found.recurrent
     _check_globs(found, (*options.include, *options.exclude), layers)
     _check_globs(found, recipe.patterns)
+    _check_order(found, recipe.patterns)
     steps: list[BoundStep] = []
     skips = list(found.skips)
     for site in found.sites:
@@ -93,10 +94,10 @@ def _each_layer_once(steps: list[BoundStep]) -> list[BoundStep]:
 def _chosen(site: Site, recipe: Recipe, options: Options, has_data: bool) -> Recipe | tuple[str, str]:
     """Return the recipe that is used at ``site``, or the code and the words of why none is."""
     names = site.names
-    if options.include and not any(fnmatchcase(name, glob) for name in names for glob in options.include):
+    if not any(_matches(names, glob) for glob in options.include):
         return "excluded", Text(f"no pattern of {parameter('include')} matches it")
     for glob in options.exclude:
-        if any(fnmatchcase(name, glob) for name in names):
+        if _matches(names, glob):
             return "excluded", f"the pattern {glob!r} excludes it"
     chosen = recipe.at(site)
     if chosen is None:
@@ -115,9 +116,30 @@ def _check_globs(found: FoundSites, globs: Sequence[str], layers: Sequence[Recur
     names += [name for site in layers for name in site.names]
     names += [skip.name for skip in found.skips if skip.what == "norm"]
     for glob in globs:
-        if not any(fnmatchcase(name, glob) for name in names):
+        if glob != "*" and not any(fnmatchcase(name, glob) for name in names):
             raise InputError(
                 f"the pattern {glob!r} matches no norm" + (" and no recurrent layer" if layers else ""),
                 code="pattern-matches-nothing",
                 hint=f"norms are named like {names[0]!r}" if names else "the model has no norms",
             )
+
+
+def _check_order(found: FoundSites, patterns: Sequence[str]) -> None:
+    """Refuse a pattern that decides nowhere, as those before it take what it matches; ``*`` at the end is the rest."""
+    norms = [site.names for site in found.sites]
+    norms += [(skip.name,) for skip in found.skips if skip.what == "norm"]
+    for i, glob in enumerate(patterns):
+        matched = [names for names in norms if _matches(names, glob)]
+        before = [[one for one in patterns[:i] if _matches(names, one)][:1] for names in matched]
+        rest = glob == "*" and i == len(patterns) - 1 and glob not in patterns[:i]
+        if matched and all(before) and not rest:
+            first = ", ".join(dict.fromkeys(repr(one) for taken in before for one in taken))
+            raise InputError(
+                f"the pattern {glob!r} decides nothing: {first} before it takes every norm that it matches",
+                code="pattern-decides-nothing",
+                hint="the first pattern that matches decides: put the narrower one first, or leave one out",
+            )
+
+
+def _matches(names: Sequence[str], glob: str) -> bool:
+    return any(fnmatchcase(name, glob) for name in names)

@@ -162,7 +162,7 @@ def bound_at(
     def excluded(reason: str) -> Skip:
         return Skip(site.name, "recurrent layer", site.type, "excluded", reason)
 
-    if options.include and not any(fnmatchcase(name, glob) for name in site.names for glob in options.include):
+    if not any(fnmatchcase(name, glob) for name in site.names for glob in options.include):
         return excluded(Text(f"no pattern of {parameter('include')} matches it"))
     for glob in options.exclude:
         if any(fnmatchcase(name, glob) for name in site.names):

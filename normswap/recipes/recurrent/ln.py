@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,9 +45,9 @@ class RecurrentLayerNormalization(RecurrentRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.spread > 0:
+        if not 0 < self.spread < math.inf:
             raise InputError(
-                f"{parameter('spread')} of a recurrent layer must be > 0, got {self.spread}",
+                f"{parameter('spread')} of a recurrent layer must be > 0 and finite, got {self.spread}",
                 code="spread",
                 hint="the default is 10",
             )
