@@ -253,6 +253,75 @@ def test_a_batch_size_that_is_built_in_is_refused_with_a_hint(tmp_path: Path) ->
     assert export_onnx(model, path, example_inputs=torch.randn(4, 3), dynamic_batch=False).path.exists()
 
 
+class Branching(nn.Module):
+    """Doubles its output where a condition on the input's shape holds."""
+
+    def __init__(self, condition: Callable[[torch.Size], bool]) -> None:
+        super().__init__()
+        self.conv, self.condition = nn.Conv2d(3, 4, 3), condition
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = self.conv(x).mean((2, 3))
+        return pooled * 2 if self.condition(x.shape) else pooled
+
+
+@pytest.mark.parametrize(
+    ("condition", "spatial", "where"),
+    [
+        (lambda shape: shape[0] == 1, False, "batch 1"),
+        (lambda shape: shape[0] >= 4, False, "batch ≤ 3"),
+        (lambda shape: shape[0] == 9, False, "batch 9"),
+        (lambda shape: shape.numel() > 5000, False, "batch <= 625"),
+        (lambda shape: shape[2] == shape[3], True, "height = width"),
+        (lambda shape: shape[3] >= 30, True, "width ≤ 29"),
+    ],
+    ids=["one", "bound", "excepted", "product", "square", "map"],
+)
+def test_a_file_that_would_be_wrong_beyond_a_branch_on_a_size_is_refused(
+    tmp_path: Path, condition: Callable[[torch.Size], bool], spatial: bool, where: str
+) -> None:
+    model, x = Branching(condition).eval(), torch.randn(2, 3, 8, 8)
+    with pytest.raises(VerificationError, match="unlike the example's") as error:
+        export_onnx(model, tmp_path / "m.onnx", example_inputs=x, dynamic_spatial=spatial)
+    assert where in error.value.message
+    assert ("dynamic_spatial=False" if spatial else "dynamic_batch=False") in error.value.hint
+    assert not any(tmp_path.iterdir())
+    static = export_onnx(model, tmp_path / "m.onnx", example_inputs=x, dynamic_batch=False)
+    assert verify(model, static.path, x).ok
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Branching(lambda shape: len(shape) == 4),  # a branch on no size
+        Branching(lambda shape: shape[0] < 0),
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(2), nn.LayerNorm(36)),
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+    ],
+    ids=["rank", "never", "fixed-map", "pooled"],
+)
+def test_a_model_that_runs_alike_at_all_sizes_is_exported(tmp_path: Path, model: nn.Module) -> None:
+    model = model.eval()
+    artifact = export_onnx(model, tmp_path / "m.onnx", example_inputs=torch.randn(2, 3, 8, 8))
+    assert artifact.inputs[0].shape == ("batch", 3, 8, 8)
+    for batch in (1, 4, 40):
+        assert verify(model, artifact.path, torch.randn(batch, 3, 8, 8)).ok
+
+
+class Square(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ x).mean(1) * 2
+
+
+def test_sizes_on_which_the_model_itself_does_not_run_need_not_be_exported(tmp_path: Path) -> None:
+    artifact = export_onnx(
+        Square().eval(), tmp_path / "m.onnx", example_inputs=torch.randn(2, 3, 8, 8), dynamic_spatial=True
+    )
+    assert artifact.inputs[0].shape[2] == artifact.inputs[0].shape[3]
+    with pytest.raises(InputError):  # the negative control: there is nothing to compare the file with
+        verify(Square().eval(), artifact.path, torch.randn(2, 3, 8, 12))
+
+
 def test_inputs_without_a_common_batch_size_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="image 2, vector 1") as error:
         export_onnx(
@@ -436,7 +505,7 @@ def test_no_two_samples_of_an_exports_trials_are_alike(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(trials, "verify", seen)
     export_onnx(Named().eval(), tmp_path / "m.onnx", example_inputs=torch.randn(1, 3, 6, 6))
-    assert [len(x) for x in tried] == [1, 3]
+    assert [len(x) for x in tried] == [1, 3, 5]
     assert all(map(unlike_each_other, tried))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from normswap.errors import ExportError, InputError, argument
 from normswap.runs.arguments import as_arguments, named_leaves
 
-__all__ = ["batch_size", "bind_inputs", "dynamic_axes", "enlarged", "lengthened", "resized", "time_axes"]
+__all__ = ["axes_of", "batch_size", "bind_inputs", "dynamic_axes", "enlarged", "lengthened", "resized", "time_axes"]
 
 SPATIAL = {1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "width")}
 
@@ -155,3 +155,13 @@ def dynamic_axes(inputs: dict[str, Any], batch: bool, spatial: bool, times: Mapp
         return named
 
     return _by_name(dims, pytree.tree_map(lambda x: x if isinstance(x, Tensor) else None, inputs))
+
+
+def axes_of(inputs: Any, dims: Any) -> list[tuple[Tensor, dict[int, str]]]:
+    """Return each tensor with the names of its dynamic axes, see :func:`dynamic_axes`."""
+    named = [axes for axes in pytree.tree_leaves(dims, is_leaf=_is_axes) if axes is not None]
+    return list(zip([x for _, x in _tensors(inputs)], named, strict=True))
+
+
+def _is_axes(leaf: Any) -> bool:
+    return isinstance(leaf, dict) and all(isinstance(axis, int) for axis in leaf)
