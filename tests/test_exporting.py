@@ -509,6 +509,18 @@ def test_no_two_samples_of_an_exports_trials_are_alike(tmp_path: Path, monkeypat
     assert all(map(unlike_each_other, tried))
 
 
+def test_a_model_that_returns_zeros_alone_is_not_verified_by_them(tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval(), torch.randn(2, 3, 6, 6)
+    nn.init.constant_(model[0].bias, -99.0)
+    with pytest.raises(VerificationError, match="zero or infinite: nothing was compared") as error:
+        export_onnx(model, tmp_path / "m.onnx", example_inputs=x)
+    assert "verify_outputs=False" in error.value.hint
+    assert export_onnx(model, tmp_path / "m.onnx", example_inputs=x, verify_outputs=False).path.exists()
+    proven = export_onnx(model, tmp_path / "m.onnx", example_inputs=100 * x).verification  # the negative control
+    assert proven is not None
+    assert proven.ok
+
+
 def test_verification_can_be_left_out(tmp_path: Path) -> None:
     x = torch.randn(2, 3, 6, 6)
     artifact = export_onnx(network(), tmp_path / "m.onnx", example_inputs=x, verify_outputs=False)

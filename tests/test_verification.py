@@ -108,7 +108,7 @@ def test_given_tolerances_replace_the_table() -> None:
 
 
 def test_an_output_of_zeros_equals_only_zeros() -> None:
-    assert compared(torch.zeros(3), torch.zeros(3)).ok
+    assert compared(torch.zeros(3), torch.zeros(3)).rows[0].ok
     found = compared(torch.zeros(3), torch.full((3,), 1e-6))
     assert not found.ok
     assert found.max_rel == math.inf
@@ -162,6 +162,34 @@ def test_outputs_without_a_value_prove_nothing() -> None:
     assert nothing.reason == "all outputs are empty: nothing was compared"
     assert not compared(torch.zeros(0, 4), torch.zeros(1, 4)).ok
     assert compared((torch.zeros(0, 4), torch.ones(1)), (torch.zeros(0, 4), torch.ones(1))).ok
+
+
+@pytest.mark.parametrize("value", [0.0, math.inf, -math.inf])
+def test_outputs_of_zeros_or_infinities_alone_prove_nothing(value: float) -> None:
+    """Two networks that overflow everywhere, or whose last activation is never reached, may be any two."""
+    same = torch.full((2, 3), value)
+    found = compared(same, same.clone())
+    assert not found.ok
+    assert found.proves_nothing
+    assert found.reason == "all outputs are zero or infinite: nothing was compared"
+    assert "prove nothing" in str(found)
+    # The negative controls: one value anywhere is one that was compared, and the number of a class may be 0.
+    assert compared((same, torch.ones(1)), (same, torch.ones(1))).ok
+    assert not compared((same, torch.ones(1)), (same, torch.zeros(1))).proves_nothing
+    assert compared(torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)).ok
+
+
+@pytest.mark.parametrize("zero", [True, False])
+def test_a_network_of_zeros_is_not_blamed_and_not_proven(zero: bool) -> None:
+    model, x = nn.Sequential(network(), nn.Flatten(), nn.Linear(144, 2)).eval(), torch.randn(2, 3, 8, 8)
+    if zero:
+        nn.init.zeros_(model[2].weight)
+        nn.init.zeros_(model[2].bias)
+    found = keeps_output(eval_output(model, (x,)), model, (x,))
+    assert (found is None) is zero
+    other = keeps_output(torch.ones(2, 2), model, (x,))  # the negative control
+    assert other is not None
+    assert not other.ok
 
 
 def test_complex_and_python_outputs_are_compared() -> None:

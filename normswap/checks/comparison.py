@@ -6,7 +6,9 @@ whole output: rounding errors scale with what was summed, not with the one value
 default atol is 0 and rtol comes from ``TOLERANCES``, by the coarser dtype of the two. A NaN is never equal,
 not even to a NaN in the same place: two broken networks prove nothing. Infinities must agree in place and
 sign (masks are made of them). Integers and booleans must be identical. A comparison of no outputs has failed, and so
-has one of outputs without a value: a detector that finds nothing returns empty boxes, whatever its weights are.
+has one of outputs without a value that could differ. A detector that finds nothing returns empty boxes, a network that
+overflows infinities, and one whose last activation is never reached zeros, whatever their weights are: at least one
+output must hold a floating point value that is finite and not 0, or an integer.
 """
 
 from __future__ import annotations
@@ -92,8 +94,21 @@ def verify(
     if isinstance(pairs, str):
         return Verification(*names, rows=(), reason=pairs)
     rows = tuple(_compare(name, x, y, rtol, atol) for name, x, y in pairs)
-    empty = all(row.ok and 0 in row.shape for row in rows)
-    return Verification(*names, rows, reason="all outputs are empty: nothing was compared" if empty else "")
+    return Verification(*names, rows, reason=_proves_nothing(rows))
+
+
+def _proves_nothing(rows: tuple[OutputRow, ...]) -> str:
+    """Return why outputs that are all equal hold nothing that was compared; empty where they hold something."""
+    if all(row.ok and 0 in row.shape for row in rows):
+        return "all outputs are empty: nothing was compared"
+    if all(row.ok and (0 in row.shape or (row.scale == 0 and not _counts(row.dtype))) for row in rows):
+        return "all outputs are zero or infinite: nothing was compared"
+    return ""
+
+
+def _counts(dtype: str) -> bool:
+    """Whether 0 is a value like any other: the number of a class is."""
+    return not any(kind in dtype for kind in ("float", "complex"))
 
 
 def _runner(thing: Comparable, role: str) -> tuple[str, Runner]:
