@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from normswap.checks.comparison import TOLERANCES, verify
 from normswap.checks.self_check import eval_output, keeps_output
 from normswap.checks.verification import Verification
+from normswap.deploy.onnx.export import export_onnx
 from normswap.errors import InputError, VerificationError
 from normswap.runs.arguments import named_leaves
 
@@ -334,6 +335,26 @@ def test_inputs_that_do_not_fit_an_onnx_file_are_refused_with_what_it_takes(
     assert message in error.value.message
     assert error.value.code == "onnx-inputs"
     assert error.value.hint == "the file takes x: float32 [N, 3], y: float32 [N, 3]"
+
+
+class Mapped(nn.Module):
+    """One input that is a dict, whose tensors have different weights."""
+
+    def forward(self, d: dict[str, Any], x: Tensor) -> Tensor:
+        return d["a"] - 2 * d["b"][0] + 3 * d["b"][1] + 5 * x
+
+
+def test_the_tensors_of_a_dict_go_to_the_inputs_of_their_names(tmp_path: Path) -> None:
+    a, b, c, x = torch.randn(4, 2, 3)
+    export_onnx(Mapped().eval(), tmp_path / "m.onnx", example_inputs=({"b": [b, c], "a": a}, x))
+    for inputs in (({"b": [b, c], "a": a}, x), ({"a": a, "b": [b, c]}, x), {"x": x, "d": {"a": a, "b": [b, c]}}):
+        assert verify(Mapped().eval(), tmp_path / "m.onnx", inputs).ok
+    swapped = verify(  # the negative control
+        lambda d, x: Mapped()({"a": d["b"][0], "b": [d["a"], d["b"][1]]}, x),
+        tmp_path / "m.onnx",
+        ({"a": a, "b": [b, c]}, x),
+    )
+    assert not swapped.ok
 
 
 def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
