@@ -19,6 +19,7 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
+import normswap as ns
 from normswap.checks.comparison import TOLERANCES, verify
 from normswap.checks.self_check import eval_output, keeps_output
 from normswap.checks.verification import Verification
@@ -335,6 +336,63 @@ def test_inputs_that_do_not_fit_an_onnx_file_are_refused_with_what_it_takes(
     assert message in error.value.message
     assert error.value.code == "onnx-inputs"
     assert error.value.hint == "the file takes x: float32 [N, 3], y: float32 [N, 3]"
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda x: x.to(torch.float8_e4m3fn),
+        lambda x: x.to(torch.float8_e5m2),
+        lambda x: x.to(torch.complex64).conj(),
+        lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
+        lambda x: x.to_sparse(),
+        lambda x: x.to_sparse_csr(),
+        lambda x: x.to_mkldnn(),
+    ],
+    ids=["e4m3", "e5m2", "conjugated", "quantized", "sparse", "csr", "mkldnn"],
+)
+@pytest.mark.filterwarnings("ignore")  # torch calls some of these forms a prototype
+def test_outputs_in_other_forms_are_compared(form: Callable[[Tensor], Tensor]) -> None:
+    x = torch.randn(2, 3)
+    assert verify(form, form, x).ok
+    assert not verify(form, lambda x: form(1.5 * x), x).ok  # the negative control
+
+
+@pytest.mark.parametrize(
+    ("form", "reason"),
+    [(lambda x: x.to("meta"), "meta device"), (lambda x: torch.nested.nested_tensor(list(x)), "nested")],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_outputs_without_a_form_to_compare_are_named(form: Callable[[Tensor], Tensor], reason: str) -> None:
+    found = verify(form, form, torch.randn(2, 3))
+    assert not found.ok
+    assert reason in found.failure
+    assert verify(lambda x: x, lambda x: x, torch.randn(2, 3)).ok  # the negative control
+
+
+@pytest.mark.parametrize("name", ["rtol", "atol"])
+def test_an_infinite_tolerance_is_refused(name: str) -> None:
+    for value in (math.inf, math.nan, -1.0):
+        with pytest.raises(InputError, match="finite number") as error:
+            compared(torch.ones(1), torch.zeros(1), **{name: value})
+        assert error.value.code == "option-type"
+    assert compared(torch.ones(1), torch.zeros(1), **{name: 1e9}).ok  # the negative control
+
+
+@pytest.mark.parametrize("nan", [True, False])
+def test_an_original_whose_own_output_holds_nan_is_blamed_itself(nan: bool) -> None:
+    class Ends(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.where(super().forward(x) > 1e9, 1.0, math.nan) if nan else super().forward(x)
+
+    model, x = Ends(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval(), torch.randn(2, 3, 6, 6)
+    for run in (lambda: ns.convert(model, to="wn", example_inputs=(x,)), lambda: ns.fold(model, example_inputs=(x,))):
+        if not nan:  # the negative control
+            run()
+            continue
+        with pytest.raises(InputError, match="original's own output holds NaN") as error:
+            run()
+        assert error.value.code == "output-nan"
 
 
 class Mapped(nn.Module):

@@ -11,12 +11,12 @@ from torch.utils import _pytree as pytree
 
 from normswap.checks.comparison import verify
 from normswap.checks.verification import Verification
-from normswap.errors import InputError, VerificationError, first_line
+from normswap.errors import InputError, VerificationError, argument, first_line
 from normswap.runs.calling import run_on_data
 from normswap.runs.guard import copy_of, set_mode, untouched
 from normswap.runs.inputs import Inputs
 
-__all__ = ["broken", "eval_output", "keeps_output", "output_after", "own_rounding"]
+__all__ = ["broken", "eval_output", "holds_nan", "keeps_output", "output_after", "own_rounding", "reference_output"]
 
 _MARGIN = 10
 """How far two ways of computing one function may be apart, as a multiple of the rounding error of one of them."""
@@ -32,6 +32,34 @@ def eval_output(model: nn.Module, inputs: Inputs) -> Any:
         set_mode(model, False)
         # An output may be a tensor that the model holds, and is put back.
         return pytree.tree_map_only(Tensor, torch.clone, run_on_data(model, inputs))
+
+
+def holds_nan(output: Any) -> bool:
+    """Whether an output holds NaN, with which nothing can be compared."""
+    tensors = [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor) and x.layout is torch.strided]
+    valued = [x for x in tensors if not (x.is_meta or x.is_nested or x.is_quantized)]
+    return any(bool((x != x).any()) for x in valued)
+
+
+def reference_output(model: nn.Module, inputs: Inputs, otherwise: str = "") -> Any:
+    """Return the output of the original, with which that of a model made of it is going to be compared.
+
+    Args:
+        model: The original; only read.
+        inputs: Its inputs.
+        otherwise: What else than other inputs helps, for the hint.
+
+    Raises:
+        InputError: It does not run on ``inputs``, or its output holds NaN on them.
+    """
+    output = eval_output(model, inputs)
+    if holds_nan(output):
+        raise InputError(
+            "the original's own output holds NaN on these inputs: nothing can be compared with it",
+            code="output-nan",
+            hint=f"give {argument('example_inputs')} on which it holds numbers" + otherwise,
+        )
+    return output
 
 
 def output_after(model: nn.Module, inputs: Inputs, hint: str = "report this model") -> Any:
