@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
 import json
 import logging
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -519,6 +522,64 @@ def test_a_model_that_returns_zeros_alone_is_not_verified_by_them(tmp_path: Path
     proven = export_onnx(model, tmp_path / "m.onnx", example_inputs=100 * x).verification  # the negative control
     assert proven is not None
     assert proven.ok
+
+
+class Ends(nn.Module):
+    """A layer and what a model may do with its output."""
+
+    def __init__(self, end: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.conv, self.end = nn.Conv2d(3, 4, 3), end
+
+    def forward(self, x: Tensor) -> Any:
+        return self.end(self.conv(x))
+
+
+@dataclasses.dataclass
+class Pair:
+    one: Tensor
+    two: Tensor
+
+
+@pytest.mark.parametrize(
+    ("end", "hint"),
+    [
+        (nn.functional.dropout, "training=self.training"),
+        (lambda x: x + torch.randn_like(x), "random numbers in eval mode"),
+        (lambda x: torch.where(x > 1e9, x, math.nan), "own output holds NaN"),
+        (lambda x: Pair(x, x + 1), "in a tuple or a dict instead of Pair"),
+    ],
+    ids=["dropout", "noise", "nan", "dataclass"],
+)
+def test_what_the_model_itself_does_wrong_is_named(tmp_path: Path, end: Callable[[Tensor], Any], hint: str) -> None:
+    with pytest.raises((ExportError, VerificationError)) as error:
+        export_onnx(Ends(end).eval(), tmp_path / "m.onnx", example_inputs=torch.randn(2, 3, 6, 6))
+    assert hint in error.value.hint
+    assert "dynamic_batch" not in error.value.hint
+    plain = Ends(lambda x: {"one": x, "two": x + 1}).eval()  # the negative control
+    assert export_onnx(plain, tmp_path / "m.onnx", example_inputs=torch.randn(2, 3, 6, 6)).path.exists()
+
+
+@pytest.mark.parametrize("size", [0, 1])
+def test_an_example_of_size_0_is_refused(tmp_path: Path, size: int) -> None:
+    for shape, options in (
+        ((size, 3, 6, 6), {}),
+        ((2, size, 6), {"dynamic_time": True}),
+        ((2, 3, size), {"dynamic_spatial": True}),
+    ):
+        run = functools.partial(
+            export_onnx,
+            nn.Softplus().eval(),
+            tmp_path / "m.onnx",
+            example_inputs=torch.randn(shape),
+            **options,  # type: ignore[arg-type]
+        )
+        if size:  # the negative control
+            assert run().path.exists()
+            continue
+        with pytest.raises(InputError, match="size 0") as error:
+            run()
+        assert error.value.code == "export-inputs"
 
 
 def test_verification_can_be_left_out(tmp_path: Path) -> None:

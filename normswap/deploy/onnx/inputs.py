@@ -68,6 +68,7 @@ def time_axes(inputs: Any, asked: bool | int | Mapping[str, int]) -> dict[str, i
             hint="give the axis that time is on, 1 where the batch is on axis 0; or in Python the axis of each input "
             "that has one, by its name, all of one length",
         )
+    _refuse_none("time", next(iter(lengths)))
     return found
 
 
@@ -116,7 +117,18 @@ def batch_size(inputs: Any, times: Mapping[str, int]) -> int:
             code="export-batch",
             hint=f"pass {argument('dynamic_batch', False)}",
         )
-    return next(iter(sizes.values()))
+    _refuse_none("batch", size := next(iter(sizes.values())))
+    return size
+
+
+def _refuse_none(axis: str, size: int) -> None:
+    """Raise InputError for a dynamic axis on which the example has nothing."""
+    if size == 0:
+        raise InputError(
+            f"the example inputs have size 0 on the {axis} axis: nothing can be exported or compared with them",
+            code="export-inputs",
+            hint="give at least one sample, and tensors without an axis of size 0",
+        )
 
 
 def resized(inputs: Any, batch: int, times: Mapping[str, int] | None = None) -> Any:
@@ -151,6 +163,7 @@ def dynamic_axes(inputs: dict[str, Any], batch: bool, spatial: bool, times: Mapp
             for axis, base in enumerate(names, 2):
                 size = (base, x.shape[axis])
                 taken = sum(name == base for name, _ in known)
+                _refuse_none(base, x.shape[axis])
                 named.setdefault(axis, known.setdefault(size, f"{base}{taken + 1}" if taken else base))
         return named
 

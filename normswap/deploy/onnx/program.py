@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["lowered", "name_axes", "to_onnx"]
 
+_PLAIN = (int, float, complex, str, bool, type(None))
+
 
 def to_onnx(
     model: nn.Module, inputs: dict[str, Any], dims: Any, opset: int
@@ -31,10 +33,8 @@ def to_onnx(
     in_names = [name for name, x in named_leaves(inputs) if isinstance(x, Tensor)]
     try:
         with untouched(model), torch.no_grad():
-            out_names = [
-                name if name not in in_names else f"{name}_out"
-                for name, _ in named_leaves(model(**pytree.tree_map_only(Tensor, torch.clone, inputs)))
-            ]
+            output = model(**pytree.tree_map_only(Tensor, torch.clone, inputs))
+            out_names = [name if name not in in_names else f"{name}_out" for name, _ in named_leaves(output)]
     except Exception as cause:
         raise InputError(
             f"{type(model).__name__} failed on the example inputs: {type(cause).__name__}: {first_line(cause)}",
@@ -58,11 +58,14 @@ def to_onnx(
     except Exception as failure:
         origin = failure.__cause__ or failure
         dynamic = any(pytree.tree_leaves(dims))
+        unknown = [type(x).__name__ for x in pytree.tree_leaves(output) if not isinstance(x, (Tensor, *_PLAIN))]
+        advice = f"pass {argument('dynamic_batch', False)} if it fixes the size; " if dynamic else ""
+        if unknown:  # not known to torch's pytree: it cannot look into them
+            advice = f"let forward return its tensors in a tuple or a dict instead of {unknown[0]}; "
         raise ExportError(
             f"torch cannot export {type(model).__name__}: {first_line(origin)}",
             code="export-failed",
-            hint=(f"pass {argument('dynamic_batch', False)} if it fixes the size; " if dynamic else "")
-            + f"the whole reason: {full_cause()}",
+            hint=advice + f"the whole reason: {full_cause()}",
         ) from origin
     assert program is not None  # only without dynamo
     write_scans(program.model)

@@ -13,7 +13,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from normswap.checks.comparison import TOLERANCES, verify
-from normswap.checks.self_check import eval_output, own_rounding
+from normswap.checks.self_check import eval_output, holds_nan, own_rounding
 from normswap.checks.verification import Verification
 from normswap.deploy.onnx.sizes import Condition, Sizes, at_sizes, breaking, sizes_of
 from normswap.errors import ExportError, InputError, VerificationError, argument, marked
@@ -54,7 +54,7 @@ def verified(model: nn.Module, path: Path, trials: dict[str, Any], rtol: float |
             raise VerificationError(
                 f"onnxruntime does not compute what the model does{where}: {found.failure}",
                 code="export-mismatch",
-                hint=f"nothing was written; {fixed if trial else 'try another opset'}",
+                hint=f"nothing was written; {_cause(model, inputs) or (fixed if trial else 'try another opset')}",
             )
         rows += [dataclasses.replace(r, name=r.name + where) for r in found.rows]
         proofs.append(found)
@@ -116,8 +116,7 @@ def _further(
             output = eval_output(model, dynamic.at(sizes))
         except InputError:
             return False
-        floats = [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point()]
-        return not any(bool(x.isnan().any()) for x in floats)
+        return not holds_nan(output)
 
     traced = dynamic.traced
     done: list[Sizes] = list(tried)
@@ -135,6 +134,24 @@ def _further(
             yield sizes, next((c.text for c in conditions if not c.holds(sizes)), "")
     values = sum(x.numel() for x in pytree.tree_leaves(dynamic.at(traced)) if isinstance(x, Tensor))
     yield from breaking(conditions, traced, done, values, runs)
+
+
+def _cause(model: nn.Module, inputs: Any) -> str:
+    """Return what in the model itself makes a comparison fail on these inputs; empty where nothing does."""
+    outputs = []
+    for seed in (0, 1):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            outputs.append(eval_output(model, inputs))
+    if holds_nan(outputs):
+        return "the model's own output holds NaN on these inputs: give others"
+    pairs = zip(*(pytree.tree_leaves(output) for output in outputs), strict=True)
+    if any(isinstance(x, Tensor) and not torch.equal(x, y) for x, y in pairs):
+        return (
+            "the model draws random numbers in eval mode too, and no file draws the same: F.dropout needs "
+            "training=self.training"
+        )
+    return ""
 
 
 def _compared(
