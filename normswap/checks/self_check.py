@@ -41,13 +41,13 @@ def holds_nan(output: Any) -> bool:
     return any(bool((x != x).any()) for x in valued)
 
 
-def reference_output(model: nn.Module, inputs: Inputs, otherwise: str = "") -> Any:
+def reference_output(model: nn.Module, inputs: Inputs, *, optional: bool = False) -> Any:
     """Return the output of the original, with which that of a model made of it is going to be compared.
 
     Args:
         model: The original; only read.
         inputs: Its inputs.
-        otherwise: What else than other inputs helps, for the hint.
+        optional: Whether the comparison can be left out.
 
     Raises:
         InputError: It does not run on ``inputs``, or its output holds NaN on them.
@@ -57,7 +57,8 @@ def reference_output(model: nn.Module, inputs: Inputs, otherwise: str = "") -> A
         raise InputError(
             "the original's own output holds NaN on these inputs: nothing can be compared with it",
             code="output-nan",
-            hint=f"give {argument('example_inputs')} on which it holds numbers" + otherwise,
+            hint=f"give {argument('example_inputs')} on which it holds numbers"
+            + (f"; {argument('check', False)} converts it unchecked" if optional else ""),
         )
     return output
 

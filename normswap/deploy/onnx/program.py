@@ -59,13 +59,17 @@ def to_onnx(
         origin = failure.__cause__ or failure
         dynamic = any(pytree.tree_leaves(dims))
         unknown = [type(x).__name__ for x in pytree.tree_leaves(output) if not isinstance(x, (Tensor, *_PLAIN))]
-        advice = f"pass {argument('dynamic_batch', False)} if it fixes the size; " if dynamic else ""
-        if unknown:  # not known to torch's pytree: it cannot look into them
-            advice = f"let forward return its tensors in a tuple or a dict instead of {unknown[0]}; "
         raise ExportError(
             f"torch cannot export {type(model).__name__}: {first_line(origin)}",
             code="export-failed",
-            hint=advice + f"the whole reason: {full_cause()}",
+            hint=(
+                f"let forward return its tensors in a tuple or a dict instead of {unknown[0]}; "
+                if unknown  # to torch's pytree, which cannot look into them
+                else f"pass {argument('dynamic_batch', False)} if it fixes the size; "
+                if dynamic
+                else ""
+            )
+            + f"the whole reason: {full_cause()}",
         ) from origin
     assert program is not None  # only without dynamo
     write_scans(program.model)
