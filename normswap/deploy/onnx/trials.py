@@ -141,7 +141,7 @@ def _cause(model: nn.Module, inputs: Any) -> str:
     outputs = []
     for seed in (0, 1):
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would leave seeds for other devices
             outputs.append(eval_output(model, inputs))
     if holds_nan(outputs):
         return "the model's own output holds NaN on these inputs: give others"
