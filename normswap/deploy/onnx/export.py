@@ -13,6 +13,7 @@ from normswap.deploy.onnx.artifact import ExportArtifact, describe
 from normswap.deploy.onnx.inputs import batch_size, bind_inputs, dynamic_axes, enlarged, lengthened, resized, time_axes
 from normswap.deploy.onnx.lowering import lower_group_norms
 from normswap.deploy.onnx.program import name_axes, to_onnx
+from normswap.deploy.onnx.quiet import quiet
 from normswap.deploy.onnx.sizes import sizes_of
 from normswap.deploy.onnx.trials import Dynamic, verified, verify_beyond
 from normswap.deploy.onnx.weights import fold_weights
@@ -99,7 +100,8 @@ def export_onnx(
         verification = verified(model, place(path), trials, rtol) if verify_outputs else None
         if verify_outputs:
             dynamic = Dynamic(example, dims, times, sizes_of(inputs, dims))
-            verify_beyond(model, place(path), dynamic, trials, conditions, rtol)
+            with quiet():  # of sizes that nobody asked for, nobody wants to read warnings
+                verify_beyond(model, place(path), dynamic, trials, conditions, rtol)
         return describe(program.model, path, verification)
 
 
