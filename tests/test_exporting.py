@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
 import json
 import logging
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -253,6 +256,75 @@ def test_a_batch_size_that_is_built_in_is_refused_with_a_hint(tmp_path: Path) ->
     assert export_onnx(model, path, example_inputs=torch.randn(4, 3), dynamic_batch=False).path.exists()
 
 
+class Branching(nn.Module):
+    """Doubles its output where a condition on the input's shape holds."""
+
+    def __init__(self, condition: Callable[[torch.Size], bool]) -> None:
+        super().__init__()
+        self.conv, self.condition = nn.Conv2d(3, 4, 3), condition
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = self.conv(x).mean((2, 3))
+        return pooled * 2 if self.condition(x.shape) else pooled
+
+
+@pytest.mark.parametrize(
+    ("condition", "spatial", "where"),
+    [
+        (lambda shape: shape[0] == 1, False, "batch 1"),
+        (lambda shape: shape[0] >= 4, False, "batch ≤ 3"),
+        (lambda shape: shape[0] == 9, False, "batch 9"),
+        (lambda shape: shape.numel() > 5000, False, "batch <= 625"),
+        (lambda shape: shape[2] == shape[3], True, "height = width"),
+        (lambda shape: shape[3] >= 30, True, "width ≤ 29"),
+    ],
+    ids=["one", "bound", "excepted", "product", "square", "map"],
+)
+def test_a_file_that_would_be_wrong_beyond_a_branch_on_a_size_is_refused(
+    tmp_path: Path, condition: Callable[[torch.Size], bool], spatial: bool, where: str
+) -> None:
+    model, x = Branching(condition).eval(), torch.randn(2, 3, 8, 8)
+    with pytest.raises(VerificationError, match="unlike the example's") as error:
+        export_onnx(model, tmp_path / "m.onnx", example_inputs=x, dynamic_spatial=spatial)
+    assert where in error.value.message
+    assert ("dynamic_spatial=False" if spatial else "dynamic_batch=False") in error.value.hint
+    assert not any(tmp_path.iterdir())
+    static = export_onnx(model, tmp_path / "m.onnx", example_inputs=x, dynamic_batch=False)
+    assert verify(model, static.path, x).ok
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Branching(lambda shape: len(shape) == 4),  # a branch on no size
+        Branching(lambda shape: shape[0] < 0),
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(2), nn.LayerNorm(36)),
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+    ],
+    ids=["rank", "never", "fixed-map", "pooled"],
+)
+def test_a_model_that_runs_alike_at_all_sizes_is_exported(tmp_path: Path, model: nn.Module) -> None:
+    model = model.eval()
+    artifact = export_onnx(model, tmp_path / "m.onnx", example_inputs=torch.randn(2, 3, 8, 8))
+    assert artifact.inputs[0].shape == ("batch", 3, 8, 8)
+    for batch in (1, 4, 40):
+        assert verify(model, artifact.path, torch.randn(batch, 3, 8, 8)).ok
+
+
+class Square(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ x).mean(1) * 2
+
+
+def test_sizes_on_which_the_model_itself_does_not_run_need_not_be_exported(tmp_path: Path) -> None:
+    artifact = export_onnx(
+        Square().eval(), tmp_path / "m.onnx", example_inputs=torch.randn(2, 3, 8, 8), dynamic_spatial=True
+    )
+    assert artifact.inputs[0].shape[2] == artifact.inputs[0].shape[3]
+    with pytest.raises(InputError):  # the negative control: there is nothing to compare the file with
+        verify(Square().eval(), artifact.path, torch.randn(2, 3, 8, 12))
+
+
 def test_inputs_without_a_common_batch_size_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="image 2, vector 1") as error:
         export_onnx(
@@ -436,8 +508,78 @@ def test_no_two_samples_of_an_exports_trials_are_alike(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(trials, "verify", seen)
     export_onnx(Named().eval(), tmp_path / "m.onnx", example_inputs=torch.randn(1, 3, 6, 6))
-    assert [len(x) for x in tried] == [1, 3]
+    assert [len(x) for x in tried] == [1, 3, 5]
     assert all(map(unlike_each_other, tried))
+
+
+def test_a_model_that_returns_zeros_alone_is_not_verified_by_them(tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval(), torch.randn(2, 3, 6, 6)
+    nn.init.constant_(model[0].bias, -99.0)
+    with pytest.raises(VerificationError, match="zero or infinite: nothing was compared") as error:
+        export_onnx(model, tmp_path / "m.onnx", example_inputs=x)
+    assert "verify_outputs=False" in error.value.hint
+    assert export_onnx(model, tmp_path / "m.onnx", example_inputs=x, verify_outputs=False).path.exists()
+    proven = export_onnx(model, tmp_path / "m.onnx", example_inputs=100 * x).verification  # the negative control
+    assert proven is not None
+    assert proven.ok
+
+
+class Ends(nn.Module):
+    """A layer and what a model may do with its output."""
+
+    def __init__(self, end: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.conv, self.end = nn.Conv2d(3, 4, 3), end
+
+    def forward(self, x: Tensor) -> Any:
+        return self.end(self.conv(x))
+
+
+@dataclasses.dataclass
+class Pair:
+    one: Tensor
+    two: Tensor
+
+
+@pytest.mark.parametrize(
+    ("end", "hint"),
+    [
+        (nn.functional.dropout, "training=self.training"),
+        (lambda x: x + torch.randn_like(x), "random numbers in eval mode"),
+        (lambda x: torch.where(x > 1e9, x, math.nan), "own output holds NaN"),
+        (lambda x: Pair(x, x + 1), "in a tuple or a dict instead of Pair"),
+    ],
+    ids=["dropout", "noise", "nan", "dataclass"],
+)
+def test_what_the_model_itself_does_wrong_is_named(tmp_path: Path, end: Callable[[Tensor], Any], hint: str) -> None:
+    with pytest.raises((ExportError, VerificationError)) as error:
+        export_onnx(Ends(end).eval(), tmp_path / "m.onnx", example_inputs=torch.randn(2, 3, 6, 6))
+    assert hint in error.value.hint
+    assert "dynamic_batch" not in error.value.hint
+    plain = Ends(lambda x: {"one": x, "two": x + 1}).eval()  # the negative control
+    assert export_onnx(plain, tmp_path / "m.onnx", example_inputs=torch.randn(2, 3, 6, 6)).path.exists()
+
+
+@pytest.mark.parametrize("size", [0, 1])
+def test_an_example_of_size_0_is_refused(tmp_path: Path, size: int) -> None:
+    for shape, options in (
+        ((size, 3, 6, 6), {}),
+        ((2, size, 6), {"dynamic_time": True}),
+        ((2, 3, size), {"dynamic_spatial": True}),
+    ):
+        run = functools.partial(
+            export_onnx,
+            nn.Softplus().eval(),
+            tmp_path / "m.onnx",
+            example_inputs=torch.randn(shape),
+            **options,  # type: ignore[arg-type]
+        )
+        if size:  # the negative control
+            assert run().path.exists()
+            continue
+        with pytest.raises(InputError, match="size 0") as error:
+            run()
+        assert error.value.code == "export-inputs"
 
 
 def test_verification_can_be_left_out(tmp_path: Path) -> None:

@@ -519,7 +519,7 @@ WRONG: dict[str, tuple[Callable[[Any], object], Any, Any, str]] = {
         lambda value: ns.verify(conv_net(), conv_net(), PICTURES, rtol=value),
         "1e-3",
         1e-3,
-        "rtol= must be a number ≥ 0, got '1e-3'",
+        "rtol= must be a finite number ≥ 0, got '1e-3'",
     ),
     "a report of a model": (
         lambda value: ns.write_report(value, "report.html"),

@@ -19,9 +19,11 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
+import normswap as ns
 from normswap.checks.comparison import TOLERANCES, verify
 from normswap.checks.self_check import eval_output, keeps_output
 from normswap.checks.verification import Verification
+from normswap.deploy.onnx.export import export_onnx
 from normswap.errors import InputError, VerificationError
 from normswap.runs.arguments import named_leaves
 
@@ -108,7 +110,7 @@ def test_given_tolerances_replace_the_table() -> None:
 
 
 def test_an_output_of_zeros_equals_only_zeros() -> None:
-    assert compared(torch.zeros(3), torch.zeros(3)).ok
+    assert compared(torch.zeros(3), torch.zeros(3)).rows[0].ok
     found = compared(torch.zeros(3), torch.full((3,), 1e-6))
     assert not found.ok
     assert found.max_rel == math.inf
@@ -162,6 +164,34 @@ def test_outputs_without_a_value_prove_nothing() -> None:
     assert nothing.reason == "all outputs are empty: nothing was compared"
     assert not compared(torch.zeros(0, 4), torch.zeros(1, 4)).ok
     assert compared((torch.zeros(0, 4), torch.ones(1)), (torch.zeros(0, 4), torch.ones(1))).ok
+
+
+@pytest.mark.parametrize("value", [0.0, math.inf, -math.inf])
+def test_outputs_of_zeros_or_infinities_alone_prove_nothing(value: float) -> None:
+    """Two networks that overflow everywhere, or whose last activation is never reached, may be any two."""
+    same = torch.full((2, 3), value)
+    found = compared(same, same.clone())
+    assert not found.ok
+    assert found.proves_nothing
+    assert found.reason == "all outputs are zero or infinite: nothing was compared"
+    assert "prove nothing" in str(found)
+    # The negative controls: one value anywhere is one that was compared, and the number of a class may be 0.
+    assert compared((same, torch.ones(1)), (same, torch.ones(1))).ok
+    assert not compared((same, torch.ones(1)), (same, torch.zeros(1))).proves_nothing
+    assert compared(torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)).ok
+
+
+@pytest.mark.parametrize("zero", [True, False])
+def test_a_network_of_zeros_is_not_blamed_and_not_proven(zero: bool) -> None:
+    model, x = nn.Sequential(network(), nn.Flatten(), nn.Linear(144, 2)).eval(), torch.randn(2, 3, 8, 8)
+    if zero:
+        nn.init.zeros_(model[2].weight)
+        nn.init.zeros_(model[2].bias)
+    found = keeps_output(eval_output(model, (x,)), model, (x,))
+    assert (found is None) is zero
+    other = keeps_output(torch.ones(2, 2), model, (x,))  # the negative control
+    assert other is not None
+    assert not other.ok
 
 
 def test_complex_and_python_outputs_are_compared() -> None:
@@ -306,6 +336,83 @@ def test_inputs_that_do_not_fit_an_onnx_file_are_refused_with_what_it_takes(
     assert message in error.value.message
     assert error.value.code == "onnx-inputs"
     assert error.value.hint == "the file takes x: float32 [N, 3], y: float32 [N, 3]"
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda x: x.to(torch.float8_e4m3fn),
+        lambda x: x.to(torch.float8_e5m2),
+        lambda x: x.to(torch.complex64).conj(),
+        lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
+        lambda x: x.to_sparse(),
+        lambda x: x.to_sparse_csr(),
+        lambda x: x.to_mkldnn(),
+    ],
+    ids=["e4m3", "e5m2", "conjugated", "quantized", "sparse", "csr", "mkldnn"],
+)
+@pytest.mark.filterwarnings("ignore")  # torch calls some of these forms a prototype
+def test_outputs_in_other_forms_are_compared(form: Callable[[Tensor], Tensor]) -> None:
+    x = torch.randn(2, 3)
+    assert verify(form, form, x).ok
+    assert not verify(form, lambda x: form(1.5 * x), x).ok  # the negative control
+
+
+@pytest.mark.parametrize(
+    ("form", "reason"),
+    [(lambda x: x.to("meta"), "meta device"), (lambda x: torch.nested.nested_tensor(list(x)), "nested")],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_outputs_without_a_form_to_compare_are_named(form: Callable[[Tensor], Tensor], reason: str) -> None:
+    found = verify(form, form, torch.randn(2, 3))
+    assert not found.ok
+    assert reason in found.failure
+    assert verify(lambda x: x, lambda x: x, torch.randn(2, 3)).ok  # the negative control
+
+
+@pytest.mark.parametrize("name", ["rtol", "atol"])
+def test_an_infinite_tolerance_is_refused(name: str) -> None:
+    for value in (math.inf, math.nan, -1.0):
+        with pytest.raises(InputError, match="finite number") as error:
+            compared(torch.ones(1), torch.zeros(1), **{name: value})
+        assert error.value.code == "option-type"
+    assert compared(torch.ones(1), torch.zeros(1), **{name: 1e9}).ok  # the negative control
+
+
+@pytest.mark.parametrize("nan", [True, False])
+def test_an_original_whose_own_output_holds_nan_is_blamed_itself(nan: bool) -> None:
+    class Ends(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.where(super().forward(x) > 1e9, 1.0, math.nan) if nan else super().forward(x)
+
+    model, x = Ends(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval(), torch.randn(2, 3, 6, 6)
+    for run in (lambda: ns.convert(model, to="wn", example_inputs=(x,)), lambda: ns.fold(model, example_inputs=(x,))):
+        if not nan:  # the negative control
+            run()
+            continue
+        with pytest.raises(InputError, match="original's own output holds NaN") as error:
+            run()
+        assert error.value.code == "output-nan"
+
+
+class Mapped(nn.Module):
+    """One input that is a dict, whose tensors have different weights."""
+
+    def forward(self, d: dict[str, Any], x: Tensor) -> Tensor:
+        return d["a"] - 2 * d["b"][0] + 3 * d["b"][1] + 5 * x
+
+
+def test_the_tensors_of_a_dict_go_to_the_inputs_of_their_names(tmp_path: Path) -> None:
+    a, b, c, x = torch.randn(4, 2, 3)
+    export_onnx(Mapped().eval(), tmp_path / "m.onnx", example_inputs=({"b": [b, c], "a": a}, x))
+    for inputs in (({"b": [b, c], "a": a}, x), ({"a": a, "b": [b, c]}, x), {"x": x, "d": {"a": a, "b": [b, c]}}):
+        assert verify(Mapped().eval(), tmp_path / "m.onnx", inputs).ok
+    swapped = verify(  # the negative control
+        lambda d, x: Mapped()({"a": d["b"][0], "b": [d["a"], d["b"][1]]}, x),
+        tmp_path / "m.onnx",
+        ({"a": a, "b": [b, c]}, x),
+    )
+    assert not swapped.ok
 
 
 def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:

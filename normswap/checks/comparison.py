@@ -6,7 +6,9 @@ whole output: rounding errors scale with what was summed, not with the one value
 default atol is 0 and rtol comes from ``TOLERANCES``, by the coarser dtype of the two. A NaN is never equal,
 not even to a NaN in the same place: two broken networks prove nothing. Infinities must agree in place and
 sign (masks are made of them). Integers and booleans must be identical. A comparison of no outputs has failed, and so
-has one of outputs without a value: a detector that finds nothing returns empty boxes, whatever its weights are.
+has one of outputs without a value that could differ. A detector that finds nothing returns empty boxes, a network that
+overflows infinities, and one whose last activation is never reached zeros, whatever their weights are: at least one
+output must hold a floating point value that is finite and not 0, or an integer.
 """
 
 from __future__ import annotations
@@ -63,9 +65,10 @@ def verify(
     """
     tolerances: dict[str, Any] = {"rtol": rtol, "atol": atol}
     for name, value in tolerances.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, Real) or not float(value) >= 0):
+        number = isinstance(value, Real) and not isinstance(value, bool)
+        if value is not None and not (number and 0 <= float(value) < math.inf):  # all would be equal within infinity
             raise InputError(
-                f"{argument(name)} must be a number ≥ 0, got {value!r}",
+                f"{argument(name)} must be a finite number ≥ 0, got {value!r}",
                 code="option-type",
                 hint="without it the tolerance goes by the outputs' dtype",
             )
@@ -92,8 +95,21 @@ def verify(
     if isinstance(pairs, str):
         return Verification(*names, rows=(), reason=pairs)
     rows = tuple(_compare(name, x, y, rtol, atol) for name, x, y in pairs)
-    empty = all(row.ok and 0 in row.shape for row in rows)
-    return Verification(*names, rows, reason="all outputs are empty: nothing was compared" if empty else "")
+    return Verification(*names, rows, reason=_proves_nothing(rows))
+
+
+def _proves_nothing(rows: tuple[OutputRow, ...]) -> str:
+    """Return why outputs that are all equal hold nothing that was compared; empty where they hold something."""
+    if all(row.ok and 0 in row.shape for row in rows):
+        return "all outputs are empty: nothing was compared"
+    if all(row.ok and (0 in row.shape or (row.scale == 0 and not _counts(row.dtype))) for row in rows):
+        return "all outputs are zero or infinite: nothing was compared"
+    return ""
+
+
+def _counts(dtype: str) -> bool:
+    """Whether 0 is a value like any other: the number of a class is."""
+    return not any(kind in dtype for kind in ("float", "complex"))
 
 
 def _runner(thing: Comparable, role: str) -> tuple[str, Runner]:
@@ -145,14 +161,17 @@ def _paired(a: Named, b: Named, *, by_position: bool) -> list[tuple[str, Any, An
 def _compare(name: str, a: Any, b: Any, rtol: float | None, atol: float | None) -> OutputRow:
     """Return how far ``b`` is from ``a``, see Note [What counts as equal]."""
     x, y = _as_tensor(a), _as_tensor(b)
-    if x is None or y is None:
-        kinds = f"{type(a).__name__} and {type(b).__name__}"
+    if isinstance(x, str) or isinstance(y, str):
+        both = [t if isinstance(t, str) else type(v).__name__ for t, v in ((x, a), (y, b))]
+        kinds = " and ".join(both)
         return _incomparable(name, (), kinds, f"cannot be compared: {kinds}")
     shape, dtypes = tuple(x.shape), dtype_name(x) if x.dtype == y.dtype else f"{dtype_name(x)}/{dtype_name(y)}"
     if x.shape != y.shape:
         return _incomparable(name, shape, dtypes, f"has shape {list(x.shape)} in a, {list(y.shape)} in b")
     if x.is_complex() and y.is_complex():
         x, y = torch.view_as_real(x), torch.view_as_real(y)
+    tolerances = _tolerance(x.dtype), _tolerance(y.dtype)
+    x, y = (t.float() if t.is_floating_point() and t.itemsize == 1 else t for t in (x, y))  # float8 has few operations
     if not (x.is_floating_point() and y.is_floating_point()):
         if x.dtype != y.dtype:
             return _incomparable(name, shape, dtypes, f"is {dtype_name(x)} in a, {dtype_name(y)} in b")
@@ -163,7 +182,7 @@ def _compare(name: str, a: Any, b: Any, rtol: float | None, atol: float | None) 
         infinite = x.isinf() | y.isinf()
         if not torch.equal(x[infinite].double(), y[infinite].double()):
             return _incomparable(name, shape, dtypes, "is infinite in different places")
-        tolerance = max(_tolerance(t.dtype) for t in (x, y)) if rtol is None else rtol
+        tolerance = max(tolerances) if rtol is None else rtol
         allowed, tiny = atol or 0.0, torch.finfo(x.dtype).tiny
         x, y = x[~infinite], y[~infinite]
     different = int((x != y).sum())
@@ -184,16 +203,23 @@ def _incomparable(name: str, shape: tuple[int, ...], dtype: str, reason: str) ->
     return OutputRow(name, shape, dtype, math.inf, math.nan, math.inf, 0.0, ok=False, reason=reason)
 
 
-def _as_tensor(value: Any) -> Tensor | None:
-    """Return a tensor on the CPU, or None where the value is none and cannot be made one."""
+def _as_tensor(value: Any) -> Tensor | str:
+    """Return a plain tensor on the CPU, or what the value is where it is none and cannot be made one."""
     if isinstance(value, Tensor):
-        return value.detach().cpu()
+        if value.is_meta:
+            return "a tensor on the meta device, without values"
+        if value.is_nested:
+            return "a nested tensor (return its parts: .unbind())"
+        plain = value.detach().cpu()
+        plain = plain.dequantize() if plain.is_quantized else plain
+        plain = plain if plain.layout is torch.strided else plain.to_dense()
+        return plain.resolve_conj().resolve_neg()
     if isinstance(value, float):
         return torch.tensor(value, dtype=torch.float64)
     try:
         return torch.from_numpy(np.array(value))
     except TypeError:  # strings, objects
-        return None
+        return type(value).__name__
 
 
 def _tolerance(dtype: torch.dtype) -> float:

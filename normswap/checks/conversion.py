@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from normswap.checks.self_check import eval_output, keeps_output, output_after
+from normswap.checks.self_check import keeps_output, output_after, reference_output
 from normswap.checks.verification import Verification
 from normswap.errors import InputError, NothingToConvertError, Text, VerificationError, argument, marked
 from normswap.records import Plan
@@ -88,7 +88,8 @@ class Promise:
         inputs = example if example is not None else make_up_inputs(model)
         if inputs is None:
             return cls()
-        return cls((eval_output(model, inputs), inputs) if exact else None, inputs if opaque else None)
+        expected = (reference_output(model, inputs, optional=True), inputs) if exact else None
+        return cls(expected, inputs if opaque else None)
 
     def keep(self, model: nn.Module) -> Verification | None:
         """Return the comparison of the converted model's output with the original's, None where none was promised.

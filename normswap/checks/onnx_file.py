@@ -59,14 +59,19 @@ class OnnxFile:
         return list(zip(names, self.session.run(names, feed), strict=True))
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Return the arrays by input name; what is no tensor is a constant in the file and is passed over."""
+        """Return the arrays by input name; what is no tensor is a constant in the file and is passed over.
+
+        Positional inputs go by position, the tensors within one by the names that the file has for them: of an input
+        ``d`` that is a dict with ``a`` and ``b``, those are ``d_a`` and ``d_b``, in whatever order the dict is written.
+        """
         expected = self.session.get_inputs()
         given = [(name, x) for name, x in named_leaves(kwargs or list(args)) if isinstance(x, Tensor)]
         if kwargs and {name for name, _ in given} != {node.name for node in expected}:
             raise self.misfit("got the inputs " + ", ".join(name for name, _ in given))
         if len(given) != len(expected):
             raise self.misfit(f"got {len(given)} input tensors")
-        tensors = [x for _, x in given] if not kwargs else [dict(given)[node.name] for node in expected]
+        names = [node.name for node in expected]
+        tensors = [dict(given)[name] for name in names] if kwargs else _in_order(args, names)
         for node, x in zip(expected, tensors, strict=True):
             fits = len(node.shape) == x.ndim and all(
                 not isinstance(size, int) or size == n for size, n in zip(node.shape, x.shape, strict=True)
@@ -97,3 +102,19 @@ class OnnxFile:
             for node in self.session.get_inputs()
         )
         return InputError(f"{self.path.name}: {got}", code="onnx-inputs", hint=f"the file takes {takes}")
+
+
+def _in_order(args: tuple[Any, ...], names: list[str]) -> list[Tensor]:
+    """Return the tensors of positional inputs in the order of the file's names, as many as there are."""
+    found: list[Tensor] = []
+    for arg in args:
+        leaves = {name: x for name, x in named_leaves((arg,), "") if isinstance(x, Tensor)}
+        own = names[len(found) : len(found) + len(leaves)]
+        suffixes = {name.removeprefix("_0"): x for name, x in leaves.items()}  # _a of {"a": x}, nothing of a tensor
+        prefixes = {own[0].removesuffix(suffix) for suffix in suffixes} if own else set()
+        by_name = next(
+            (fits for prefix in prefixes if (fits := {prefix + s: x for s, x in suffixes.items()}).keys() == set(own)),
+            None,
+        )
+        found += [by_name[name] for name in own] if by_name is not None else leaves.values()
+    return found

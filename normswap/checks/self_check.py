@@ -11,12 +11,12 @@ from torch.utils import _pytree as pytree
 
 from normswap.checks.comparison import verify
 from normswap.checks.verification import Verification
-from normswap.errors import InputError, VerificationError, first_line
+from normswap.errors import InputError, VerificationError, argument, first_line
 from normswap.runs.calling import run_on_data
 from normswap.runs.guard import copy_of, set_mode, untouched
 from normswap.runs.inputs import Inputs
 
-__all__ = ["broken", "eval_output", "keeps_output", "output_after", "own_rounding"]
+__all__ = ["broken", "eval_output", "holds_nan", "keeps_output", "output_after", "own_rounding", "reference_output"]
 
 _MARGIN = 10
 """How far two ways of computing one function may be apart, as a multiple of the rounding error of one of them."""
@@ -32,6 +32,35 @@ def eval_output(model: nn.Module, inputs: Inputs) -> Any:
         set_mode(model, False)
         # An output may be a tensor that the model holds, and is put back.
         return pytree.tree_map_only(Tensor, torch.clone, run_on_data(model, inputs))
+
+
+def holds_nan(output: Any) -> bool:
+    """Whether an output holds NaN, with which nothing can be compared."""
+    tensors = [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor) and x.layout is torch.strided]
+    valued = [x for x in tensors if not (x.is_meta or x.is_nested or x.is_quantized)]
+    return any(bool((x != x).any()) for x in valued)
+
+
+def reference_output(model: nn.Module, inputs: Inputs, *, optional: bool = False) -> Any:
+    """Return the output of the original, with which that of a model made of it is going to be compared.
+
+    Args:
+        model: The original; only read.
+        inputs: Its inputs.
+        optional: Whether the comparison can be left out.
+
+    Raises:
+        InputError: It does not run on ``inputs``, or its output holds NaN on them.
+    """
+    output = eval_output(model, inputs)
+    if holds_nan(output):
+        raise InputError(
+            "the original's own output holds NaN on these inputs: nothing can be compared with it",
+            code="output-nan",
+            hint=f"give {argument('example_inputs')} on which it holds numbers"
+            + (f"; {argument('check', False)} converts it unchecked" if optional else ""),
+        )
+    return output
 
 
 def output_after(model: nn.Module, inputs: Inputs, hint: str = "report this model") -> Any:
@@ -57,7 +86,10 @@ def broken(error: InputError, hint: str = "report this model") -> VerificationEr
 
 
 def keeps_output(expected: Any, model: nn.Module, inputs: Inputs) -> Verification | None:
-    """Compare ``model``'s output with ``expected``, allowing for rounding; None where ``expected`` holds no value.
+    """Compare ``model``'s output with ``expected``, allowing for rounding; None where that proves nothing.
+
+    It proves nothing where both hold no value that could differ: a detector may find nothing, and a network whose last
+    layer is initialized with zeros gives zeros.
 
     A wrong absorption moves an output by a good part of itself, rounding by little: 1e-3 is allowed in float32. A model
     that amplifies its own rounding errors beyond that is allowed ten times what they are.
@@ -71,6 +103,8 @@ def keeps_output(expected: Any, model: nn.Module, inputs: Inputs) -> Verificatio
     if not any(leaf.numel() for leaf in pytree.tree_leaves((expected, found)) if isinstance(leaf, Tensor)):
         return None
     result = _compared(expected, found, inputs, rtol)
+    if result.proves_nothing:
+        return None
     if result.ok:
         return result
     return _compared(expected, found, inputs, max(rtol, _MARGIN * own_rounding(model, inputs)))

@@ -64,6 +64,11 @@ class Verification:
         return not self.reason and bool(self.rows) and all(row.ok for row in self.rows)
 
     @property
+    def proves_nothing(self) -> bool:
+        """Whether the two differ in nothing, but gave nothing that could have differed."""
+        return bool(self.reason) and bool(self.rows) and all(row.ok for row in self.rows)
+
+    @property
     def max_abs(self) -> float:
         """The largest absolute difference; infinite where the outputs could not be compared."""
         return max((row.max_abs for row in self.rows), default=math.inf)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import fx, nn
 
 from normswap.checks.conversion import refuse_unfit
-from normswap.checks.self_check import broken, eval_output, keeps_output
+from normswap.checks.self_check import broken, eval_output, keeps_output, reference_output
 from normswap.checks.verification import Verification
 from normswap.deploy.affines import Fused, fuse_affines, is_hooked, put, rank_of, ranks_on, standing_alone
 from normswap.deploy.conditions import at_class, without_identities
@@ -247,7 +247,7 @@ def _check(model: nn.Module, folded: nn.Module, given: Inputs | None, example: I
         inputs = make_up_inputs(model)  # nothing explains that the folded model takes no input that the model takes
     if inputs is None:
         return None
-    check = keeps_output(eval_output(model, inputs if given is None else given), folded, inputs)
+    check = keeps_output(reference_output(model, inputs if given is None else given), folded, inputs)
     if check is not None and not check.ok:
         raise VerificationError(
             f"folding moved the output by {check.max_rel:.1e} of its size (allowed {check.tolerance:.0e})",

@@ -13,7 +13,9 @@ from normswap.deploy.onnx.artifact import ExportArtifact, describe
 from normswap.deploy.onnx.inputs import batch_size, bind_inputs, dynamic_axes, enlarged, lengthened, resized, time_axes
 from normswap.deploy.onnx.lowering import lower_group_norms
 from normswap.deploy.onnx.program import name_axes, to_onnx
-from normswap.deploy.onnx.trials import verified
+from normswap.deploy.onnx.quiet import quiet
+from normswap.deploy.onnx.sizes import sizes_of
+from normswap.deploy.onnx.trials import Dynamic, verified, verify_beyond
 from normswap.deploy.onnx.weights import fold_weights
 from normswap.deploy.unfolded import needs_inputs, unfolded
 from normswap.errors import ExportError, InputError, argument, first_line, function, parameter
@@ -57,7 +59,8 @@ def export_onnx(
         dynamic_time: Whether sequences may have any length: True where time is on axis 1, else the axis, or the axis
             of each input that has one by its name. A file that is right for the example's length alone is refused.
         verify_outputs: Whether to compare the file with the model, on the example and on other sizes: another batch,
-            and where they may vary, larger maps and sequences twice as long.
+            and where they may vary, larger maps and sequences twice as long. A size of 1, and sizes at which the
+            model branches, are compared as well where the model itself runs on them.
         rtol: The difference to allow, relative to each output's largest value; default five times that of ``verify``,
             because another library sums in another order, layer after layer.
 
@@ -77,14 +80,15 @@ def export_onnx(
     if times:
         inputs = lengthened(inputs, times, 2)  # torch.export may take an example size of 1 for a constant
         trials["twice as long"] = inputs
+    example = inputs
     if dynamic_batch:
         batch = max(2, batch_size(inputs, times))  # the same
         inputs, trials[f"batch {batch + 1}"] = resized(inputs, batch, times), resized(inputs, batch + 1, times)
     if dynamic_spatial:
         trials["larger"] = pytree.tree_map_only(Tensor, enlarged, inputs)
     dims = dynamic_axes(inputs, dynamic_batch, dynamic_spatial, times)
-    program = to_onnx(model, inputs, dims, opset)
-    name_axes(program, dims)
+    program, conditions = to_onnx(model, inputs, dims, opset)
+    name_axes(program, inputs, dims)
     lower_group_norms(program.model)
     fold_weights(program.model)
     for node in program.model.graph.all_nodes():
@@ -94,6 +98,10 @@ def export_onnx(
         with reported(path):
             _write(program.model, place(path))
         verification = verified(model, place(path), trials, rtol) if verify_outputs else None
+        if verify_outputs:
+            dynamic = Dynamic(example, dims, times, sizes_of(inputs, dims))
+            with quiet():  # of sizes that nobody asked for, nobody wants to read warnings
+                verify_beyond(model, place(path), dynamic, trials, conditions, rtol)
         return describe(program.model, path, verification)
 
 

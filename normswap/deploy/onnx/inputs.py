@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from normswap.errors import ExportError, InputError, argument
 from normswap.runs.arguments import as_arguments, named_leaves
 
-__all__ = ["batch_size", "bind_inputs", "dynamic_axes", "enlarged", "lengthened", "resized", "time_axes"]
+__all__ = ["axes_of", "batch_size", "bind_inputs", "dynamic_axes", "enlarged", "lengthened", "resized", "time_axes"]
 
 SPATIAL = {1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "width")}
 
@@ -68,6 +68,7 @@ def time_axes(inputs: Any, asked: bool | int | Mapping[str, int]) -> dict[str, i
             hint="give the axis that time is on, 1 where the batch is on axis 0; or in Python the axis of each input "
             "that has one, by its name, all of one length",
         )
+    _refuse_none("time", next(iter(lengths)))
     return found
 
 
@@ -116,7 +117,18 @@ def batch_size(inputs: Any, times: Mapping[str, int]) -> int:
             code="export-batch",
             hint=f"pass {argument('dynamic_batch', False)}",
         )
-    return next(iter(sizes.values()))
+    _refuse_none("batch", size := next(iter(sizes.values())))
+    return size
+
+
+def _refuse_none(axis: str, size: int) -> None:
+    """Raise InputError for a dynamic axis on which the example has nothing."""
+    if size == 0:
+        raise InputError(
+            f"the example inputs have size 0 on the {axis} axis: nothing can be exported or compared with them",
+            code="export-inputs",
+            hint="give at least one sample, and tensors without an axis of size 0",
+        )
 
 
 def resized(inputs: Any, batch: int, times: Mapping[str, int] | None = None) -> Any:
@@ -151,7 +163,18 @@ def dynamic_axes(inputs: dict[str, Any], batch: bool, spatial: bool, times: Mapp
             for axis, base in enumerate(names, 2):
                 size = (base, x.shape[axis])
                 taken = sum(name == base for name, _ in known)
+                _refuse_none(base, x.shape[axis])
                 named.setdefault(axis, known.setdefault(size, f"{base}{taken + 1}" if taken else base))
         return named
 
     return _by_name(dims, pytree.tree_map(lambda x: x if isinstance(x, Tensor) else None, inputs))
+
+
+def axes_of(inputs: Any, dims: Any) -> list[tuple[Tensor, dict[int, str]]]:
+    """Return each tensor with the names of its dynamic axes, see :func:`dynamic_axes`."""
+    named = [axes for axes in pytree.tree_leaves(dims, is_leaf=_is_axes) if axes is not None]
+    return list(zip([x for _, x in _tensors(inputs)], named, strict=True))
+
+
+def _is_axes(leaf: Any) -> bool:
+    return isinstance(leaf, dict) and all(isinstance(axis, int) for axis in leaf)

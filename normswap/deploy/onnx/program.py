@@ -8,9 +8,11 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from normswap.deploy.onnx.inputs import axes_of
 from normswap.deploy.onnx.normalized import lower_normalized, write_scans
 from normswap.deploy.onnx.quiet import quiet
 from normswap.deploy.onnx.recurrent import TRANSLATIONS, lower_recurrent
+from normswap.deploy.onnx.sizes import Condition, assumptions, recorded
 from normswap.errors import ExportError, InputError, argument, first_line, full_cause
 from normswap.nn.plain import made_torchs
 from normswap.runs.arguments import named_leaves
@@ -21,16 +23,18 @@ if TYPE_CHECKING:
 
 __all__ = ["lowered", "name_axes", "to_onnx"]
 
+_PLAIN = (int, float, complex, str, bool, type(None))
 
-def to_onnx(model: nn.Module, inputs: dict[str, Any], dims: Any, opset: int) -> torch.onnx.ONNXProgram:
-    """Return torch's own ONNX form of the model, with readable names."""
+
+def to_onnx(
+    model: nn.Module, inputs: dict[str, Any], dims: Any, opset: int
+) -> tuple[torch.onnx.ONNXProgram, list[Condition]]:
+    """Return torch's own ONNX form of the model, with readable names, and what it takes for granted of the sizes."""
     in_names = [name for name, x in named_leaves(inputs) if isinstance(x, Tensor)]
     try:
         with untouched(model), torch.no_grad():
-            out_names = [
-                name if name not in in_names else f"{name}_out"
-                for name, _ in named_leaves(model(**pytree.tree_map_only(Tensor, torch.clone, inputs)))
-            ]
+            output = model(**pytree.tree_map_only(Tensor, torch.clone, inputs))
+            out_names = [name if name not in in_names else f"{name}_out" for name, _ in named_leaves(output)]
     except Exception as cause:
         raise InputError(
             f"{type(model).__name__} failed on the example inputs: {type(cause).__name__}: {first_line(cause)}",
@@ -39,7 +43,7 @@ def to_onnx(model: nn.Module, inputs: dict[str, Any], dims: Any, opset: int) -> 
         ) from cause
     form = lowered(model)
     try:
-        with quiet(), untouched(form), torch.no_grad():
+        with quiet(), untouched(form), recorded() as traced, torch.no_grad():
             program = torch.onnx.export(
                 form,
                 kwargs=inputs,
@@ -54,10 +58,17 @@ def to_onnx(model: nn.Module, inputs: dict[str, Any], dims: Any, opset: int) -> 
     except Exception as failure:
         origin = failure.__cause__ or failure
         dynamic = any(pytree.tree_leaves(dims))
+        unknown = [type(x).__name__ for x in pytree.tree_leaves(output) if not isinstance(x, (Tensor, *_PLAIN))]
         raise ExportError(
             f"torch cannot export {type(model).__name__}: {first_line(origin)}",
             code="export-failed",
-            hint=(f"pass {argument('dynamic_batch', False)} if it fixes the size; " if dynamic else "")
+            hint=(
+                f"let forward return its tensors in a tuple or a dict instead of {unknown[0]}; "
+                if unknown  # to torch's pytree, which cannot look into them
+                else f"pass {argument('dynamic_batch', False)} if it fixes the size; "
+                if dynamic
+                else ""
+            )
             + f"the whole reason: {full_cause()}",
         ) from origin
     assert program is not None  # only without dynamo
@@ -68,7 +79,7 @@ def to_onnx(model: nn.Module, inputs: dict[str, Any], dims: Any, opset: int) -> 
             code="export-opset",
             hint=f"pass {argument('opset', got)}",
         )
-    return program
+    return program, assumptions(traced[-1], inputs, dims) if traced else []
 
 
 def lowered(model: nn.Module) -> nn.Module:
@@ -83,13 +94,12 @@ def lowered(model: nn.Module) -> nn.Module:
     return copied
 
 
-def name_axes(program: torch.onnx.ONNXProgram, dims: Any) -> None:
+def name_axes(program: torch.onnx.ONNXProgram, inputs: Any, dims: Any) -> None:
     """Give the dynamic axes their names; an axis that the exporter has fixed is an error."""
     import onnx_ir as ir
 
-    wanted = [d for d in pytree.tree_leaves(dims, is_leaf=_is_axes) if d is not None]
     renamed: dict[str | ir.SymbolicDim, str] = {}
-    for value, axes in zip(program.model.graph.inputs, wanted, strict=True):
+    for value, (_, axes) in zip(program.model.graph.inputs, axes_of(inputs, dims), strict=True):
         for axis, name in axes.items():
             size = value.shape[axis] if value.shape is not None else None
             if not isinstance(size, ir.SymbolicDim):
@@ -108,7 +118,3 @@ def name_axes(program: torch.onnx.ONNXProgram, dims: Any) -> None:
 
 _FIXED = {"batch": "export-batch", "time": "export-time"}
 """The error's code, by the name of the axis."""
-
-
-def _is_axes(leaf: Any) -> bool:
-    return isinstance(leaf, dict) and all(isinstance(axis, int) for axis in leaf)
