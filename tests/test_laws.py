@@ -667,7 +667,13 @@ def test_training_gives_finite_gradients_everywhere_and_none_is_lost(name: str, 
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     for _ in range(2):
         optimizer.zero_grad()
-        laws.loss(known.entry.run(model, known.inputs)).backward()
+        loss = laws.loss(known.entry.run(model, known.inputs))
+        try:
+            loss.backward()
+        except InputError as refused:
+            if refused.code == "recomputed" and recipe in ("streaming", "bcn"):
+                return  # these cannot be run again by gradient checkpointing
+            raise
         assert not not_finite(model)
         if all(p.grad is not None for p in original.parameters() if p.requires_grad):
             assert not [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
