@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 FILE = Path(__file__).resolve().parent / "durations.json"
-SHARE, LONGEST = 0.1, 0.5
+SHARE, LONGEST = 0.05, 0.2
 DIGITS = 3
 
 

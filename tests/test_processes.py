@@ -14,7 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
+pytestmark = [
+    pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed"),
+    pytest.mark.slow,  # the first of these tests, whichever it is, waits for the processes that all of them share
+]
 
 QUICK = ("match", "match in float32", "match, uneven", "initialize", "by itself", "fails in one", "at last")
 EQUAL = [
