@@ -567,10 +567,28 @@ def test_vmap_over_stacked_parameters_is_one_layer_after_the_other(parametrized:
     for one in layers:
         randomize(one)
     parameters, _ = torch.func.stack_module_state(layers)
-    found = torch.func.vmap(lambda p: torch.func.functional_call(layer, p, (x,)))(parameters)
-    for k, one in enumerate(layers):
-        assert_equal(found[k], expected_output(one, x))
-    assert deviation(found[0], expected_output(layers[1], x)) > 0.1
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            found = torch.func.vmap(lambda p: torch.func.functional_call(layer, p, (x,)))(parameters)
+        for k, one in enumerate(layers):
+            assert_equal(found[k], expected_output(one, x))
+        assert deviation(found[0], expected_output(layers[1], x)) > 0.1
+
+
+def test_a_forward_without_gradients_is_the_same_and_is_watched_by_a_transformation(
+    parametrized: tuple[Any, Tensor],
+) -> None:
+    layer, x = parametrized
+    watched = layer(x).detach()
+    with torch.no_grad():
+        assert torch.equal(layer(x), watched)
+        given = {name: p.detach() for name, p in layer.named_parameters()}
+        slope = torch.func.grad(lambda p: torch.func.functional_call(layer, p, (x,)).pow(3).sum())(given)
+    with torch.inference_mode():
+        assert_equal(layer(x), expected_output(layer, x))
+    layer(x).pow(3).sum().backward()
+    for name, p in layer.named_parameters():
+        torch.testing.assert_close(slope[name], p.grad, rtol=1e-10, atol=1e-10)
 
 
 def test_functional_call_uses_the_parameters_given_and_leaves_the_layer_alone(

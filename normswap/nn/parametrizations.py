@@ -50,6 +50,9 @@ def _normalized(rows: Tensor, g: Tensor) -> Tensor:
     # Compiled code has no second derivatives, and a TorchScript file takes no function of Python.
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
         return torch._weight_norm(rows, g, 0)
+    # A function of Python costs more than the rows do; it is needed for derivatives, and for its rule of vmap.
+    if not torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
+        return torch._weight_norm_interface(rows.contiguous(), g, 0)[0]
     filters: Tensor = _NormalizedRows.apply(rows.contiguous(), g)[0]  # type: ignore[no-untyped-call]
     return filters
 
