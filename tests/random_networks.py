@@ -64,7 +64,7 @@ class Network:
         scope: dict[str, Any] = {"__name__": "random_network"}
         exec(self.source, scope)
         with torch.random.fork_rng(devices=()):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             model: nn.Module = scope["Net"]().double()
         zoo.randomize_(model, seed)
         with torch.no_grad():

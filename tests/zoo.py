@@ -73,7 +73,7 @@ class Entry:
     def model(self, seed: int = 0) -> nn.Module:
         """A fresh model in eval mode, the same for the same seed; the global generator is left as it was."""
         with torch.random.fork_rng(devices=()):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             model = self.build()
         randomize_(model, seed)
         self.adjust(model)
