@@ -469,3 +469,41 @@ def test_a_norm_of_ones_own_says_why_it_stays() -> None:
 
     plan = ns.plan(nn.Sequential(nn.Conv2d(6, 6, 1), Whitening()).eval(), "gn")
     assert [skip.reason for skip in plan.skips if skip.what == "norm"] == ["it whitens"]
+
+
+# --------------------------------------------------------------------------------------- what other code expects of one
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.BatchNorm2d(4),  # what a norm of this package stands in the place of
+        ChannelAffine(4),
+        ChannelLayerNorm(4),
+        EstimatedStatistics(4, eps=1e-5),
+        MeanOnlyBatchNorm(4),
+        StreamingNorm(4),
+    ],
+    ids=lambda norm: type(norm).__name__,
+)
+def test_a_norm_keeps_the_memory_format(norm: nn.Module, layout: torch.memory_format) -> None:
+    x = torch.randn(2, 4, 3, 5).to(memory_format=layout)
+    for training in (True, False):
+        y = norm.train(training)(x)
+        assert y.stride() == x.stride()
+        if layout is torch.contiguous_format:
+            assert y.view(2, -1).shape == (2, 60)
+
+
+def test_a_mean_only_norm_lets_statistics_begin_anew_and_takes_no_variance() -> None:
+    """As loops do that average weights: Lightning's StochasticWeightAveraging assigns both statistics."""
+    norm, x = MeanOnlyBatchNorm(4).train(), torch.randn(8, 4)
+    norm(x)
+    norm.running_mean, norm.running_var = torch.zeros_like(norm.running_mean), torch.ones_like(norm.running_var)
+    assert "running_var" not in norm.state_dict()
+    norm.momentum, norm.num_batches_tracked = None, norm.num_batches_tracked * 0
+    norm(x)
+    torch.testing.assert_close(norm.running_mean, x.mean(0))
+    with pytest.raises(NormswapError, match="divides by none"):
+        norm.running_var = torch.full((4,), 2.0)

@@ -404,12 +404,20 @@ class Mine(optim.SGD):
     """A subclass may keep what it likes."""
 
 
+class Wrapper(optim.Optimizer):
+    """As accelerate's, Opacus' and Lightning's: the state is that of the optimizer within."""
+
+    def __init__(self, inner: optim.Optimizer) -> None:
+        self.inner = inner
+
+
 def test_what_cannot_be_migrated_is_refused_by_name_and_nothing_is_changed() -> None:
     model, optimizer = trained(MAKERS["SGD"])
     result = ns.convert(model, "wn", example_inputs=data()[:1])
     for given, code, words in (
         (Mine(model.parameters(), lr=0.1), "unknown-optimizer", "Mine"),
         (optim.LBFGS(model.parameters()), "unknown-optimizer", "LBFGS"),
+        (Wrapper(optimizer), "wrapped-optimizer", "around the SGD in its attribute 'inner'"),
         (optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1), "other-optimizer", "none of the 2 parameters"),
         ({"state": {}}, "no-optimizer", "dict"),
         (7, "no-optimizer", "int"),

@@ -30,7 +30,14 @@ def per_channel(values: Tensor, x: Tensor) -> Tensor:
     return values.view(1, -1, *(1,) * (x.ndim - 2)).to(x.dtype)
 
 
-torch.fx.wrap("per_channel")  # the rank of a proxy is unknown: a trace of these modules calls the function as a whole
+def _laid_out_as(y: Tensor, x: Tensor) -> Tensor:
+    """Return ``y`` contiguous where ``x`` is, and as it is elsewhere."""
+    return y.contiguous() if x.is_contiguous() else y
+
+
+# The rank and the layout of a proxy are unknown: a trace of these modules calls the functions as a whole.
+torch.fx.wrap("per_channel")
+torch.fx.wrap("_laid_out_as")
 
 
 class ChannelAffine(nn.Module):
@@ -69,7 +76,8 @@ class ChannelAffine(nn.Module):
 class ChannelLayerNorm(nn.LayerNorm):
     """Layer normalization over the channel axis 1 at each position: ``y = γ (x − mean_c x)/sqrt(var_c x + eps) + β``.
 
-    Shape: ``(N, C, ...)`` to the same.
+    Shape: ``(N, C, ...)`` to the same, in the memory format of the input, as torch's norms do: a ``view`` behind it
+    fails otherwise, and code that reads strides, as Opacus' gradients of convolutions, computes something else.
 
     Source: J. Ba, J. Kiros, G. Hinton, *Layer Normalization*, 2016, eq. 3, with the channels of one position as the
     units of the layer.
@@ -78,7 +86,7 @@ class ChannelLayerNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Normalize ``x`` over axis 1."""
         y = F.layer_norm(x.movedim(1, -1), self.normalized_shape, self.weight, self.bias, self.eps)
-        return y.movedim(-1, 1)
+        return _laid_out_as(y.movedim(-1, 1), x)
 
 
 # Note [A BatchNorm by class]
@@ -86,7 +94,8 @@ class ChannelLayerNorm(nn.LayerNorm):
 # decay, a model's own fuse(). Mean-only norms are what it looks for: they have running statistics to be frozen and
 # estimated anew, and in evaluation they are a BatchNorm with the variance 1 and the gain 1. So the class is a subclass
 # of torch's, and the constants can be read. They are properties: nothing is added to the state dict or to a
-# synchronization of buffers, and what is written into them is lost. The gain is sqrt(1 + eps), so that formulas hold
+# synchronization of buffers, and what is written into them is lost; ones may be assigned as the variance, with which
+# loops that average weights let statistics begin anew. The gain is sqrt(1 + eps), so that formulas hold
 # with any eps that code sets. SyncBatchNorm.convert_sync_batchnorm would make a SyncBatchNorm of it, whose gain is a
 # parameter and which divides by the batch's standard deviation: where it reads the gain, an error says what to do.
 
@@ -146,9 +155,18 @@ class MeanOnlyBatchNorm(_BatchNorm):
         )
 
     @property
-    def running_var(self) -> Tensor:  # type: ignore[override]
+    def running_var(self) -> Tensor:
         """Ones: what BatchNorm would divide by the root of."""
         return torch.ones_like(self.running_mean)
+
+    @running_var.setter
+    def running_var(self, value: Tensor) -> None:
+        if not bool((value == 1).all()):
+            raise InputError(
+                "a mean-only BatchNorm was assigned a running variance: it divides by none",
+                code="mean-only-variance",
+                hint="assign ones or nothing; normswap.migrate_state_dict makes a mean-only norm's values of a BatchNorm's",
+            )
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]

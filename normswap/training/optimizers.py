@@ -62,6 +62,7 @@ def migrate_optimizer(
     model = getattr(result, "model", result)
     origin, moves = _known(model)
     if isinstance(optimizer, Optimizer):
+        _refuse_wrapper(optimizer)
         entries = _entries_of(type(optimizer))
         return _of_optimizer(optimizer, model, moves, entries, inplace=inplace)
     layout = layout_of(optimizer)
@@ -87,6 +88,19 @@ def _known(model: Any) -> tuple[Origin, Moves]:
             hint="convert the old model again and migrate with that; an older normswap wrote the file",
         )
     return origin, origin.moves
+
+
+def _refuse_wrapper(optimizer: Optimizer) -> None:
+    """Raise for what a training loop puts around the optimizer that has the state."""
+    if type(optimizer) in OPTIMIZERS:
+        return
+    for name, held in vars(optimizer).items():
+        if type(held) in OPTIMIZERS:
+            raise InputError(
+                f"the {type(optimizer).__name__} is a wrapper around the {type(held).__name__} in its attribute '{name}'",
+                code="wrapped-optimizer",
+                hint=f"give that one, optimizer.{name}, and {argument('inplace', True)}: the wrapper goes on with it",
+            )
 
 
 def _entries_of(kind: type) -> Entries:
