@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from integrations import FRAMEWORKS, Loop, Opacus, needs
+from integrations import FRAMEWORKS, IMAGES, LABELS, Loop, Opacus, needs, settled
 from torch import nn
 
 import normswap as ns
@@ -101,6 +102,22 @@ def test_hugging_faces_own_loading_makes_batch_norms(loops: Any) -> None:
     assert torch.equal(output(loop, again), expected)
 
 
+def test_hugging_faces_own_loading_of_a_class_that_converts_itself(loops: Any) -> None:
+    loop = loops("Hugging Face")
+    model, result = loop.convert()
+
+    class Converted(type(model)):  # type: ignore[misc]
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            ns.convert(self.eval(), plan=ns.Plan.from_json(config.normswap), inplace=True, check=False)
+
+    model.config.normswap = result.plan.to_json()
+    model.save_pretrained(loop.folder / "own")
+    again, told = Converted.from_pretrained(loop.folder / "own", output_loading_info=True)
+    assert not any(told.values())
+    assert torch.equal(output(loop, again), output(loop, model))
+
+
 def test_a_lightning_callback_converts_before_the_optimizer_is_made(loops: Any) -> None:
     loop = loops("Lightning")
     model = loop.module()
@@ -108,6 +125,21 @@ def test_a_lightning_callback_converts_before_the_optimizer_is_made(loops: Any) 
     assert isinstance(model.net[0][1], nn.GroupNorm)
     held = {id(p) for group in model.trainer.optimizers[0].param_groups for p in group["params"]}
     assert held == {id(p) for p in model.parameters()}
+
+
+def test_lightnings_average_of_weights_gets_statistics_of_its_own(loops: Any) -> None:
+    loop = loops("Lightning")
+    model = loop.module()
+    settled(model.net, lambda net: net(IMAGES))
+    model.swap("wn+mobn")
+    model.train()  # Lightning keeps modes
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(IMAGES, LABELS), 4)
+    averaging = loop.pl.callbacks.StochasticWeightAveraging(swa_lrs=0.1, swa_epoch_start=1)
+    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+    loop.pl.Trainer(max_epochs=3, accelerator="cpu", callbacks=[averaging], **quiet).fit(model, loader)
+    norm = model.net[0][1]
+    assert (norm.momentum, int(norm.num_batches_tracked)) == (0.1, len(loader))  # of its last pass alone
+    assert 0 < norm.running_mean.abs().max() < 1
 
 
 @pytest.mark.parametrize(("to", "mode"), [("gn+ws", "ew"), ("wn", "ew"), ("wn+mobn", "hooks")])
@@ -123,10 +155,36 @@ def test_what_opacus_takes(to: str, mode: str, loops: Any) -> None:
     run_privately(ns.swap_norms(loops("Opacus").build().eval(), to).train(), mode)
 
 
+PRIVATE: tuple[tuple[str, dict[str, Any]], ...] = (
+    *((to, {}) for to in ("gn", "gn+ws", "gn+aws", "ln", "wn", "cosine", "none")),
+    ("ln", {"axes": "channel"}),
+)
+
+
+@pytest.mark.parametrize("mode", ["hooks", "functorch"])
+@pytest.mark.parametrize(("to", "options"), PRIVATE, ids=str)
+def test_gradients_of_samples_are_those_that_each_gives_alone(to: str, options: dict[str, Any], mode: str) -> None:
+    wrap_model = needs("opacus.grad_sample").wrap_model
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2))
+    head = (nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 6), nn.BatchNorm1d(6))
+    model = settled(nn.Sequential(*layers, *head, nn.Linear(6, 4)), lambda net: net(IMAGES))
+    model = ns.swap_norms(model, to, example_inputs=(IMAGES,), **options).train()
+    alone = []
+    for x, label in zip(IMAGES, LABELS, strict=True):
+        model.zero_grad()
+        nn.functional.cross_entropy(model(x[None]), label[None]).backward()
+        alone.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    model.zero_grad()
+    wrapped = wrap_model(model, grad_sample_mode=mode, batch_first=True, loss_reduction="mean")
+    nn.functional.cross_entropy(wrapped(IMAGES), LABELS).backward()
+    for p, expected in zip(model.parameters(), map(torch.stack, zip(*alone, strict=True)), strict=True):
+        assert (p.grad_sample - expected).norm() < 1e-5 * expected.norm() + 1e-6
+        assert len(p) == 1 or (p.grad_sample.roll(1, 0) - expected).norm() > 0.1 * expected.norm()  # the control
+
+
 def run_privately(model: nn.Module, mode: str) -> None:
     opacus = needs("opacus")
-    from integrations import IMAGES, LABELS
-
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(IMAGES, LABELS), 16)
     module, optimizer, private = opacus.PrivacyEngine().make_private(
         module=model, optimizer=torch.optim.SGD(model.parameters(), 0.1), data_loader=loader, noise_multiplier=1.0,
@@ -151,3 +209,55 @@ def test_a_policy_says_that_it_holds_an_optimizer(loops: Any) -> None:
     loop = loops("stable-baselines3")
     _, result = loop.convert()
     assert "the model holds an optimizer, 'optimizer'" in str(result.init)
+
+
+def test_yolos_own_trainer_builds_batch_norms_and_one_of_ours_converts(tmp_path: Path, loops: Any) -> None:
+    loops("ultralytics")
+    from PIL import Image
+    from ultralytics import YOLO
+    from ultralytics.models.yolo.detect import DetectionTrainer
+    from ultralytics.nn.tasks import DetectionModel
+
+    for name, x in zip("abcd", IMAGES, strict=False):
+        for folder, suffix in (("images", "png"), ("labels", "txt")):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            path = tmp_path / folder / f"{name}.{suffix}"
+            if folder == "labels":
+                path.write_text("0 0.5 0.5 0.4 0.4\n")
+            else:
+                Image.fromarray((x.sigmoid() * 255).byte().permute(1, 2, 0).numpy()).resize((64, 64)).save(path)
+    data = tmp_path / "data.yaml"
+    data.write_text(f"path: {tmp_path}\ntrain: images\nval: images\nnames: {{0: a}}\n")
+    how: dict[str, Any] = dict.fromkeys(("verbose", "plots", "amp"), False)
+    how |= {"data": data, "project": tmp_path, "epochs": 1, "imgsz": 64, "batch": 2, "device": "cpu", "workers": 0}
+
+    class Trainer(DetectionTrainer):  # type: ignore[misc]
+        def get_model(self, *args: Any, **options: Any) -> Any:
+            model = super().get_model(*args, **options)
+            model.__class__ = Unfused
+            return ns.swap_norms(model.eval(), "gn+ws", example_inputs=(torch.zeros(1, 3, 64, 64),))
+
+        def save_model(self) -> Any:
+            average = self.ema.ema
+            self.ema.ema = ns.fold(average.eval())
+            try:
+                return super().save_model()
+            finally:
+                self.ema.ema = average
+
+    class Unfused(DetectionModel):  # type: ignore[misc]
+        def fuse(self, *args: Any, **options: Any) -> Any:
+            return self
+
+    globals()["Unfused"], Unfused.__qualname__ = Unfused, "Unfused"  # for pickle, which finds classes by their names
+    yolo = YOLO("yolov8n.yaml", verbose=False)
+    yolo.model = ns.swap_norms(yolo.model.eval(), "gn", example_inputs=(torch.zeros(1, 3, 64, 64),))
+    yolo.train(**how)
+    assert any(isinstance(module, nn.BatchNorm2d) for module in yolo.model.modules())
+    yolo.train(trainer=Trainer, **how)
+    again = YOLO(yolo.trainer.best).model.float().eval()
+    for model in (again, yolo.trainer.model):
+        assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    x = torch.rand(1, 3, 64, 64)
+    expected = ns.fold(yolo.trainer.ema.ema.eval())(x)[0]
+    assert (again(x)[0] - expected).norm() < 1e-2 * expected.norm()  # half precision: the file's

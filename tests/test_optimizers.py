@@ -417,7 +417,7 @@ def test_what_cannot_be_migrated_is_refused_by_name_and_nothing_is_changed() -> 
     for given, code, words in (
         (Mine(model.parameters(), lr=0.1), "unknown-optimizer", "Mine"),
         (optim.LBFGS(model.parameters()), "unknown-optimizer", "LBFGS"),
-        (Wrapper(optimizer), "wrapped-optimizer", "around the SGD in its attribute 'inner'"),
+        (Wrapper(optimizer), "wrapped-optimizer", "wraps the SGD in its attribute 'inner'"),
         (optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1), "other-optimizer", "none of the 2 parameters"),
         ({"state": {}}, "no-optimizer", "dict"),
         (7, "no-optimizer", "int"),

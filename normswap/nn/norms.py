@@ -165,7 +165,7 @@ class MeanOnlyBatchNorm(_BatchNorm):
             raise InputError(
                 "a mean-only BatchNorm was assigned a running variance: it divides by none",
                 code="mean-only-variance",
-                hint="assign ones or nothing; normswap.migrate_state_dict makes a mean-only norm's values of a BatchNorm's",
+                hint="assign ones; normswap.migrate_state_dict makes the converted model's values of a BatchNorm's",
             )
 
     @property

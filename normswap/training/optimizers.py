@@ -97,7 +97,7 @@ def _refuse_wrapper(optimizer: Optimizer) -> None:
     for name, held in vars(optimizer).items():
         if type(held) in OPTIMIZERS:
             raise InputError(
-                f"the {type(optimizer).__name__} is a wrapper around the {type(held).__name__} in its attribute '{name}'",
+                f"the {type(optimizer).__name__} wraps the {type(held).__name__} in its attribute '{name}'",
                 code="wrapped-optimizer",
                 hint=f"give that one, optimizer.{name}, and {argument('inplace', True)}: the wrapper goes on with it",
             )
