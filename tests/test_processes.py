@@ -83,9 +83,8 @@ def test_many_processes_get_the_values_of_one_with_all_data(size: int, name: str
     for other in many[1:]:
         assert same(other["state"], many[0]["state"])
         assert (other.get("plan"), other.get("init")) == (many[0].get("plan"), many[0].get("init"))
-    # A match computes in float32, whose sums are added up in another order; all else in the model's own precision.
-    matched = name.startswith(("match", "in place", "no statistics", "rank_sites"))
-    assert distance(many[0]["state"], one["state"]) < (1e-5 if matched else 1e-9)
+    # All is summed up in float64; what comes of it may be rounded to the next float32.
+    assert distance(many[0]["state"], one["state"]) < (1e-6 if name.endswith("float32") else 1e-12)
     if not name.endswith("float32"):
         assert (many[0].get("plan"), told(many[0])) == (one.get("plan"), told(one))
 

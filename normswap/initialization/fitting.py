@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from normswap.errors import InitializationError
 from normswap.initialization.absorb import absorb
 from normswap.initialization.moments import moments_of_covariance
-from normswap.initialization.regression import Covariances, SecondMoments, Solution, solve, surrogate_target
+from normswap.initialization.regression import CHUNK, Covariances, SecondMoments, Solution, solve, surrogate_target
 from normswap.initialization.sampling import Rows, Sample, Sampling
 from normswap.initialization.site_values import Candidate, SiteValues
 from normswap.initialization.steadying import steady
@@ -270,7 +270,7 @@ class SiteRegression:
 
 def _moments(rows: Rows) -> Covariances:
     moments = SecondMoments()
-    for u, t in zip(rows.values.split(2**16), rows.t.split(2**16), strict=True):
+    for u, t in zip(rows.values.split(CHUNK), rows.t.split(CHUNK), strict=True):
         moments.add(u, t)
     own = moments.read() if len(rows.t) else Covariances.of_nothing(rows.values, rows.t)
     return own.over_processes()

@@ -28,15 +28,19 @@ from torch import Tensor
 from normswap.initialization.symmetric import gram
 from normswap.runs.processes import alone, mean_over_rows, summed
 
-__all__ = ["Covariances", "SecondMoments", "Solution", "clamped", "solve", "surrogate_target"]
+__all__ = ["CHUNK", "Covariances", "SecondMoments", "Solution", "clamped", "solve", "surrogate_target"]
+
+
+CHUNK = 2**14
+"""Of rows that are multiplied at once."""
 
 
 class SecondMoments:
     """Means and covariances of patches and targets, accumulated in float64 chunk by chunk.
 
     With G the convolution's groups, p the fan-in and C the channels it holds ``G·p² + C·p`` numbers, whatever the
-    amount of data. Chunks are multiplied in their own precision about the first chunk's means, which no offset of the
-    inputs can spoil.
+    amount of data. Products are in float64, too: in float32 they depend on how the data is cut into chunks, by some
+    1e-7 of the largest direction's variance, which the inverse of a small one enlarges to 1e-3 of a weight.
     """
 
     def __init__(self) -> None:
@@ -54,7 +58,8 @@ class SecondMoments:
         if not len(patches):
             return
         groups = patches.shape[1]
-        u, t = patches.transpose(0, 1), target.unflatten(1, (groups, -1)).transpose(0, 1)  # (G, n, p), (G, n, C/G)
+        # (G, n, p), (G, n, C/G)
+        u, t = (v.transpose(0, 1).double() for v in (patches, target.unflatten(1, (groups, -1))))
         if self._origin is None:
             self._origin = u.mean(1, keepdim=True), t.mean(1, keepdim=True)
         u, t = u - self._origin[0], t - self._origin[1]
@@ -64,7 +69,7 @@ class SecondMoments:
             for total, value in zip(self._sums, sums, strict=True):
                 total.add_(value)
         else:
-            self._sums = tuple(value.double() for value in sums)
+            self._sums = sums
 
     def read(self) -> Covariances:
         """Return what was accumulated.
@@ -157,10 +162,11 @@ class Covariances:
         """Return the same with other targets of the same patches, ``(n, G, p)`` less their mean, and ``(n, C)``."""
         mean = mean_over_rows("means of targets", target)
         target = target - mean
-        by_group = target.unflatten(1, self.target_mean.shape).transpose(0, 1)  # (G, n, o)
-        count, cross = summed(
-            "targets", self.target_mean.new_tensor(float(len(target))), (by_group.mT @ centred.transpose(0, 1)).double()
-        )
+        own = torch.zeros_like(self.cross)
+        for t, u in zip(target.split(CHUNK), centred.split(CHUNK), strict=True):
+            t, u = (v.transpose(0, 1).double() for v in (t.unflatten(1, self.target_mean.shape), u))  # (G, n, …)
+            own.baddbmm_(t.mT, u)
+        count, cross = summed("targets", self.target_mean.new_tensor(float(len(target))), own)
         return replace(
             self,
             target_mean=mean.double().view_as(self.target_mean),

@@ -156,17 +156,13 @@ def summed_by_name(step: str, values: Mapping[str, Sequence[Tensor]]) -> dict[st
 
 
 def mean_over_rows(step: str, rows: Tensor) -> Tensor:
-    """Return the mean over axis 0 of all processes' rows."""
-    if alone():
-        return rows.mean(0)
+    """Return the mean over axis 0 of all processes' rows, summed up in float64."""
     total, count = summed(step, rows.sum(0, dtype=torch.float64), torch.tensor(float(len(rows))))
     return (total / count.to(total.device)).to(rows.dtype)
 
 
 def variance_over_rows(step: str, rows: Tensor) -> Tensor:
     """Return the mean squared distance from the mean, over axis 0 of all processes' rows."""
-    if alone():
-        return rows.var(0, correction=0)
     return mean_over_rows(f"{step}, squared", (rows - mean_over_rows(step, rows)).square())
 
 
