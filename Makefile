@@ -19,10 +19,10 @@ STAMP := .venv/.installed
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_EXTRA) -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv check test lint demo docs wheel clean
+.PHONY: help venv check test integrations lint demo docs wheel clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 venv: $(STAMP)  ## create .venv with the package, its tools, torchvision, timm and opacus
 
@@ -43,6 +43,10 @@ check: lint  ## lint, then run the fast tests: before each commit
 
 test: lint  ## lint, then run all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
+
+integrations: venv  ## install the training loops of others into .venv, then run their tests
+	$(PIP_INSTALL) --editable ".[integrations]"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_integrations.py $(PYTEST_ARGS)
 
 lint: venv  ## ruff check, ruff format --check, mypy
 	$(BIN)/ruff check .

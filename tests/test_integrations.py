@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -261,3 +262,31 @@ def test_yolos_own_trainer_builds_batch_norms_and_one_of_ours_converts(tmp_path:
     x = torch.rand(1, 3, 64, 64)
     expected = ns.fold(yolo.trainer.ema.ema.eval())(x)[0]
     assert (again(x)[0] - expected).norm() < 1e-2 * expected.norm()  # half precision: the file's
+
+
+def test_a_target_network_is_converted_by_the_online_networks_plan(loops: Any) -> None:
+    loop = loops("stable-baselines3")
+    sb3 = needs("stable_baselines3")
+    by_name = needs("stable_baselines3.common.utils").get_parameters_by_name
+    policy = loop.make()
+    agent = sb3.DQN(
+        "MlpPolicy", policy.env, learning_starts=8, train_freq=4, batch_size=8, device="cpu", seed=0,
+        policy_kwargs=policy.policy_kwargs, target_update_interval=32,
+    )  # fmt: skip
+    agent.learn(64)
+    agent.policy.set_training_mode(False)
+    before = agent.q_net(*loop.example())
+    assert len(agent.policy.optimizer.state)
+    result = ns.convert(agent.q_net, "wn+mobn", example_inputs=loop.example(), inplace=True)
+    ns.convert(agent.q_net_target, plan=result.plan, example_inputs=loop.example(), inplace=True)
+    agent.q_net_target.load_state_dict(agent.q_net.state_dict())
+    ns.migrate_optimizer(agent.policy.optimizer, result, inplace=True)
+    agent.batch_norm_stats = by_name(agent.q_net, ["running_"])
+    agent.batch_norm_stats_target = by_name(agent.q_net_target, ["running_"])
+    torch.testing.assert_close(agent.q_net(*loop.example()), before, rtol=1e-4, atol=1e-5)
+    trained = copy.deepcopy(agent.q_net.state_dict())
+    agent.learn(64)  # the last step updates the target
+    found, target = agent.q_net.state_dict(), agent.q_net_target.state_dict()
+    assert not any(torch.equal(found[name], trained[name]) for name, _ in agent.q_net.named_parameters())
+    held = [name for name in found if not name.endswith("num_batches_tracked")]
+    assert all(not torch.equal(target[name], trained[name]) for name in held)
