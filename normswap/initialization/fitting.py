@@ -18,7 +18,7 @@ site is worse than without the fit.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -66,7 +66,42 @@ class _Result:
     target: tuple[float, float]
     values: tuple[Tensor, ...]
     num_groups: int | None
-    ridge: float | None
+    candidate: Candidate | None
+
+
+class _Given:
+    """What a site's source gives for all batches: computed with a candidate's filters, known for other signs and offsets.
+
+    The source is linear in its filters and its bias (:func:`~normswap.graph.linearity.scales_with_its_parameters`).
+    """
+
+    def __init__(self, site: PairedSite, sampling: Sampling) -> None:
+        self.site, self._of_inputs = site, sampling
+
+    def compute(self) -> None:
+        """Run the source as it is."""
+        self.sampling = self._of_inputs.on([self.site.channels(batch.x) for batch in self._of_inputs.batches])
+        self._bias = self._present_bias()
+
+    def _present_bias(self) -> Tensor | None:
+        bias = self.site.source.bias
+        return bias.detach().clone() if isinstance(bias, Tensor) else None
+
+    def turned(self, signs: Tensor) -> Callable[[Tensor], Tensor]:
+        """Return what maps that to what the source gives now that its channels have these signs, and its present bias."""
+        now = self._present_bias()
+
+        def turn(z: Tensor) -> Tensor:
+            shape = (1, -1, *(1,) * (z.ndim - 2))
+            z = z * signs.to(z).view(shape)
+            return z if now is None or self._bias is None else z.add_((now - signs.to(now) * self._bias).view(shape))
+
+        return turn
+
+    def outputs(self, candidate: Candidate) -> list[Tensor]:
+        """Return what the site gives for each batch with the candidate's values, which it has."""
+        turn = self.turned(candidate.signs)
+        return [self.site.normalized(turn(batch.x)) for batch in self.sampling.batches]
 
 
 class SiteRegression:
@@ -94,9 +129,11 @@ class SiteRegression:
             )
         layout = self.values.layout
         self.sampling = Sampling(self.batches, target, layout.groups * layout.fan_in(self.values.weight))
+        self.given = _Given(site, self.sampling)
+        self.outputs: list[Tensor] | None = None
 
     def run(self, original: nn.Module) -> InitRow:
-        """Fit the site of ``original``, and return its row."""
+        """Fit the site of ``original``, and return its row; ``outputs`` are then what it gives, where that is known."""
         name = self.site.name
         if not self.batches:
             return InitRow(name, "absorbed", ("no sample reaches it: not fitted",))
@@ -125,6 +162,8 @@ class SiteRegression:
             best = found if found.noise < best.noise else best
             self.values.restore(before.values, before.num_groups)
         self.values.restore(best.values, best.num_groups)
+        if best.candidate is not None:
+            self.outputs = self.given.outputs(best.candidate)
         notes = [] if self.sampling.holds_out else [f"{self.sampling.samples} samples: none was held out"]
         if self.batches[0].shortcut is not None:
             notes.append("compensates the error of its shortcut")
@@ -139,7 +178,7 @@ class SiteRegression:
             std_after=best.std,
             noise_after=best.noise,
             num_groups=best.num_groups,
-            ridge=best.ridge,
+            ridge=None if best.candidate is None else best.candidate.ridge,
         )
         return InitRow(name, "absorbed" if best is before else "matched", tuple(notes), fitted)
 
@@ -200,13 +239,14 @@ class SiteRegression:
 
     def _candidates(self, solution: Solution) -> Iterator[Candidate]:
         weight, bias = solution.weight.flatten(0, 1), solution.bias.flatten()
-        zeros, prior = torch.zeros_like(bias), self.target.gain.double()
-        plain = Candidate(weight, bias, zeros, prior, self.values.groups, solution.ridge)
+        ones, prior = torch.ones_like(bias), self.target.gain.double()
+        plain = Candidate(weight, bias, ones, torch.zeros_like(bias), prior, self.values.groups, solution.ridge)
+        self.values.load(plain)
+        self.given.compute()
         if self.placed is None:
             yield plain
             return
-        self.values.load(plain)
-        means, squares = self._units()
+        means, squares = self._units(plain)
         norm = self.placed.bound.norm
         deviation = norm.divisor(means, squares)
         for count in self._group_counts():
@@ -214,18 +254,17 @@ class SiteRegression:
                 yield replace(plain, prior=prior * deviation, num_groups=count)
                 continue
             signs, offsets = (v.double() for v in steady(means, squares, count or 1, self.spread))
-            yield Candidate(
-                weight * signs[:, None], bias * signs, offsets, prior * signs * deviation, count, solution.ridge
-            )
+            yield replace(plain, signs=signs, offsets=offsets, prior=prior * signs * deviation, num_groups=count)
 
-    def _units(self) -> tuple[Tensor, Tensor]:
+    def _units(self, candidate: Candidate) -> tuple[Tensor, Tensor]:
         """Return the mean and the mean square, per channel, of all that the norm takes one mean over. ``(n, C)``"""
+        turn = self.given.turned(candidate.signs)
         if self.placed is not None and self.placed.bound.norm.per_position:
-            z = gathered("outputs", self.sampling.outputs(self.site.channels).train.values)
+            z = gathered("outputs", self.given.sampling.outputs(turn).train.values)
             return z, z.square()
         means, squares = [], []
-        for chunk, held, _ in self.sampling.chunks():
-            z = self.site.channels(chunk.x)[~held].float()
+        for chunk, held, _ in self.given.sampling.chunks():
+            z = turn(chunk.x[~held]).float()
             z = z.flatten(2) if z.ndim > 2 else z[..., None]
             means.append(z.mean(2))
             squares.append(z.square().mean(2))
@@ -244,10 +283,14 @@ class SiteRegression:
         if candidate is not None:
             self.values.load(candidate)
             if self.placed is not None and self.site.front is not None:
-                self.placed.bound.norm.follow(self.site.front, *self._units())
+                self.placed.bound.norm.follow(self.site.front, *self._units(candidate))
             self.values.set_affine(torch.ones_like(self.target.gain), torch.zeros_like(self.target.gain))
         fits_affine = candidate is not None and self.site.norm is not None
-        sample = self.sampling.outputs(self.site.output, only_held_out=not fits_affine)
+        if candidate is None:
+            sample = self.sampling.outputs(self.site.output, only_held_out=True)
+        else:
+            turn = self.given.turned(candidate.signs)
+            sample = self.given.sampling.outputs(lambda z: self.site.normalized(turn(z)), only_held_out=not fits_affine)
         judging = sample.validation
         outputs = judging.values
         if candidate is not None and fits_affine:
@@ -264,7 +307,7 @@ class SiteRegression:
             target=_mean_and_std(judging.y * unit),
             values=tuple(p.detach().clone() for p in self.values.parameters),
             num_groups=self.values.groups,
-            ridge=candidate.ridge if candidate else None,
+            candidate=candidate,
         )
 
 

@@ -69,7 +69,9 @@ def match_sites(
                 fitted(site, target, batches)
         if work.progress is not None:
             work.progress(site.name, len(rows), len(sites))
-        return [target.targets(batch)[1] for batch in batches] if work.isolated else None
+        if work.isolated:
+            return [target.targets(batch)[1] for batch in batches]
+        return regression.outputs if len(regression.batches) == len(batches) else None
 
     run_side_by_side(original, converted, sites, data, regress)
     for site in sites:  # no parameter, and so put back with all else that the forwards may have changed

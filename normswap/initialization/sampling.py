@@ -5,9 +5,10 @@ A choice holds at most 2²⁴ values of patches (64 MB), or 2²² of outputs, or
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 
 import torch
@@ -103,6 +104,12 @@ class Sampling:
         self._before, self.samples = offsets("samples", [len(batch.x) for batch in batches])
         self._in_all: int = sum(objects("values", sum(batch.reference.numel() for batch in batches)))
         self.holds_out = self.samples >= LEAST_SAMPLES
+
+    def on(self, inputs: Sequence[Tensor]) -> Sampling:
+        """Return the same choices of positions of the same batches with other inputs."""
+        other = copy.copy(self)
+        other.batches = [replace(batch, x=x) for batch, x in zip(self.batches, inputs, strict=True)]
+        return other
 
     def patches(self, of: Callable[[Tensor, Tensor], Tensor]) -> Sample:
         """Return some patches. ``of`` maps a layer's input and a choice of positions to these, ``(n, G, p)``."""

@@ -23,8 +23,9 @@ class Candidate:
     """What a site may get.
 
     Args:
-        weight: The source's filters. ``(C, fan_in)``
-        bias: Its bias. ``(C,)``
+        weight: The source's filters, but for their signs. ``(C, fan_in)``
+        bias: Its bias, likewise. ``(C,)``
+        signs: The signs of the channels. ``(C,)``
         offsets: What the bias exceeds that by, in units of what the source really gives. ``(C,)``
         prior: The norm's gain, times what it divides by. ``(C,)``
         num_groups: The norm's groups.
@@ -33,6 +34,7 @@ class Candidate:
 
     weight: Tensor
     bias: Tensor
+    signs: Tensor
     offsets: Tensor
     prior: Tensor
     num_groups: int | None
@@ -83,7 +85,7 @@ class SiteValues:
     def load(self, candidate: Candidate) -> None:
         """Give the source the candidate's weight and bias, and the norm its groups."""
         self.regroup(candidate.num_groups)
-        filters, bias = candidate.weight, candidate.bias
+        filters, bias = candidate.weight * candidate.signs[:, None], candidate.bias * candidate.signs
         if self.placed is not None and self.placed.bound.norm.takes is Takes.AFFINE:  # no norm behind has a gain
             gain = self.target.gain.to(bias)
             filters, bias = filters * gain[:, None], bias * gain + self.target.shift

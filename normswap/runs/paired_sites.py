@@ -49,7 +49,10 @@ class PairedSite:
 
     def output(self, x: Tensor) -> Tensor:
         """Return what the converted network gives here for the source's input ``x``."""
-        y = self.channels(x)
+        return self.normalized(self.channels(x))
+
+    def normalized(self, y: Tensor) -> Tensor:
+        """Return what the converted network gives here where :meth:`channels` has given ``y``."""
         y = y if self.front is None else self.front(y)
         return y if self.norm is None else self.norm(y)
 
