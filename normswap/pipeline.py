@@ -165,9 +165,10 @@ def convert(
             target = target_for(model, work.source, inplace=chosen.inplace, apart=initializer.fits)
             source = work.source if initializer.fits else target  # a site's values are asked for before it is changed
             work = dataclasses.replace(work, source=source, choose_groups=choose_groups, progress=progress)
-            method = initializer(work)
-            recording = Recording(model, work.source, target, work.bound, method.values, work.factors)
-            placed = rewrite(target, work.bound, recording.values)
+            recording = Recording(model, work.source, target, work.bound, work.factors)
+            with work.scaling():
+                method = initializer(work)
+            placed = rewrite(target, work.bound, recording.noting(method.values))
             outcome = method.refine(target, placed)
             make_equal(target)
             moves = recording.moves(target, placed, outcome.rows)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from normswap.checks.conversion import refuse_empty
 from normswap.errors import InputError, argument
 from normswap.graph import capture
 from normswap.graph.dataflow import Dataflow
 from normswap.initialization.base import Initializer, Work
-from normswap.initialization.equalization import equalize
+from normswap.initialization.equalization import Equalized, equalize
 from normswap.initialization.missing import missing_statistics
 from normswap.initialization.recurrent import centred
 from normswap.options import Options
@@ -23,7 +23,6 @@ from normswap.runs.data import Data
 from normswap.runs.equal_models import refuse_different, refuse_different_models
 from normswap.stages.bound import BoundPlan, bind
 from normswap.stages.find_sites import find_sites
-from normswap.stages.moves import Scale
 from normswap.stages.planning import make_plan
 
 __all__ = ["asked", "data_chooses_groups", "planned", "prepared", "recurrent_of"]
@@ -92,7 +91,10 @@ def planned(flow: Dataflow, recipe: Recipe, options: Options, data: Data) -> Bou
 def prepared(
     model: nn.Module, recipe: Recipe, options: Options, data: Data, plan: Plan | None, *, initializer: type[Initializer]
 ) -> Work:
-    """Plan the conversion, or bind its plan, and scale the channels where that is wanted and gains something."""
+    """Plan the conversion, or bind its plan, and choose the channels' scales where that is wanted and gains something.
+
+    The model is as it was.
+    """
     flow = Dataflow(capture(model, data.example))
     bound = planned(flow, recipe, options, data) if plan is None else bind(plan, recipe, model)
     refuse_empty(bound.plan)
@@ -102,10 +104,20 @@ def prepared(
     bound = bound.with_statistics(missing_statistics(model, bound, None if data.enough is None else batches))
     if initializer.keeps_function:
         bound = centred(bound, model, data.enough)
-    source: nn.Module = model
-    scales: dict[str, Tensor] = {}
-    factors: dict[str, Scale] = {}
+    equalized = Equalized(model)
     if options.scale and initializer.keeps_function:
-        source, scales, factors = equalize(bound, flow, data.enough, data.example)
-    bound = bound.with_scales(scales)
-    return Work(model, source, bound, options, data.example, data.enough, batches, scales, factors)
+        inplace = options.inplace and not initializer.fits
+        equalized = equalize(bound, flow, data.enough, data.example, inplace=inplace)
+    bound = bound.with_scales(equalized.scales)
+    return Work(
+        model,
+        equalized.source,
+        bound,
+        options,
+        data.example,
+        data.enough,
+        batches,
+        equalized.scales,
+        equalized.factors,
+        equalized.in_place,
+    )

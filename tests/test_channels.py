@@ -25,7 +25,7 @@ from normswap.graph import capture
 from normswap.graph.after_norm import after_norm
 from normswap.graph.channels import FIXED, Channels, find_channels
 from normswap.graph.dataflow import Dataflow
-from normswap.initialization.equalization import scale_channels
+from normswap.initialization.channel_scales import scale_channels
 from normswap.records import NormKind
 from normswap.stages.opened import opened
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from typing import ClassVar
@@ -42,6 +43,7 @@ class Work:
         batches: All of it; a list where the initializer :attr:`revisits` it.
         scales: Of the channels that norms of ``source`` give, by fqn, where they were scaled.
         factors: What each parameter of ``original`` was multiplied with for ``source``, by name, where it was.
+        scaling: Where the model itself is to be scaled: does that, and undoes it if what is done within fails.
         choose_groups: Whether the data chooses the group counts where a recipe leaves them to it.
         isolated: Whether the original's values go on after each site, so that its error is its own alone.
         progress: Called with what is done, how much of it is, and how much there is.
@@ -56,6 +58,7 @@ class Work:
     batches: Iterable[Batch] = ()
     scales: Mapping[str, Tensor] = field(default_factory=dict)
     factors: Mapping[str, Scale] = field(default_factory=dict)
+    scaling: Callable[[], AbstractContextManager[None]] = nullcontext
     choose_groups: bool = False
     isolated: bool = False
     progress: Progress | None = None

@@ -3,7 +3,8 @@
 A channel that is multiplied by a scale s > 0, wherever it is made, and divided by it, wherever it is read
 (:mod:`normswap.graph.channels`), leaves the network the same function. A standardized filter sums to zero, so a layer
 no longer sees what all values of a patch have in common; behind ReLUs, where all values are positive, that is much. How
-much it is depends on the scales (:mod:`normswap.initialization.equalization_cost`), and so they are chosen.
+much it is depends on the scales (:mod:`normswap.initialization.equalization_cost`), and so they are chosen, among
+powers of two: these round nothing, and can be taken out again (:mod:`normswap.initialization.channel_scales`).
 
 M. Nagel et al., *Data-Free Quantization Through Weight Equalization and Bias Correction*, 2019, moves scales from layer
 to layer to quantize weights; here the scales are those that weight standardization loses least with.
@@ -12,8 +13,9 @@ to layer to quantize weights; here the scales are those that weight standardizat
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from normswap.errors import Text, argument
 from normswap.graph.channels import FIXED, Channels, find_channels
 from normswap.graph.dataflow import Dataflow
 from normswap.initialization.centring import centred_layers
+from normswap.initialization.channel_scales import InPlace, scale_channels, scales_of_parameters
 from normswap.initialization.equalization_cost import Cost, connected, costs_of, least_cost
 from normswap.initialization.noise import noises_like, shaped_by_statistics
 from normswap.initialization.patches import with_filters
@@ -40,7 +43,7 @@ from normswap.runs.watching import watch_inputs
 from normswap.stages.bound import BoundPlan
 from normswap.stages.moves import Scale
 
-__all__ = ["EQUALIZED", "choose_scales", "equalize", "scale_channels"]
+__all__ = ["EQUALIZED", "Equalized", "choose_scales", "equalize"]
 
 EQUALIZED = Text(
     "channels between layers were scaled, so that standardizing the weights takes less away: features taken from "
@@ -53,27 +56,49 @@ _MOST_ROWS = 2**14  # positions of one batch
 _MOST_VALUES = 2**22  # of quadratic forms at once, in float64, where one group of channels needs no more
 
 
-def equalize(
-    bound: BoundPlan, flow: Dataflow, batches: Sequence[Batch] | None, example: Inputs | None
-) -> tuple[nn.Module, dict[str, Tensor], dict[str, Scale]]:
-    """Return a copy of the captured model, the same function, whose channels' scales suit standardized weights.
+@dataclass(frozen=True)
+class Equalized:
+    """A model, the same function, whose channels' scales suit standardized weights.
 
-    And the scales of the channels that each norm gives, by fqn, and of each parameter, by name. The model itself, and
-    no scales, where nothing is gained, where it cannot be copied, or where its output would not stay.
+    Args:
+        source: A copy that is scaled; the model itself where that is to be scaled in place, or where no scale is used.
+        scales: The scales of the channels that each norm gives, by fqn.
+        factors: The scale of each parameter, by name.
+        in_place: Scales the source, and takes the scales out again where what is done within fails.
+    """
+
+    source: nn.Module
+    scales: Mapping[str, Tensor] = field(default_factory=dict)
+    factors: Mapping[str, Scale] = field(default_factory=dict)
+    in_place: Callable[[], AbstractContextManager[None]] = nullcontext
+
+
+def equalize(
+    bound: BoundPlan,
+    flow: Dataflow,
+    batches: Sequence[Batch] | None,
+    example: Inputs | None,
+    *,
+    inplace: bool = False,
+) -> Equalized:
+    """Choose the scales of a captured model's channels; none where nothing is gained or its output would not stay.
+
+    Nor where it cannot be copied and is not to be scaled in place.
 
     Args:
         bound: What is going to be done.
         flow: The original's dataflow.
         batches: Calibration data.
-        example: Inputs that the copy is checked on.
+        example: Inputs that the scaled model is checked on.
+        inplace: Whether the model is to be scaled itself. It is as it was when this returns.
     """
     model = flow.capture.model
     gamma_sigma = dict(_gamma_sigma(bound))
     if not gamma_sigma or any(p.is_meta for p in model.parameters()):
-        return model, {}, {}
+        return Equalized(model)
     inputs = example if example is not None else make_up_inputs(model)
     if inputs is None:
-        return model, {}, {}
+        return Equalized(model)
     norms = {
         step.site.norm: tuple(one for _, one in step.source.after)
         for step in bound.modules
@@ -82,17 +107,27 @@ def equalize(
     channels = find_channels(flow, norms, [step.site.layer for step in bound.modules if step.site.layer])
     scales = _from_data_or_noise(model, gamma_sigma, channels, batches, inputs)
     if scales is None:
-        return model, {}, {}
-    try:
-        scaled = copy_of(model)
-    except Exception:  # whatever a user's class does on being copied: it converts in place nevertheless
-        return model, {}, {}
-    scale_channels(scaled, channels, scales)
-    result = keeps_output(eval_output(model, inputs), scaled, inputs)
-    if not everywhere("scaled channels", result is None or result.ok):
-        return model, {}, {}
+        return Equalized(model)
     given = {norm: scales[channels.outputs[norm]] for norm in norms if norm in channels.outputs}
-    return scaled, given, _of_parameters(model, channels, scales)
+    factors = scales_of_parameters(model, channels, scales)
+    expected = eval_output(model, inputs)
+    if inplace:
+        in_place = InPlace(model, channels, scales)
+        try:
+            in_place.put_in()
+            result = keeps_output(expected, model, inputs)
+        finally:
+            in_place.take_out()
+        equalized = Equalized(model, given, factors, in_place.unless_failed)
+    else:
+        try:
+            scaled = copy_of(model)
+        except Exception:  # whatever a user's class does on being copied: it converts in place nevertheless
+            return Equalized(model)
+        scale_channels(scaled, channels, scales)
+        result = keeps_output(expected, scaled, inputs)
+        equalized = Equalized(scaled, given, factors)
+    return equalized if everywhere("scaled channels", result is None or result.ok) else Equalized(model)
 
 
 def _from_data_or_noise(
@@ -200,49 +235,6 @@ def _values_of_forms(layer: nn.Module) -> int:
     layout, weight = FilterLayout.of(layer), FilterLayout.weight(layer)
     inputs, outputs = layout.in_channels(weight), layout.out_channels(weight)
     return inputs * (inputs + outputs) // layout.groups
-
-
-def scale_channels(model: nn.Module, channels: Channels, scales: Tensor) -> None:
-    """Give each channel of ``model`` its scale, in place: ``scales`` holds one for each of ``channels``' numbers."""
-    with torch.no_grad():
-        for name, numbers in channels.outputs.items():
-            _scale_outputs(model.get_submodule(name), scales[numbers])
-        for name, numbers in channels.inputs.items():
-            layer, factor = model.get_submodule(name), scales[numbers]
-            if bool((factor != 1).any()):
-                weight = FilterLayout.weight(layer)
-                weight.copy_(FilterLayout.of(layer).multiply_inputs(weight.double(), 1 / factor.to(weight.device)))
-
-
-def _of_parameters(model: nn.Module, channels: Channels, scales: Tensor) -> dict[str, Scale]:
-    """Return what :func:`scale_channels` multiplies each parameter with, by name."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    found: dict[str, Scale] = {}
-    for fqn in dict.fromkeys((*channels.outputs, *channels.inputs)):
-        module = model.get_submodule(fqn)
-        outputs = scales[channels.outputs[fqn]] if fqn in channels.outputs else None
-        inputs = 1 / scales[channels.inputs[fqn]] if fqn in channels.inputs else None
-        for key, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) in names:
-                of_weight = inputs if key == "weight" else None
-                found[names[id(parameter)]] = Scale(_bare(outputs), _bare(of_weight), FilterLayout.of(module))
-    return {name: one for name, one in found.items() if one.outputs is not None or one.inputs is not None}
-
-
-def _bare(factor: Tensor | None) -> Tensor | None:
-    return None if factor is None or bool((factor == 1).all()) else factor
-
-
-def _scale_outputs(module: nn.Module, factor: Tensor) -> None:
-    if bool((factor == 1).all()):
-        return
-    weight, bias = module.weight, module.bias
-    assert isinstance(weight, Tensor)
-    factor = factor.to(weight.device)
-    layout = FilterLayout() if weight.ndim == 1 else FilterLayout.of(module)
-    weight.copy_(layout.multiply_outputs(weight.double(), factor))
-    if isinstance(bias, Tensor):
-        bias.copy_(bias.double() * factor)
 
 
 def _patch_sums(layer: nn.Module, x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ site is worse than without the fit.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,6 +30,7 @@ from normswap.initialization.moments import moments_of_covariance
 from normswap.initialization.regression import CHUNK, Covariances, SecondMoments, Solution, solve, surrogate_target
 from normswap.initialization.sampling import Rows, Sample, Sampling
 from normswap.initialization.site_values import Candidate, SiteValues
+from normswap.initialization.source_outputs import SourceOutputs
 from normswap.initialization.steadying import steady
 from normswap.initialization.targets import RegressionTarget
 from normswap.norms import apply
@@ -69,41 +70,6 @@ class _Result:
     candidate: Candidate | None
 
 
-class _Given:
-    """What a site's source gives for all batches: computed with a candidate's filters, known for other signs and offsets.
-
-    The source is linear in its filters and its bias (:func:`~normswap.graph.linearity.scales_with_its_parameters`).
-    """
-
-    def __init__(self, site: PairedSite, sampling: Sampling) -> None:
-        self.site, self._of_inputs = site, sampling
-
-    def compute(self) -> None:
-        """Run the source as it is."""
-        self.sampling = self._of_inputs.on([self.site.channels(batch.x) for batch in self._of_inputs.batches])
-        self._bias = self._present_bias()
-
-    def _present_bias(self) -> Tensor | None:
-        bias = self.site.source.bias
-        return bias.detach().clone() if isinstance(bias, Tensor) else None
-
-    def turned(self, signs: Tensor) -> Callable[[Tensor], Tensor]:
-        """Return what maps that to what the source gives now that its channels have these signs, and its present bias."""
-        now = self._present_bias()
-
-        def turn(z: Tensor) -> Tensor:
-            shape = (1, -1, *(1,) * (z.ndim - 2))
-            z = z * signs.to(z).view(shape)
-            return z if now is None or self._bias is None else z.add_((now - signs.to(now) * self._bias).view(shape))
-
-        return turn
-
-    def outputs(self, candidate: Candidate) -> list[Tensor]:
-        """Return what the site gives for each batch with the candidate's values, which it has."""
-        turn = self.turned(candidate.signs)
-        return [self.site.normalized(turn(batch.x)) for batch in self.sampling.batches]
-
-
 class SiteRegression:
     """The fit of one site to what all batches bring there."""
 
@@ -129,7 +95,7 @@ class SiteRegression:
             )
         layout = self.values.layout
         self.sampling = Sampling(self.batches, target, layout.groups * layout.fan_in(self.values.weight))
-        self.given = _Given(site, self.sampling)
+        self.given = SourceOutputs(site, self.sampling)
         self.outputs: list[Tensor] | None = None
 
     def run(self, original: nn.Module) -> InitRow:

@@ -91,7 +91,7 @@ class Moves:
 
 
 class Recording:
-    """Notes what a conversion does to parameters: begun before the model is rewritten, read afterwards."""
+    """Notes what a conversion does to parameters: begun before the model is changed, read afterwards."""
 
     def __init__(
         self,
@@ -99,10 +99,9 @@ class Recording:
         source: nn.Module,
         target: nn.Module,
         bound: BoundPlan,
-        values: Callable[[BoundStep], Assignment],
         scales: Mapping[str, Scale],
     ) -> None:
-        self._source, self._values, self._scales = source, values, scales
+        self._source, self._scales = source, scales
         self._recurrent = bound.recurrent
         self._of_matrices = {one.site.name: _terms_of_matrices(source, one) for one in bound.recurrent}
         self._terms: dict[str, Mapping[str, tuple[LinearOf, ...]]] = {}
@@ -121,11 +120,15 @@ class Recording:
                 known[id(old)]: old.detach().clone() for old in tensors.values() if old.ndim < 2 and not old.is_meta
             }
 
-    def values(self, step: BoundStep) -> Assignment:
-        """Return the values of a step's new parts; what they come from is noted, and not they: they fill the memory."""
-        found = self._values(step)
-        self._terms[step.site.norm] = {name: new.terms for name, new in found.items()}
-        return found
+    def noting(self, values: Callable[[BoundStep], Assignment]) -> Callable[[BoundStep], Assignment]:
+        """Return what gives the same values and notes what they come from, but not the values: they fill the memory."""
+
+        def noted(step: BoundStep) -> Assignment:
+            found = values(step)
+            self._terms[step.site.norm] = {name: new.terms for name, new in found.items()}
+            return found
+
+        return noted
 
     def moves(self, target: nn.Module, placed: Sequence[Placed], rows: Iterable[InitRow]) -> Moves:
         """Return what is to be remembered, once ``target`` has its values; ``rows`` say which of them were fitted."""

@@ -204,8 +204,6 @@ def target_for(model: nn.Module, source: nn.Module, *, inplace: bool, apart: boo
     A source that is a copy already is rewritten itself.
     """
     if inplace and not apart:
-        if source is not model:
-            take_values(model, source)
         return model
     if source is not model and not apart:
         return source

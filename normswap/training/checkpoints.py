@@ -199,9 +199,10 @@ def _again(origin: Origin, model: nn.Module) -> tuple[nn.Module, list[str]]:
         )
     bound = bound.with_statistics(missing_statistics(model, bound, None))
     source = model
-    scales: dict[str, Tensor] = {}
+    scales: Mapping[str, Tensor] = {}
     if not origin.recipe.exact:
-        source, scales, _ = equalize(bound, Dataflow(capture(model, None)), None, None)
+        equalized = equalize(bound, Dataflow(capture(model, None)), None, None)
+        source, scales = equalized.source, equalized.scales
         bound = bound.with_scales(scales)
         notes.append(
             f"{origin.recipe.name} is not exact: the checkpoint was converted as without data, and loses what that "
