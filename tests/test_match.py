@@ -21,11 +21,12 @@ from zoo import ZOO, leaves
 import normswap as ns
 from normswap.checks.agreement import agreement
 from normswap.errors import InitializationError, InputError
+from normswap.initialization.fitting import SiteRegression
 from normswap.initialization.sampling import Sampling
 from normswap.initialization.targets import RegressionTarget
 from normswap.pipeline import Conversion
 from normswap.records import Plan
-from normswap.runs.paired_sites import SiteBatch
+from normswap.runs.paired_sites import PairedSite, SiteBatch
 from normswap.runs.pausing import THREAD
 
 C = 8
@@ -874,3 +875,46 @@ def test_a_model_of_one_batch_size_is_matched_on_its_own_batches() -> None:
     images = [torch.randn(12, 3, 8, 8) for _ in range(2)]
     result = ns.convert(model, "ln", calibration=images, example_inputs=(images[0],))
     assert {row.name: row.method for row in result.init.rows} == {"norm": "matched", "fc": "matched"}
+
+
+def test_a_layer_runs_once_for_all_that_is_tried_at_its_site(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a sample for the shape, on the held-out fifth as absorbed, then on all; other signs and offsets need no run."""
+    ran: dict[str, int] = {}
+    run = PairedSite.channels
+
+    def counted(site: PairedSite, x: Tensor) -> Tensor:
+        ran[site.name] = ran.get(site.name, 0) + len(x)
+        return run(site, x)
+
+    monkeypatch.setattr(PairedSite, "channels", counted)
+    rows = convert(settled(nn.Sequential(*residual()), images), "gn+ws", data=images(40), num_groups="auto").init.rows
+    matched = [row.name for row in rows if row.method == "matched"]
+    assert len(matched) > 3
+    assert {ran[name] for name in matched} == {1 + 8 + 40}
+
+
+@pytest.mark.parametrize("recipe", ["gn", "gn+ws", "gn+aws", "ln", "bcn"])
+def test_what_the_networks_go_on_with_is_what_the_fitted_site_gives(
+    recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To a few times float32's rounding, as the signs and offsets are applied after the layer and not within."""
+    compared: list[str] = []
+    run = SiteRegression.run
+
+    def compare(fit: SiteRegression, original: nn.Module) -> Any:
+        row = run(fit, original)
+        for found, batch in zip(fit.outputs or (), fit.batches, strict=fit.outputs is not None):
+            expected = fit.site.output(batch.x)
+            size = float(expected.abs().max())
+            assert float((found - expected).abs().max()) < 5e-6 * size
+            bias = fit.site.end.bias
+            assert isinstance(bias, Tensor)
+            bias.add_(0.01 * size)  # the control
+            assert float((found - fit.site.output(batch.x)).abs().max()) > 5e-3 * size
+            bias.sub_(0.01 * size)
+            compared.append(row.name)
+        return row
+
+    monkeypatch.setattr(SiteRegression, "run", compare)
+    convert(settled(nn.Sequential(*residual()), images), recipe, data=images(40))
+    assert len(compared) > 2

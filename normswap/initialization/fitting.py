@@ -230,10 +230,10 @@ class SiteRegression:
             return z, z.square()
         means, squares = [], []
         for chunk, held, _ in self.given.sampling.chunks():
-            z = turn(chunk.x[~held]).float()
+            z = turn(chunk.x).float()
             z = z.flatten(2) if z.ndim > 2 else z[..., None]
-            means.append(z.mean(2))
-            squares.append(z.square().mean(2))
+            means.append(z.mean(2)[~held])
+            squares.append(torch.linalg.vector_norm(z, dim=2)[~held].square() / z.shape[2])
         return gathered("means", torch.cat(means)), gathered("mean squares", torch.cat(squares))
 
     def _group_counts(self) -> list[int | None]:

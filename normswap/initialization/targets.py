@@ -64,9 +64,10 @@ class RegressionTarget:
     def targets(self, batch: SiteBatch) -> tuple[Tensor, Tensor]:
         """Return t, which the source is to give, and y, which the norm is to give, shaped as the original's output."""
         shape = (1, -1, *(1,) * (batch.reference.ndim - 2))
-        t = (batch.reference.float() - self.mean.view(shape)) * self.inverse_std.view(shape)
-        y = self.gain.view(shape) * t + self.shift.view(shape)
+        t = (batch.reference.float() - self.mean.view(shape)).mul_(self.inverse_std.view(shape))
+        y = (self.gain.view(shape) * t).add_(self.shift.view(shape))
         if batch.shortcut is not None:
             error = batch.shortcut[0].float() - batch.shortcut[1].float()
-            t, y = t + error * self.inverse_gain.view(shape), y + error
+            y.add_(error)
+            t.add_(error.mul_(self.inverse_gain.view(shape)))
         return t, y
