@@ -878,7 +878,7 @@ def test_a_model_of_one_batch_size_is_matched_on_its_own_batches() -> None:
 
 
 def test_a_layer_runs_once_for_all_that_is_tried_at_its_site(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a sample for the shape, on the held-out fifth as absorbed, then on all; other signs and offsets need no run."""
+    """One sample for the shape, the held-out fifth as absorbed, all once: other signs and offsets need no other run."""
     ran: dict[str, int] = {}
     run = PairedSite.channels
 

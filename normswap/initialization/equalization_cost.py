@@ -31,7 +31,7 @@ from normswap.nn import FilterLayout
 __all__ = ["Cost", "connected", "costs_of", "least_cost"]
 
 Values = npt.NDArray[np.float64]
-_GRID: Values = 2.0 ** np.arange(4)
+_GRID: Values = np.array([1.0, 2.0, 4.0, 8.0])
 _SWEEPS = 8
 _GAIN = 1e-3  # the share of the cost that a step must save
 

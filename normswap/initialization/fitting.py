@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from normswap.errors import InitializationError
 from normswap.initialization.absorb import absorb
 from normswap.initialization.moments import moments_of_covariance
-from normswap.initialization.regression import CHUNK, Covariances, SecondMoments, Solution, solve, surrogate_target
+from normswap.initialization.regression import Covariances, Solution, solve, surrogate_target
 from normswap.initialization.sampling import Rows, Sample, Sampling
 from normswap.initialization.site_values import Candidate, SiteValues
 from normswap.initialization.source_outputs import SourceOutputs
@@ -106,7 +106,7 @@ class SiteRegression:
         if not everywhere("shapes", all(self._agrees(batch) for batch in self.batches)):
             return InitRow(name, "absorbed", ("the networks' shapes differ here: not fitted",))
         sample = self.sampling.patches(self.values.patches)
-        fit = _moments(sample.train)
+        fit = Covariances.of(sample.train.values, sample.train.t)
         statistics = self.sampling.statistics()
         if not (fit.finite and bool(statistics.var.isfinite().all())):
             return InitRow(name, "absorbed", ("its values are not finite: not fitted",))
@@ -275,14 +275,6 @@ class SiteRegression:
             num_groups=self.values.groups,
             candidate=candidate,
         )
-
-
-def _moments(rows: Rows) -> Covariances:
-    moments = SecondMoments()
-    for u, t in zip(rows.values.split(CHUNK), rows.t.split(CHUNK), strict=True):
-        moments.add(u, t)
-    own = moments.read() if len(rows.t) else Covariances.of_nothing(rows.values, rows.t)
-    return own.over_processes()
 
 
 def _affine(rows: Rows, prior: Tensor) -> tuple[Tensor, Tensor]:

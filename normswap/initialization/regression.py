@@ -115,6 +115,15 @@ class Covariances:
     targets: Tensor
 
     @classmethod
+    def of(cls, patches: Tensor, target: Tensor) -> Covariances:
+        """Return those of all processes' patches, ``(n, G, p)``, and targets, ``(n, C)``."""
+        moments = SecondMoments()
+        for u, t in zip(patches.split(CHUNK), target.split(CHUNK), strict=True):
+            moments.add(u, t)
+        own = moments.read() if len(target) else cls.of_nothing(patches, target)
+        return own.over_processes()
+
+    @classmethod
     def of_nothing(cls, patches: Tensor, target: Tensor) -> Covariances:
         """Return those of no patch, shaped as those of such patches and targets would be."""
         groups, fan_in = patches.shape[1:]
