@@ -28,7 +28,7 @@ from zoo import ZOO, Entry, Inputs, leaves
 
 import normswap as ns
 from normswap.errors import NothingToConvertError
-from normswap.nn import WeightStandardization
+from normswap.nn import ChannelAffine, ChannelLayerNorm, EstimatedStatistics, WeightStandardization
 from normswap.norms import Affine, deployed, norm_of
 from normswap.records import Plan, Step
 
@@ -382,25 +382,32 @@ def per_filter(layer: nn.Module, values: Tensor, weight: Tensor) -> Tensor:
 
 
 class AtExpectedStatistics(nn.Module):
-    """A per-sample norm's own affine with the mean 0 and the variance that its input has over the data.
+    """A per-sample norm's own affine with the mean and the variance that its input has over the data.
 
-    It is read off the norm itself: two positions u and −u of a sample have mean 0, and mean squares u² in whatever
-    groups; there ``y(±u) = ±scale·u + shift``. A norm over the channels of one position gets a u of mean 0, too.
+    It is read off the norm itself: two positions m + u and m − u of a sample have the mean m, and mean squares m² + u²
+    in whatever groups; there ``y(m ± u) = scale·(m ± u) + shift``. A norm over the channels of one position has all of
+    them at once: its γ and β tell.
     """
 
-    def __init__(self, norm: nn.Module, variance: Tensor) -> None:
+    def __init__(self, norm: nn.Module, mean: Tensor, variance: Tensor) -> None:
         super().__init__()
         like = next(norm.parameters())
         u = variance.double().sqrt().clamp(min=1e-6 * float(variance.max().sqrt()))  # a dead channel has a slope, too
         kind = norm_of(norm)
         assert kind is not None
-        if kind.per_position:
-            u = torch.linspace(-1, 1, len(u), dtype=u.dtype)
-            u = u * (variance.double().mean() / u.square().mean()).sqrt()
-            u[u == 0] = 1e-9
         with torch.no_grad():
-            up, down = copy.deepcopy(norm).double()(torch.stack([u, -u], 1)[None, :, :, None])[0, :, :, 0].unbind(1)
-        self.scale, self.shift = ((up - down) / (2 * u)).to(like), ((up + down) / 2).to(like)
+            if isinstance(norm, ChannelLayerNorm):
+                own_mean = mean.mean()
+                square = (variance.double() + mean.square()).mean() - own_mean.square()
+                scale = norm.weight.double() / (square + norm.eps).sqrt()
+                shift = norm.bias.double() - scale * own_mean
+            else:
+                assert not kind.per_position
+                positions = torch.stack([mean + u, mean - u], 1)
+                up, down = copy.deepcopy(norm).double()(positions[None, :, :, None])[0, :, :, 0].unbind(1)
+                scale = (up - down) / (2 * u)
+                shift = (up + down) / 2 - scale * mean
+        self.scale, self.shift = scale.to(like), shift.to(like)
 
     def forward(self, x: Tensor) -> Tensor:
         shape = (1, -1, *(1,) * (x.ndim - 2))
@@ -436,12 +443,42 @@ def at_expected_statistics(
             var = old_tensor(case.original, step, "running_var")
             assert var is not None
             ratio = var.double() / (var.double() + step.site.eps)
-            replacement = AtExpectedStatistics(norm, ratio * excess(step) ** 2)
+            mean = expected_mean(case, model, step, excess(step))
+            replacement = AtExpectedStatistics(norm, mean, ratio * excess(step) ** 2)
             for parent in list(model.modules()):
                 for name, child in parent._modules.items():
                     if child is norm:
                         parent._modules[name] = replacement
     return model
+
+
+@torch.no_grad()
+def expected_mean(case: Converted, model: nn.Module, step: Step, excess: Tensor | float) -> Tensor:
+    """The mean of what reaches the new norm, per channel, where the BatchNorm's input has the recorded one.
+
+    The layer, or the affine in front, gives ``f (x − b) + b'`` where the old layer gave x, b and b' the biases. A
+    layer's |f| is ``excess/σ``, and its sign that of its filters or, where these are zero, of the norm's γ.
+    """
+    mean, var = (old_tensor(case.original, step, name) for name in ("running_mean", "running_var"))
+    found = new_norm(model, step)
+    assert mean is not None
+    assert var is not None
+    assert found is not None
+    parts = [found, *found.children()]
+    mean = mean.double()
+    if any(isinstance(part, EstimatedStatistics) for part in parts):
+        return torch.zeros_like(mean)
+    for part in parts:
+        if isinstance(part, ChannelAffine):
+            return part.weight.double() * mean + part.bias.double()
+    layer, old = (one.get_submodule(step.site.layer or "") for one in (model, case.original))
+    sign = (filters(layer, layer.weight) * filters(old, old.weight)).double().sum(1).sign()
+    for part, gamma in ((p, old_tensor(case.original, step, "weight")) for p in parts if normalizes_each_sample(p)):
+        own = part.weight if gamma is None else part.weight * gamma
+        sign = torch.where(sign == 0, own.double().sign(), sign)
+    before, after = (0 if one.bias is None else one.bias.double() for one in (old, layer))
+    factor = sign * excess * (var.double() + step.site.eps).rsqrt()
+    return factor * (mean - before) + after
 
 
 @torch.no_grad()

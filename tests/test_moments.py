@@ -166,7 +166,9 @@ def test_noise_has_the_shape_of_the_example_and_repeats() -> None:
     assert torch.equal(noise, noise_like((image, labels))[0])
     assert noise_like({"x": torch.zeros(2, 40)})["x"].shape == (1024, 40)
     neighbours = torch.corrcoef(torch.stack([noise[..., 1:].flatten(), noise[..., :-1].flatten()]))[0, 1]
-    assert neighbours > 0.8  # smooth, as images are
+    assert neighbours > 0.6  # smooth, as images are
+    steps = (noise[..., 1:] - noise[..., :-1]).square().mean((1, 2, 3))
+    assert steps.max() > 5 * steps.min()  # some smoother than others
 
 
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-11), (torch.float32, 2e-4), (torch.bfloat16, 0.15)])

@@ -3,9 +3,10 @@
 With BatchNorm in evaluation, per channel, ``y = γ (x − μ)/σ + β``, ``σ = sqrt(var + eps)``, ``x = W·u + b``:
 
 - a recipe without division (``wn+mobn``, ``wn``, ``mobn``, ``none``) takes γ/σ into the weight: the same function;
-- a per-sample norm gets t = (x − μ)/σ out of the layer, of mean 0 and variance ``r = var/(var + eps)`` over the data,
-  and takes ``γ·sqrt(r_g + eps')`` and β: with each new norm replaced by its own affine at those expected statistics,
-  the converted model *is* the original.
+- a per-sample norm gets t = ±(x − μ)/σ + o out of the layer, of mean o and variance ``r = var/(var + eps)`` over the
+  data, and takes ``±γ·sqrt(r_g + eps')`` and β ∓ γo: with each new norm replaced by its own affine at those expected
+  statistics, the converted model *is* the original. The signs and offsets are those of
+  :mod:`normswap.initialization.steadied`.
 
 What BatchNorm has recorded may not be what the data at hand has, after a change of domain or of preprocessing. Where
 there is data, t's mean and variance are its own: the n samples' and those of 16 more that are as recorded, so that a
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from normswap.initialization.base import Initializer, Outcome, Work
 from normswap.initialization.centring import moments_for
 from normswap.initialization.moments import Moments, centre
+from normswap.initialization.steadied import Steadied, steadied
 from normswap.nn import FilterLayout
 from normswap.nn.readers import fused_inputs
 from normswap.norms import Along, Assignment, Bias, Incoming, LinearOf, NewValue, NormState, Takes, named, of_present
@@ -69,7 +71,11 @@ class _Handed:
 
 
 def absorb(
-    step: BoundStep, layer: nn.Module | None, moments: Mapping[str, Moments], data: Statistics | None = None
+    step: BoundStep,
+    layer: nn.Module | None,
+    moments: Mapping[str, Moments],
+    data: Statistics | None = None,
+    steadied: Steadied | None = None,
 ) -> Absorbed:
     """Return the values of one site's new parts. Pure: nothing is changed.
 
@@ -78,11 +84,14 @@ def absorb(
         layer: The layer that takes the norm up, as it is before the step; None where none does.
         moments: The input moments of layers whose weight is standardized, by fqn.
         data: What reaches the BatchNorm on data at hand.
+        steadied: The signs and offsets of its channels; None for none.
     """
     site, state, norm = step.site, step.state, step.norm
     if state.gamma.is_meta:
         return Absorbed({}, InitRow(site.norm, "nothing", ("on the meta device: structure only",)))
     factor = _factor(norm.takes, state)
+    sign, offset = (torch.ones_like(factor), torch.zeros_like(factor)) if steadied is None else steadied
+    factor = sign * factor
     if step.step.reader is not None:
         assert layer is not None
         values = _with_known_terms(_by_reader(step, layer, factor), state, layer, "reader")
@@ -90,7 +99,19 @@ def absorb(
     handed = _by_affine(step, factor) if layer is None else _by_layer(step, layer, factor, moments)
     level, ratio = _expected(state, data)
     total = handed.excess * factor
-    encoded = norm.encode(Incoming(state, level, ratio, total * handed.mean, handed.excess, total, handed.mean))
+    encoded = norm.encode(
+        Incoming(
+            state,
+            sign * level + offset,
+            ratio,
+            total * handed.mean,
+            handed.excess,
+            total,
+            handed.mean,
+            sign,
+            offset,
+        )
+    )
     values = dict(handed.values) | named("front", encoded.front) | named("norm", encoded.values)
     bias = encoded.bias
     old = None if layer is None else layer._parameters.get("bias")
@@ -209,9 +230,12 @@ class Absorb(Initializer):
             work.bound, work.source, work.enough, work.example, fitted=self.fits
         )
         self.data: Mapping[str, Statistics] = {}
-        if work.enough is not None and not work.bound.recipe.exact and not self.fits:  # a fit measures its own
+        self.steadied: Mapping[str, Steadied] = {}
+        if not work.bound.recipe.exact and not self.fits:  # a fit measures its own
             norms = [step.site.norm for step in work.bound.modules]
-            self.data = measure_statistics(work.source, norms, work.enough)
+            if work.enough is not None:
+                self.data = measure_statistics(work.source, norms, work.enough)
+            self.steadied = steadied(work.bound, work.source, work.enough, work.example, work.options.spread)
 
     def values(self, step: BoundStep) -> Assignment:
         """Return the values that keep the site's function."""
@@ -219,7 +243,7 @@ class Absorb(Initializer):
         fqn = step.step.taken_up_by
         layer = None if fqn is None else self.work.source.get_submodule(fqn)
         data = None if step.recipe.exact else self.data.get(site.norm)
-        found = absorb(step, layer, self.moments, data)
+        found = absorb(step, layer, self.moments, data, self.steadied.get(site.norm))
         self.rows[site.norm] = found.row
         return found.values
 

@@ -20,7 +20,7 @@ from normswap.runs.watching import not_finite, watch_inputs
 
 __all__ = ["Moments", "centre", "input_moments", "moments_of", "moments_of_covariance"]
 
-_DATA_RIDGE, _NOISE_RIDGE, _MEAN_RIDGE = 1e-3, 3e-2, 1e-2
+_DATA_RIDGE, _NOISE_RIDGE, _MEAN_RIDGE = 1e-3, 3e-3, 1e-2
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ __all__ = ["batch_for", "noise_like", "noises_like", "seen_by_statistics", "shap
 See = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Gets what reaches a BatchNorm, its recorded mean and variance, and gives what is to reach it."""
 
-_SLOPE = 1.5  # of the noise's amplitude over frequency
+_SLOPES = 0.5, 2.5  # of the noise's amplitude over frequency, from the roughest sample to the smoothest
 _MOST_VALUES = 2**22
 _ROUNDING = 4.0  # of a channel's mean, in units of the last place
 
@@ -48,8 +48,9 @@ def noise_like(example: Any, batch: int | None = None, seed: int = 0) -> Any:
     Samples are along the first axis of the first tensor, and of each that is as long there. Others, such as the state
     ``(layers, N, H)`` of a recurrent layer, get no other size: a model that takes no others either runs on none.
 
-    Over space the noise has a spectrum like that of natural images, an amplitude of ``1/f^1.5``, which has no scale of
-    its own and so suits any resolution.
+    Over space the noise has spectra like those of natural images, amplitudes of ``1/f^a``, which have no scale of their
+    own and so suit any resolution. Images differ in how smooth they are, and what a network makes of them with it: a
+    goes from 0.5 to 2.5 over the samples, in random order.
 
     Args:
         example: A tuple or dict of inputs.
@@ -67,7 +68,7 @@ def noise_like(example: Any, batch: int | None = None, seed: int = 0) -> Any:
         if not value.is_floating_point():
             return value[torch.arange(batch) % own] if of_samples else value
         x = torch.randn(batch if of_samples else len(value), *value.shape[1:], generator=generator)
-        return (_as_natural_images(x) if x.ndim > 2 else x).to(value)
+        return (_as_natural_images(x, generator) if x.ndim > 2 else x).to(value)
 
     if isinstance(example, Mapping):
         return {name: noise(value) for name, value in example.items()}
@@ -82,15 +83,17 @@ def batch_for(example: Any) -> int:
     return max(4, min(most, _MOST_VALUES // max(1, sum(v[:1].numel() for v in floats))))
 
 
-def _as_natural_images(x: Tensor) -> Tensor:
-    """Return white noise ``(N, C, …)`` with a spectrum of ``1/f^1.5`` over space, of standard deviation 1."""
+def _as_natural_images(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Return white noise ``(N, C, …)`` with spectra of ``1/f^a`` over space, each sample of standard deviation 1."""
     sides = x.shape[2:]
     grid = torch.meshgrid(*(torch.fft.fftfreq(side) for side in sides), indexing="ij")
     frequency = torch.stack([g.square() for g in grid]).sum(0).sqrt()
     lowest = 1 / max(sides)  # the mean of an image is as strong as its largest waves
+    slopes = torch.linspace(*_SLOPES, len(x))[torch.randperm(len(x), generator=generator)]
     axes = list(range(2, x.ndim))
-    x = torch.fft.ifftn(torch.fft.fftn(x, dim=axes) / frequency.clamp(min=lowest) ** _SLOPE, dim=axes).real
-    return x / x.std()
+    amplitude = frequency.clamp(min=lowest) ** -slopes.view(-1, 1, *(1,) * len(sides))
+    x = torch.fft.ifftn(torch.fft.fftn(x, dim=axes) * amplitude, dim=axes).real
+    return x / x.square().mean(list(range(1, x.ndim)), keepdim=True).sqrt().clamp(min=1e-30)
 
 
 @contextmanager

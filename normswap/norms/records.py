@@ -118,15 +118,19 @@ class NormState:
 class Incoming:
     """What reaches the new norm, per channel, and what it has to make of it. All ``(C,)`` in float64.
 
+    It is ``excess·t``, ``t = sign·(x − μ)/σ + offset``, and is to become ``gamma·t + beta``.
+
     Args:
         state: The BatchNorm's values.
-        level: The mean of (x − μ)/σ: 0, unless data at hand has another.
-        ratio: The variance of (x − μ)/σ: ``r = var/(var + eps)`` of the BatchNorm, 1 but for dead channels, unless data
-            at hand has another.
+        level: The mean of t: the offset, unless data at hand has another mean than the BatchNorm has recorded.
+        ratio: The variance of t: ``r = var/(var + eps)`` of the BatchNorm, 1 but for dead channels, unless data at hand
+            has another.
         mean: The mean of the layer's output before any bias.
         excess: The factor by which the layer's output exceeds the one asked for; 1 but where the weight keeps no scale.
         factor: The factor by which the layer's output, bias included, was multiplied in all.
         centre: The mean of the old layer's output before any bias: ``mean`` before it was multiplied.
+        sign: 1 or −1: free where the norm subtracts a mean, whose γ undoes it.
+        offset: Likewise, and β undoes it.
     """
 
     state: NormState
@@ -136,19 +140,21 @@ class Incoming:
     excess: Tensor
     factor: Tensor
     centre: Tensor
+    sign: Tensor
+    offset: Tensor
 
     @property
     def gamma(self) -> Tensor:
-        """γ."""
-        return self.state.gamma.double()
+        """γ, with the sign that the channel was given."""
+        return self.sign * self.state.gamma.double()
 
     @property
     def beta(self) -> Tensor:
-        """β."""
-        return self.state.beta.double()
+        """β, less what γ makes of the offset."""
+        return self.state.beta.double() - self.gamma * self.offset
 
     def over_groups(self, groups: int) -> tuple[Tensor, Tensor]:
-        """Return the mean and the mean square of what a channel's group brings, ``excess·(x − μ)/σ``. Each ``(C,)``"""
+        """Return the mean and the mean square of what a channel's group brings, ``excess·t``. Each ``(C,)``"""
 
         def mean(value: Tensor) -> Tensor:
             return value.view(groups, -1).mean(1).repeat_interleave(value.numel() // groups)
@@ -158,27 +164,27 @@ class Incoming:
     def normalized(self, groups: int, eps: float) -> Encoding:
         """Return γ' and β' of a norm that takes its mean and its deviation over groups, and the layer's bias.
 
-        ``γ' = γ·sqrt(r_g + eps)/excess`` and ``β' = β + γ·l_g/excess``, with l_g and r_g the mean and the variance of
-        all that the channel's group brings: with them a norm at its expected statistics is ``γ (x − μ)/σ + β``.
+        ``γ' = gamma·sqrt(r_g + eps)/excess`` and ``β' = beta + gamma·l_g/excess``, with l_g and r_g the mean and the
+        variance of all that the channel's group brings: with them a norm at its expected statistics is
+        ``γ (x − μ)/σ + β``.
         """
         mean, square = self.over_groups(groups)
         return self.affine((square - mean.square() + eps).sqrt(), mean)
 
     def affine(self, divisor: Tensor, subtracted: Tensor) -> Encoding:
         """Return γ' and β' of a norm that is expected to subtract and divide by these, ``(C,)`` each."""
-        gain, shift = divisor / self.excess, subtracted / self.excess
+        gain = self.sign * divisor / self.excess
+        shift = self.sign * (subtracted / self.excess - self.offset)
+        gamma, beta = self.state.gamma.double(), self.state.beta.double()
         values = {
-            "weight": NewValue(self.gamma * divisor / self.excess, (LinearOf("norm.weight", gain),)),
-            "bias": NewValue(
-                self.beta + self.gamma * subtracted / self.excess,
-                (LinearOf("norm.bias"), LinearOf("norm.weight", shift)),
-            ),
+            "weight": NewValue(gamma * gain, (LinearOf("norm.weight", gain),)),
+            "bias": NewValue(beta + gamma * shift, (LinearOf("norm.bias"), LinearOf("norm.weight", shift))),
         }
         return Encoding(values, self.bias())
 
     def bias(self) -> NewValue:
-        """Return the bias that gives the layer's output a mean of 0."""
-        return NewValue(-self.mean, (LinearOf("layer.bias", self.factor),))
+        """Return the bias that gives the layer's output, whose mean was recorded, a mean of ``excess·offset``."""
+        return NewValue(self.excess * self.offset - self.mean, (LinearOf("layer.bias", self.factor),))
 
 
 @dataclass(frozen=True)
