@@ -121,7 +121,7 @@ class Options:
         scale: Let channels between layers be scaled, where weights are standardized: the same function, and the swap
             is closer; features taken from within the model differ from the original's by a factor per channel, and
             those that go into a linear layer do not (:mod:`normswap.initialization.equalization`).
-        spread: How far apart a match sets the offsets of a group's channels, in their standard deviations. 0 leaves a
+        spread: How far apart the offsets of a group's channels are set, in their standard deviations. 0 leaves a
             group's statistics to the sample alone; with more they are steadier, the swap closer, and less is
             normalized (:mod:`normswap.initialization.steadying`).
         tune_steps: Gradient steps of init='tune', of one batch each.
@@ -168,7 +168,7 @@ class Options:
     )
     spread: float = option(
         2.0,
-        "How far apart a match sets the offsets of a group's channels, in their standard deviations",
+        "How far apart the offsets of a group's channels are set, in their standard deviations",
         minimum=0,
         flag=Flag(
             commands=("inspect", "convert"),

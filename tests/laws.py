@@ -28,7 +28,7 @@ from zoo import ZOO, Entry, Inputs, leaves
 
 import normswap as ns
 from normswap.errors import NothingToConvertError
-from normswap.nn import ChannelAffine, ChannelLayerNorm, EstimatedStatistics, WeightStandardization
+from normswap.nn import WeightStandardization
 from normswap.norms import Affine, deployed, norm_of
 from normswap.records import Plan, Step
 
@@ -396,13 +396,12 @@ class AtExpectedStatistics(nn.Module):
         kind = norm_of(norm)
         assert kind is not None
         with torch.no_grad():
-            if isinstance(norm, ChannelLayerNorm):
+            if kind.per_position:
                 own_mean = mean.mean()
                 square = (variance.double() + mean.square()).mean() - own_mean.square()
                 scale = norm.weight.double() / (square + norm.eps).sqrt()
                 shift = norm.bias.double() - scale * own_mean
             else:
-                assert not kind.per_position
                 positions = torch.stack([mean + u, mean - u], 1)
                 up, down = copy.deepcopy(norm).double()(positions[None, :, :, None])[0, :, :, 0].unbind(1)
                 scale = (up - down) / (2 * u)
@@ -466,11 +465,11 @@ def expected_mean(case: Converted, model: nn.Module, step: Step, excess: Tensor 
     assert found is not None
     parts = [found, *found.children()]
     mean = mean.double()
-    if any(isinstance(part, EstimatedStatistics) for part in parts):
-        return torch.zeros_like(mean)
-    for part in parts:
-        if isinstance(part, ChannelAffine):
-            return part.weight.double() * mean + part.bias.double()
+    if any((kind := norm_of(part)) is not None and kind.follows_batches for part in parts):
+        return torch.zeros_like(mean)  # its estimates have taken the mean away
+    if step.site.layer is None:
+        affine = next(part for part in found.children() if not normalizes_each_sample(part))
+        return affine.weight.double() * mean + affine.bias.double()
     layer, old = (one.get_submodule(step.site.layer or "") for one in (model, case.original))
     sign = (filters(layer, layer.weight) * filters(old, old.weight)).double().sum(1).sign()
     for part, gamma in ((p, old_tensor(case.original, step, "weight")) for p in parts if normalizes_each_sample(p)):
