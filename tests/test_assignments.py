@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -52,6 +52,7 @@ class Case:
     assignments: Mapping[str, Assignment]
     moments: Mapping[str, Any]
     data: Mapping[str, Any]
+    steadied: Mapping[str, Any] = field(default_factory=dict)
 
     def of(self, model: nn.Module) -> Case:
         """The same for another model, with all that was measured on data as it was."""
@@ -60,8 +61,9 @@ class Case:
         for step in bound.steps:
             fqn = step.step.taken_up_by
             layer = None if fqn is None else model.get_submodule(fqn)
-            found[step.site.norm] = absorb(step, layer, self.moments, self.data.get(step.site.norm)).values
-        return Case(model, bound, found, self.moments, self.data)
+            measured = self.data.get(step.site.norm), self.steadied.get(step.site.norm)
+            found[step.site.norm] = absorb(step, layer, self.moments, *measured).values
+        return Case(model, bound, found, self.moments, self.data, self.steadied)
 
 
 def computed(model: nn.Module, recipe: Recipe, x: Any, calibration: Any = None) -> Case:
@@ -73,7 +75,7 @@ def computed(model: nn.Module, recipe: Recipe, x: Any, calibration: Any = None) 
     work = Work(model, model, bound, Options(), data.example, data.enough)
     method = Absorb(work)
     values = {step.site.norm: method.values(step) for step in bound.steps}
-    return Case(model, bound, values, method.moments, method.data)
+    return Case(model, bound, values, method.moments, method.data, method.steadied)
 
 
 # ----------------------------------------------------------------------------------------------------- pure, and whole
