@@ -21,6 +21,7 @@ from zoo import ZOO, leaves
 import normswap as ns
 from normswap.checks.agreement import agreement
 from normswap.errors import InitializationError, InputError
+from normswap.initialization import absorb as absorption
 from normswap.initialization.fitting import SiteRegression
 from normswap.initialization.sampling import Sampling
 from normswap.initialization.targets import RegressionTarget
@@ -194,11 +195,12 @@ def test_no_site_is_worse_than_absorbed_and_the_output_is_closer_on_fresh_data(n
         assert row.fit is not None, row
         assert row.fit.noise_after <= row.fit.noise_before, row
     assert any(row.method == "matched" for row in matched.init.rows)
-    absorbed = convert(model, recipe, data(120), init="absorb")
     fresh = data(100, seed=7)
-    # Here the ratio is 0.75 at the most. Over 50 other draws of weights and data the match was the closer one in all
-    # 1800 conversions; the medians lie between 0.08 and 0.81, and 5 ratios, all of gn+ws, above 0.9.
-    assert distance(model, matched.model, fresh) < 0.9 * distance(model, absorbed.model, fresh)
+    # Here the ratios are 0.94 and 0.67 at the most. Absorbed values have a match's signs and offsets, too; without them
+    # the match was the closer one over 50 other draws of weights and data in all 1800 conversions.
+    for spread, share in ((2.0, 1.0), (0.0, 0.9)):
+        absorbed = convert(model, recipe, data(120), init="absorb", spread=spread)
+        assert distance(model, matched.model, fresh) < share * distance(model, absorbed.model, fresh)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -727,9 +729,9 @@ def test_dtypes_stay_and_the_match_works_in_each(dtype: torch.dtype) -> None:
     low = copy.deepcopy(model).to(dtype)
     result = convert(low, "gn+ws", images(60).to(dtype))
     assert {p.dtype for p in result.model.parameters()} == {dtype}
-    absorbed = convert(low, "gn+ws", images(60).to(dtype), init="absorb").model
+    absorbed = convert(low, "gn+ws", images(60).to(dtype), init="absorb", spread=0).model
     x = fresh.to(dtype)
-    assert distance(low, result.model, x) < 0.8 * distance(low, absorbed, x)
+    assert distance(low, result.model, x) < 0.5 * distance(low, absorbed, x)
 
 
 def test_a_matched_model_folds_and_exports(tmp_path: Any) -> None:
@@ -815,8 +817,9 @@ def test_every_model_of_the_zoo_is_matched_to_finite_outputs(name: str) -> None:
         assert row.fit is None or row.fit.noise_after <= row.fit.noise_before
 
 
-def test_before_the_fit_a_site_is_absorbed_in_the_metric_of_its_data() -> None:
-    """What a match falls back on is what ``init="absorb"`` gives on the same data, the layer's bias included."""
+def test_before_the_fit_a_site_is_absorbed_in_the_metric_of_its_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A match starts from what ``init="absorb"`` gives without signs and offsets, the layer's bias included."""
+    monkeypatch.setattr(absorption, "steadied", lambda *_: {})
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU()).eval()
     x = torch.rand(200, 3, 10, 10) + torch.rand(200, 3, 1, 1)
