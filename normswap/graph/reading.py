@@ -14,6 +14,8 @@ from normswap.graph.ops import order_of
 from normswap.nn import FilterLayout
 from normswap.nn.kinds import is_layer
 from normswap.nn.readers import input_channels, is_plain, is_reader, reads_last_axis, why_no_affine
+from normswap.norms import norm_of
+from normswap.operations.table import reads_no_value
 
 __all__ = ["Reading", "reader_of"]
 
@@ -55,6 +57,8 @@ def reader_of(flow: Dataflow, key: str, channels: int, rank: int | None) -> Read
     if flow.choices.why_not_always(key, layer, channels):
         return Reading()
     reason = _unfit(flow, layer, channels, rank, axis)
+    if reason is None and any(_may_be_written(flow, call, layer) for calls in runs.values() for call in calls):
+        reason = "without the norm it would see what is written to the norm's input in between"
     return Reading(layer, None if reason is None else Text(f"{layer}, which reads it, cannot take it up: {reason}"))
 
 
@@ -76,6 +80,24 @@ def _read_by(flow: Dataflow, call: Call, rank: int | None) -> tuple[str, int] | 
         order = [order[axis] for axis in before]
         node = user
     return None
+
+
+def _may_be_written(flow: Dataflow, call: Call, layer: str) -> bool:
+    """Tell whether the norm's input may be written to, by whatever name, before ``layer`` reads the norm's output.
+
+    A norm gives a new tensor; where it is gone its input stands there itself. Layers and norms write to no input.
+    """
+    path, node = {call.node}, call.node.next
+    while True:
+        module = flow.capture.module_of(call.trace, node)
+        if module is not None and flow.capture.aliases[call.trace.fqn(str(node.target))] == layer:
+            return False
+        plain = module is not None and (is_layer(module) or norm_of(module) is not None)
+        if _first_argument(node) in path:
+            path.add(node)  # what moves the axes, as is known by now
+        elif not (plain or node.op == "get_attr" or reads_no_value(node)):
+            return True
+        node = node.next
 
 
 def _first_argument(node: fx.Node) -> object:

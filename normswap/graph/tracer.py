@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,14 +11,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from normswap.graph.ops import is_leaf
+from normswap.graph.proxies import ValueProxy, WrittenProxy, hook_barrier
 from normswap.operations.table import value_free_names
+from normswap.runs.settings import settings
 
 __all__ = ["ScopeTracer", "hook_barrier", "kept_attribute", "why_untraceable"]
-
-
-def hook_barrier(value: Any) -> Any:
-    """Stand in a graph where a forward hook sees, and may change, a value."""
-    return value
 
 
 def kept_attribute(value: Any) -> Any:
@@ -56,7 +52,9 @@ class ScopeTracer(fx.Tracer):
     ) -> None:
         super().__init__(autowrap_functions=(hook_barrier,), param_shapes_constant=True)
         self.scope_fqn, self.own_forward_only, self.rank = scope, own_forward_only, rank
-        self._proxies: type[_Proxy] = _WrittenProxy if in_place else _Proxy
+        self._proxies: type[ValueProxy] = WrittenProxy if in_place else ValueProxy
+        self.lost = False  # whether the forward has asked what no trace knows
+        self._settings: list[Any] = []
         self.refused: list[tuple[str, nn.Module, str]] = []
         self._owner = scope
         self._tensor_names: dict[int, str] = {}
@@ -67,6 +65,7 @@ class ScopeTracer(fx.Tracer):
             self._tensor_names.setdefault(id(tensor), name)
         with _DirectReads(self._tensor_names) as direct:
             graph = super().trace(root, concrete_args)
+        self._refuse_lost()
         if self.own_forward_only:
             if direct.names:  # what was computed from it stands in the graph as a constant
                 raise fx.proxy.TraceError(f"the forward reads {direct.names[0]} past the module's attributes")
@@ -84,6 +83,27 @@ class ScopeTracer(fx.Tracer):
                 graph.create_node("call_function", kept_attribute, (node,)).meta["owner"] = self.scope_fqn
                 node.meta.setdefault("owner", self.scope_fqn)
 
+    def _refuse_lost(self) -> None:
+        if self.lost:  # the forward has caught the error and gone another way than in a run
+            raise fx.proxy.TraceError("the forward catches the error that it is given for what a trace does not know")
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Refuse a branch."""
+        self.lost = True
+        return super().to_bool(obj)
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        """Refuse a loop."""
+        self.lost = True
+        return super().iter(obj)
+
+    def class_given(self, target: str) -> type | None:
+        """Return the class of what the module of this name within the scope gives, None where that is not known."""
+        module = self.root.get_submodule(target)
+        if isinstance(module, (nn.RNNBase, nn.LSTMCell, nn.MultiheadAttention)):
+            return tuple
+        return Tensor if is_leaf(module) else None
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Tell whether a call of ``m`` is one node."""
         return self.own_forward_only or is_leaf(m)
@@ -98,6 +118,11 @@ class ScopeTracer(fx.Tracer):
         """Record whose forward made the node."""
         node = super().create_node(*args, **kwargs)
         node.meta["owner"] = self._owner
+        if self.own_forward_only:  # the graph will be run in place of the forward
+            now = settings()
+            self._settings = self._settings or now
+            if now != self._settings:
+                raise fx.proxy.TraceError("the forward works in a context (no_grad, autocast), which no graph holds")
         return node
 
     def call_module(
@@ -115,12 +140,14 @@ class ScopeTracer(fx.Tracer):
 
     def _trace_through(self, m: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         fqn = f"{self.scope_fqn}.{name}" if self.scope_fqn else name
-        caller, before = self._owner, len(self.graph.nodes)
-        self._owner = fqn
+        caller, before, lost = self._owner, len(self.graph.nodes), self.lost
+        self._owner, self.lost = fqn, False
         try:
             if isinstance(m, torch.jit.ScriptModule):
                 raise TypeError("TorchScript cannot be traced")
-            return m.forward(*args, **kwargs)
+            value = m.forward(*args, **kwargs)
+            self._refuse_lost()
+            return value
         except Exception as cause:
             for node in list(self.graph.nodes)[: before - 1 : -1] if before else list(self.graph.nodes)[::-1]:
                 self.graph.erase_node(node)
@@ -129,7 +156,7 @@ class ScopeTracer(fx.Tracer):
             self.refused.append((fqn, m, why_untraceable(cause)))
             return self.create_proxy("call_module", name, args, kwargs)
         finally:
-            self._owner = caller
+            self._owner, self.lost = caller, lost
 
     def _barrier(self, value: Any) -> Any:
         def guard(leaf: Any) -> Any:
@@ -189,29 +216,7 @@ def _kept_proxies(root: nn.Module) -> Iterator[fx.Proxy]:
                 yield from (leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, fx.Proxy))
 
 
-class _Proxy(fx.Proxy):
-    """A value that may be written to: ``y[:, 0] = 0`` is a use of y like ``y.relu_()``."""
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
-
-
-class _WrittenProxy(_Proxy):
-    """A value that ``y *= a`` and its like write to."""
-
-
-def _write(target: Callable[[Any, Any], Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
-    def write(self: fx.Proxy, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", target, (self, other), {})
-
-    return write
-
-
-for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor"):
-    setattr(_WrittenProxy, f"__i{_name}__", _write(getattr(operator, f"i{_name}")))
-
-
-class _RankedProxy(_Proxy):
+class _RankedProxy(ValueProxy):
     """An input whose number of axes is known."""
 
     tracer: ScopeTracer
@@ -224,12 +229,15 @@ class _RankedProxy(_Proxy):
         return self.ndim
 
 
-class _TensorProxy(_Proxy):
+class _TensorProxy(ValueProxy):
     """A parameter or buffer whose shape, dtype and device are known: asking for them is no dataflow."""
 
     def __init__(self, node: fx.Node, tracer: fx.Tracer, tensor: Tensor) -> None:
         super().__init__(node, tracer)
         self.tensor = tensor
+
+    def _class(self) -> type:
+        return type(self.tensor)
 
     @property
     def shape(self) -> torch.Size:

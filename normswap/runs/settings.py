@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["seed_generators", "settings_kept"]
+__all__ = ["seed_generators", "settings", "settings_kept"]
 
 
 @contextmanager
 def settings_kept() -> Iterator[None]:
     """Restore the random generators of torch, Python and NumPy and torch's settings on leaving."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    before = [read() for read, _ in _SETTINGS]
+    before = settings()
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
         if device := _initialized_accelerator():
@@ -32,6 +32,11 @@ def settings_kept() -> Iterator[None]:
             for (read, write), value in zip(_SETTINGS, before, strict=True):
                 if read() != value:
                     write(value)
+
+
+def settings() -> list[Any]:
+    """Return torch's settings, as they are now."""
+    return [read() for read, _ in _SETTINGS]
 
 
 def seed_generators(seed: int) -> None:

@@ -20,6 +20,7 @@ from normswap.graph.ops import is_functional_norm, norm_argument
 from normswap.graph.tracer import ScopeTracer
 from normswap.norms.functional import FunctionalNorm
 from normswap.runs.guard import untouched
+from normswap.runs.settings import seed_generators
 
 __all__ = ["find_functional_norms", "is_rewritten", "replace_functional_norms", "trace_own_forward"]
 
@@ -34,9 +35,12 @@ def trace_own_forward(owner: nn.Module, training: bool) -> fx.Graph:
     """
     with untouched(owner):
         owner.__dict__["training"] = training
+        graphs = []
         try:
-            with untouched(owner) as before:
-                graph = ScopeTracer(own_forward_only=True, in_place=True).trace(owner)
+            for seed in (0, 1):
+                with untouched(owner) as before:
+                    seed_generators(seed)
+                    graphs.append(ScopeTracer(own_forward_only=True, in_place=True).trace(owner))
         except Exception as cause:
             raise PlanError(
                 f"the forward of {type(owner).__name__}, which calls a norm functionally, cannot be traced: {cause}",
@@ -47,6 +51,14 @@ def trace_own_forward(owner: nn.Module, training: bool) -> fx.Graph:
         raise PlanError(
             f"the forward of {type(owner).__name__}, which calls a norm functionally, keeps state: it writes an "
             "attribute or computes with a tensor that no attribute gives, and a rewritten forward would not",
+            code="untraceable-forward",
+            hint="exclude this norm, or move it into a submodule",
+        )
+    graph, other = graphs
+    if graph.python_code("self").src != other.python_code("self").src:
+        raise PlanError(
+            f"the forward of {type(owner).__name__}, which calls a norm functionally, computes with a random number, "
+            "and a rewritten forward would always take the same",
             code="untraceable-forward",
             hint="exclude this norm, or move it into a submodule",
         )
