@@ -28,6 +28,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from normswap.runs.calling import other_arguments, run_on
 from normswap.runs.cycles import new_cycles
 from normswap.runs.guard import copy_of, set_mode, untouched
+from normswap.runs.inputs import Inputs
+from normswap.runs.other_sizes import other_sizes
 from normswap.runs.settings import seed_generators
 from normswap.runs.writes import kept
 
@@ -46,9 +48,9 @@ def confirm_feeds(
     """Return the (layer, norm) pairs where the layer feeds the norm and nothing else, tested by runs on ``inputs``.
 
     Runs are in eval and, where the model runs in it, in train mode, on the inputs and on their negatives, which may
-    take another way through a model that branches on values, and with other values of its forward's optional arguments
-    where those are few (Note [Perturbation test]). If all pairs together pass, each does; if not, they are halved until
-    the wrong ones stand alone.
+    take another way through a model that branches on values, with other values of its forward's optional arguments
+    where those are few, and in eval mode on inputs near zero and of other sizes (Note [Perturbation test]). If all
+    pairs together pass, each does; if not, they are halved until the wrong ones stand alone.
 
     Returns:
         The pairs that passed wherever they were called, each with the modes (train mode: True) in which it was called.
@@ -58,20 +60,26 @@ def confirm_feeds(
     except Exception:  # a model that cannot be copied cannot be tried
         return {}
     good, called = list(pairs), {pair: set[bool]() for pair in pairs}
-    for training, sign, flags in product((False, True), (1, -1), ({}, *other_arguments(model, inputs))):
-        trial = _Trial(clone, inputs, training, sign, flags)
-        if not trial.runs:
-            continue
-        good, seen = _search(trial, good)
+    for way in _ways(clone, inputs):
+        if not good:
+            break
+        good, seen = _search(trial := _Trial(clone, *way), good)
         for pair in seen:
-            called[pair].add(training)
+            called[pair].add(trial.training)
     return {pair: frozenset(called[pair]) for pair in good if called[pair]}
+
+
+def _ways(model: nn.Module, inputs: Inputs) -> Iterator[tuple[Inputs, bool, float, Mapping[str, Any]]]:
+    """Yield the ways to run ``model``: inputs, train flag, factor of the inputs, further arguments."""
+    yield from product((inputs,), (False, True), (1, -1), ({}, *other_arguments(model, inputs)))
+    yield inputs, False, 0.01, {}
+    yield from ((other, False, 1, {}) for other in other_sizes(model, inputs))
 
 
 def _search(trial: _Trial, pairs: list[Pair]) -> tuple[list[Pair], set[Pair]]:
     """Return the pairs that pass ``trial``, and those of them that it calls."""
-    if not pairs:
-        return [], set()
+    if not (pairs and trial.runs):
+        return pairs, set()
     seen = trial.passes(pairs)
     if seen is not None:
         return pairs, seen
@@ -89,7 +97,7 @@ class _Trial:
         model: A copy of the model, whose weights are written to and put back.
         inputs: The model's inputs.
         training: The train flag.
-        sign: What the inputs are multiplied with.
+        factor: What the inputs are multiplied with.
         flags: Further arguments by keyword.
     """
 
@@ -98,16 +106,16 @@ class _Trial:
         model: nn.Module,
         inputs: tuple[Any, ...] | Mapping[str, Any],
         training: bool,
-        sign: int,
+        factor: float,
         flags: Mapping[str, Any],
     ) -> None:
         self.model, self.training, self.flags = model, training, flags
 
-        def signed(x: Tensor) -> Tensor:
-            return x * sign if x.is_floating_point() else x.clone()
+        def multiplied(x: Tensor) -> Tensor:
+            return x * factor if x.is_floating_point() else x.clone()
 
         self.inputs = inputs
-        self._signed = signed
+        self._multiplied = multiplied
         self._observer = _Observer()
         reference = self._run()
         self.runs = reference is not None
@@ -115,7 +123,7 @@ class _Trial:
 
     def _run(self, perturbations: Sequence[_Perturbation] = ()) -> list[_Summary] | None:
         """Return what one run computes, None where the model does not run or a perturbation has gone astray."""
-        inputs = pytree.tree_map_only(Tensor, self._signed, self.inputs)
+        inputs = pytree.tree_map_only(Tensor, self._multiplied, self.inputs)
         with new_cycles() as collect, untouched(self.model), torch.no_grad():
             seed_generators(0)
             set_mode(self.model, self.training)

@@ -87,7 +87,7 @@ def _may_be_written(flow: Dataflow, call: Call, layer: str) -> bool:
 
     A norm gives a new tensor; where it is gone its input stands there itself. Layers and norms write to no input.
     """
-    path, node = {call.node}, call.node.next
+    path, sizes, node = {call.node}, set[fx.Node](), call.node.next
     while True:
         module = flow.capture.module_of(call.trace, node)
         if module is not None and flow.capture.aliases[call.trace.fqn(str(node.target))] == layer:
@@ -95,7 +95,9 @@ def _may_be_written(flow: Dataflow, call: Call, layer: str) -> bool:
         plain = module is not None and (is_layer(module) or norm_of(module) is not None)
         if _first_argument(node) in path:
             path.add(node)  # what moves the axes, as is known by now
-        elif not (plain or node.op == "get_attr" or reads_no_value(node)):
+        elif reads_no_value(node) or (node.all_input_nodes and sizes.issuperset(node.all_input_nodes)):
+            sizes.add(node)
+        elif not (plain or node.op == "get_attr"):
             return True
         node = node.next
 

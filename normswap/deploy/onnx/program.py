@@ -12,11 +12,12 @@ from normswap.deploy.onnx.inputs import axes_of
 from normswap.deploy.onnx.normalized import lower_normalized, write_scans
 from normswap.deploy.onnx.quiet import quiet
 from normswap.deploy.onnx.recurrent import TRANSLATIONS, lower_recurrent
-from normswap.deploy.onnx.sizes import Condition, assumptions, recorded
+from normswap.deploy.onnx.sizes import assumptions, recorded
 from normswap.errors import ExportError, InputError, argument, first_line, full_cause
 from normswap.nn.plain import made_torchs
 from normswap.runs.arguments import named_leaves
 from normswap.runs.guard import copy_of, untouched
+from normswap.runs.sizes import Condition
 
 if TYPE_CHECKING:
     import onnx_ir as ir

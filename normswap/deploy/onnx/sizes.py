@@ -10,9 +10,7 @@ it and on which the model itself runs: there the file must compute what the mode
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from typing import Any
 from unittest import mock
 
@@ -21,30 +19,9 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from normswap.deploy.onnx.inputs import axes_of, resized
+from normswap.runs.sizes import Condition, Sizes, as_condition
 
-__all__ = ["Condition", "assumptions", "at_sizes", "breaking", "recorded", "sizes_of"]
-
-Sizes = Mapping[str, int]
-"""The size of each dynamic axis by its name."""
-
-LARGEST = 1 << 18
-"""How many values the inputs of a comparison may have that the example does not ask for."""
-
-_ATTEMPTS = 4
-"""At how many sizes that break a condition the model is tried."""
-
-
-@dataclass(frozen=True)
-class Condition:
-    """What torch took for granted of the sizes.
-
-    Args:
-        text: The condition, for a person.
-        holds: Whether it holds at given sizes.
-    """
-
-    text: str
-    holds: Callable[[Sizes], bool]
+__all__ = ["assumptions", "at_sizes", "recorded", "sizes_of"]
 
 
 @contextlib.contextmanager
@@ -120,70 +97,10 @@ def _assumptions(program: torch.export.ExportedProgram, inputs: Any, dims: Any) 
     by_name = {symbol: names[0] for symbol, names in symbols.items()}
     asserts = [one for several in getattr(env, "deferred_runtime_asserts", {}).values() for one in several]
     guards = [guard.expr for guard in (*getattr(env, "guards", ()), *asserts)]
-    return found + [c for expr in guards if (c := _guard(expr, by_name)) is not None]
+    return found + [c for expr in guards if (c := as_condition(expr, by_name)) is not None]
 
 
 def _bound(name: str, bound: int, *, above: bool) -> Condition:
     if above:
         return Condition(f"{name} ≤ {bound}", lambda sizes: sizes[name] <= bound)
     return Condition(f"{name} ≥ {bound}", lambda sizes: sizes[name] >= bound)
-
-
-def _guard(expr: Any, names: Mapping[Any, str]) -> Condition | None:
-    """Return a guard as a condition; None where it asks for something else than the dynamic axes' sizes."""
-    from torch.utils._sympy.printers import PythonPrinter
-
-    if not expr.free_symbols or not expr.free_symbols <= names.keys():
-        return None
-    import sympy  # type: ignore[import-untyped]
-
-    plain = {symbol: sympy.Symbol(names[symbol], integer=True) for symbol in expr.free_symbols}
-    text = PythonPrinter().doprint(expr.xreplace(plain))
-    code = compile(text, "<guard>", "eval")
-    return Condition(text, lambda sizes: bool(eval(code, {"math": math, "torch": torch}, dict(sizes))))
-
-
-def breaking(
-    conditions: Sequence[Condition], traced: Sizes, tried: Sequence[Sizes], values: int, runs: Callable[[Sizes], bool]
-) -> Iterator[tuple[Sizes, str]]:
-    """Yield sizes at which a condition does not hold and the model runs, with the condition's text.
-
-    Args:
-        conditions: What torch took for granted.
-        traced: The sizes of the export.
-        tried: Sizes at which the file is compared already: what does not hold there needs no others.
-        values: How many values the inputs have at the traced sizes.
-        runs: Whether the model runs at given sizes.
-    """
-    limit = max(LARGEST, 4 * values)
-    done, failed = list(tried), list[Sizes]()
-    for condition in conditions:
-        if any(not condition.holds(sizes) for sizes in done):
-            continue
-        for attempt, sizes in enumerate(_breaking(condition, traced, limit // max(values, 1))):
-            if attempt == _ATTEMPTS:
-                break
-            if sizes not in failed and runs(sizes):
-                done.append(sizes)
-                yield sizes, condition.text
-                break
-            failed.append(sizes)
-
-
-def _breaking(condition: Condition, traced: Sizes, growth: int) -> Iterator[Sizes]:
-    """Yield sizes that break the condition, of one axis: its double first, which halving allows, then the nearest."""
-    near = range(1, 65)
-    for pick in (lambda n: (2 * n,), lambda n: [m for d in near for m in (n + d, n - d)], lambda n: _far(n, growth)):
-        for name, n in traced.items():
-            for size in pick(n):
-                if size > 0 and size <= growth * n and not condition.holds(sizes := {**traced, name: size}):
-                    yield sizes
-                    break
-
-
-def _far(n: int, growth: int) -> Iterator[int]:
-    """Yield the sizes around each power of two beyond ``n``: there lie the limits that people write."""
-    size = 128
-    while size <= growth * n:
-        yield from (size, size + 1)
-        size *= 2

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from normswap.checks.comparison import TOLERANCES, verify
 from normswap.checks.self_check import eval_output, holds_nan, own_rounding
 from normswap.checks.verification import Verification
-from normswap.deploy.onnx.sizes import Condition, Sizes, at_sizes, breaking, sizes_of
+from normswap.deploy.onnx.sizes import at_sizes, sizes_of
 from normswap.errors import ExportError, InputError, VerificationError, argument, marked
+from normswap.runs.sizes import Condition, Sizes, breaking
 
 __all__ = ["Dynamic", "verified", "verify_beyond"]
 
