@@ -381,7 +381,11 @@ def test_one_sample_that_hides_a_condition_does_not_prove_it(tmp_path: Path) -> 
 
 def test_a_size_of_one_alone_breaks_a_condition_if_nothing_else_does() -> None:
     conditions = [Condition("batch ≥ 2", lambda sizes: sizes["batch"] >= 2)]
-    assert not list(breaking(conditions, {"batch": 2}, [{"batch": 1}], 8, lambda _: True))  # it is compared already
-    assert [s for s, _ in breaking(conditions, {"batch": 2}, [], 8, lambda _: True)] == [{"batch": 1}]
+    assert not list(
+        breaking(lambda _: conditions, {"batch": 2}, [{"batch": 1}], 8, lambda _: True)
+    )  # it is compared already
+    assert [s for s, _ in breaking(lambda _: conditions, {"batch": 2}, [], 8, lambda _: True)] == [{"batch": 1}]
     conditions = [Condition("batch ≥ 3", lambda sizes: sizes["batch"] >= 3)]
-    assert [s for s, _ in breaking(conditions, {"batch": 3}, [{"batch": 1}], 8, lambda _: True)] == [{"batch": 2}]
+    assert [s for s, _ in breaking(lambda _: conditions, {"batch": 3}, [{"batch": 1}], 8, lambda _: True)] == [
+        {"batch": 2}
+    ]

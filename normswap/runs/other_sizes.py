@@ -10,7 +10,7 @@ at a branch on a value, the conditions until then are known. The model need not 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, cast
 
@@ -22,10 +22,10 @@ from normswap.runs.calling import run_on
 from normswap.runs.guard import set_mode, untouched
 from normswap.runs.sizes import Condition, Sizes, as_condition, breaking
 
-__all__ = ["other_sizes"]
+__all__ = ["AxisNames", "asked_of_sizes", "other_sizes"]
 
 _Inputs = tuple[Any, ...] | Mapping[str, Any]
-_Names = list[dict[int, str]]
+AxisNames = Sequence[Mapping[int, str]]
 """The names of the axes that may have another size, by the axis, for each leaf of the inputs."""
 
 
@@ -47,15 +47,18 @@ def other_sizes(model: nn.Module, inputs: _Inputs) -> Iterator[_Inputs]:
 
     tried = list(_usual(given))
     yield from map(at, tried)
-    conditions = _conditions(model, leaves, spec, names)
-    for sizes, _ in breaking(conditions, given, tried, values, lambda sizes: _runs(model, at(sizes))):
+
+    def conditions_at(sizes: Sizes) -> list[Condition]:
+        return asked_of_sizes(model, at(sizes), names)
+
+    for sizes, _ in breaking(conditions_at, given, tried, values, lambda sizes: _runs(model, at(sizes))):
         yield at(sizes)
 
 
-def _named_axes(leaves: list[Any]) -> _Names:
+def _named_axes(leaves: list[Any]) -> list[dict[int, str]]:
     """Name the axes: "batch" the first, where all tensors have one size there; each other by its leaf and place."""
     samples = {leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim}
-    found: _Names = []
+    found: list[dict[int, str]] = []
     for place, leaf in enumerate(leaves):
         strided = isinstance(leaf, Tensor) and leaf.layout is torch.strided and leaf.numel() > 0
         axes = range(leaf.ndim) if strided else range(0)
@@ -94,8 +97,14 @@ def _runs(model: nn.Module, inputs: _Inputs) -> bool:
     return False
 
 
-def _conditions(model: nn.Module, leaves: list[Any], spec: Any, names: _Names) -> list[Condition]:
-    """Return what the model asks of the sizes, as far as torch's symbols for them tell."""
+def asked_of_sizes(model: nn.Module, inputs: _Inputs, names: AxisNames) -> list[Condition]:
+    """Return what the code of ``model`` asks of the sizes on ``inputs``, as far as torch's symbols for them tell.
+
+    Args:
+        model: The model; only read.
+        inputs: Its inputs.
+        names: The names of the axes whose sizes may be others.
+    """
     from torch._dynamo.source import ConstantSource
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
@@ -105,6 +114,7 @@ def _conditions(model: nn.Module, leaves: list[Any], spec: Any, names: _Names) -
     symbols: dict[Any, str] = {}
     with suppress(Exception), untouched(model):  # torch's symbols are no public interface
         set_mode(model, False)
+        leaves, spec = pytree.tree_flatten(inputs)
         fakes = list(leaves)
         for place, axes in enumerate(names):
             if axes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ LARGEST = 1 << 18
 
 _ATTEMPTS = 4
 """At how many sizes that break a condition the model is tried."""
+_PLACES = 8
+"""At how many sizes a model is asked for its conditions."""
 
 
 @dataclass(frozen=True)
@@ -49,32 +52,52 @@ def as_condition(expr: Any, names: Mapping[Any, str]) -> Condition | None:
 
 
 def breaking(
-    conditions: Sequence[Condition], traced: Sizes, tried: Sequence[Sizes], values: int, runs: Callable[[Sizes], bool]
+    conditions_at: Callable[[Sizes], Sequence[Condition]],
+    traced: Sizes,
+    tried: Sequence[Sizes],
+    values: int,
+    runs: Callable[[Sizes], bool],
 ) -> Iterator[tuple[Sizes, str]]:
     """Yield sizes at which a condition does not hold and the model runs, with the condition's text.
 
+    Where one is broken the model may ask for more, as in ``height > 20 and width > 20``; so a few of those places are
+    asked in their turn.
+
     Args:
-        conditions: What was taken for granted of the sizes.
-        traced: The sizes at which it was.
+        conditions_at: What is taken for granted where the model is run at given sizes.
+        traced: The sizes to begin with.
         tried: Sizes that are tried already: what does not hold there needs no others, unless that is a size of 1, at
             which what a model computes may be the same by chance: a mean over one sample is the sample.
         values: How many values the inputs have at the traced sizes.
         runs: Whether the model runs at given sizes.
     """
-    limit = max(LARGEST, 4 * values)
-    done = [sizes for sizes in tried if not any(n == 1 != traced[name] for name, n in sizes.items())]
-    failed = [sizes for sizes in tried if sizes not in done]  # which need no second look
-    for condition in conditions:
-        if any(not condition.holds(sizes) for sizes in done):
-            continue
-        for attempt, sizes in enumerate(_breaking(condition, traced, limit // max(values, 1))):
-            if attempt == _ATTEMPTS:
-                break
-            if sizes not in failed and runs(sizes):
-                done.append(sizes)
-                yield sizes, condition.text
-                break
-            failed.append(sizes)
+    growth = max(LARGEST, 4 * values) // max(values, 1)
+    failed: list[Sizes] = []
+    done = list(tried)
+    places: list[tuple[Sizes, tuple[Condition, ...]]] = [(traced, ())]  # with the conditions that led there
+    for place, passed in places:  # which grow
+        conditions = conditions_at(place)
+        new = [sizes for sizes in tried if place is traced and any(not c.holds(sizes) for c in conditions)]
+        for condition in conditions:
+            alike = [sizes for sizes in done if all(c.holds(sizes) == c.holds(place) for c in passed)]
+            if any(not (condition.holds(sizes) or _is_one(sizes, traced)) for sizes in alike):
+                continue
+            for sizes in islice(_breaking(condition, place, growth), _ATTEMPTS):
+                if sizes in done:
+                    break
+                if sizes not in failed and runs(sizes):
+                    done.append(sizes)
+                    new.append(sizes)
+                    yield sizes, condition.text
+                    break
+                failed.append(sizes)
+        room = _PLACES - len(places)
+        places += [(sizes, (*passed, *(c for c in conditions if not c.holds(sizes)))) for sizes in new[:room]]
+
+
+def _is_one(sizes: Sizes, traced: Sizes) -> bool:
+    """Tell whether an axis has the size 1 that had another."""
+    return any(n == 1 != traced[name] for name, n in sizes.items())
 
 
 def _breaking(condition: Condition, traced: Sizes, growth: int) -> Iterator[Sizes]:

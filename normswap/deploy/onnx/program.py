@@ -17,6 +17,7 @@ from normswap.errors import ExportError, InputError, argument, first_line, full_
 from normswap.nn.plain import made_torchs
 from normswap.runs.arguments import named_leaves
 from normswap.runs.guard import copy_of, untouched
+from normswap.runs.settings import seed_generators
 from normswap.runs.sizes import Condition
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def to_onnx(
     in_names = [name for name, x in named_leaves(inputs) if isinstance(x, Tensor)]
     try:
         with untouched(model), torch.no_grad():
-            output = model(**pytree.tree_map_only(Tensor, torch.clone, inputs))
+            output, again = (_seeded_call(model, inputs) for _ in range(2))
             out_names = [name if name not in in_names else f"{name}_out" for name, _ in named_leaves(output)]
     except Exception as cause:
         raise InputError(
@@ -42,6 +43,13 @@ def to_onnx(
             code="export-forward",
             hint="give inputs that model(...) accepts in eval mode, and with 2 samples for dynamic_batch",
         ) from cause
+    if not _equal(output, again):
+        raise ExportError(
+            f"{type(model).__name__} keeps state from call to call: on the same inputs a second call returns something "
+            "else, and a file computes what the first call does",
+            code="export-state",
+            hint="let forward take that state as an input and return it, or leave it out in eval mode",
+        )
     form = lowered(model)
     try:
         with quiet(), untouched(form), recorded() as traced, torch.no_grad():
@@ -81,6 +89,19 @@ def to_onnx(
             hint=f"pass {argument('opset', got)}",
         )
     return program, assumptions(traced[-1], inputs, dims) if traced else []
+
+
+def _seeded_call(model: nn.Module, inputs: dict[str, Any]) -> Any:
+    """Return copies of what ``model`` gives; random numbers are the same in each call."""
+    seed_generators(0)
+    return pytree.tree_map_only(Tensor, torch.clone, model(**pytree.tree_map_only(Tensor, torch.clone, inputs)))
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Tell whether two outputs hold the same values, NaN and others; 1e-5 for sums in no fixed order."""
+    pairs = zip(pytree.tree_leaves(a), pytree.tree_leaves(b), strict=False)
+    tensors = [(x, y) for x, y in pairs if isinstance(x, Tensor) and isinstance(y, Tensor)]
+    return all(x.shape == y.shape and torch.allclose(x, y, 1e-5, 1e-5, equal_nan=True) for x, y in tensors)
 
 
 def lowered(model: nn.Module) -> nn.Module:

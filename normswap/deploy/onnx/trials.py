@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from normswap.checks.comparison import TOLERANCES, verify
 from normswap.checks.self_check import eval_output, holds_nan, own_rounding
 from normswap.checks.verification import Verification
+from normswap.deploy.onnx.inputs import axes_of
 from normswap.deploy.onnx.sizes import at_sizes, sizes_of
 from normswap.errors import ExportError, InputError, VerificationError, argument, marked
+from normswap.runs.other_sizes import asked_of_sizes
 from normswap.runs.sizes import Condition, Sizes, breaking
 
 __all__ = ["Dynamic", "verified", "verify_beyond"]
@@ -37,6 +39,12 @@ class Dynamic:
     dims: Any
     times: Mapping[str, int]
     traced: Sizes
+
+    @property
+    def names(self) -> list[dict[int, str]]:
+        """The names of the dynamic axes by the axis, for each leaf of the inputs."""
+        axes = iter([axes for _, axes in axes_of(self.inputs, self.dims)])
+        return [next(axes) if isinstance(leaf, Tensor) else {} for leaf in pytree.tree_leaves(self.inputs)]
 
     def at(self, sizes: Sizes) -> Any:
         """Return the inputs at other sizes."""
@@ -134,7 +142,12 @@ def _further(
             done.append(sizes)
             yield sizes, next((c.text for c in conditions if not c.holds(sizes)), "")
     values = sum(x.numel() for x in pytree.tree_leaves(dynamic.at(traced)) if isinstance(x, Tensor))
-    yield from breaking(conditions, traced, done, values, runs)
+
+    def conditions_at(sizes: Sizes) -> list[Condition]:
+        asked = asked_of_sizes(model, dynamic.at(sizes), dynamic.names)
+        return [*conditions, *asked] if sizes == traced else asked
+
+    yield from breaking(conditions_at, traced, done, values, runs)
 
 
 def _cause(model: nn.Module, inputs: Any) -> str:
