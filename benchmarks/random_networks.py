@@ -3,12 +3,15 @@
     python benchmarks/random_networks.py --count 2000
     python benchmarks/random_networks.py --count 2000 --results random.jsonl    # takes up what an earlier run left
     python benchmarks/random_networks.py --seed 7 --count 100 --shrink          # a failing network, made small
+    python benchmarks/random_networks.py --count 2000 --sizes                   # forwards that ask for sizes
 
 Each network is drawn by hypothesis (``tests/random_networks.py``), fifty from each seed, and must keep every
 promise of ``tests/conversion_checks.py``: one exact recipe keeps the output, in evaluation and in training with
 the statistics held; one inexact recipe is the original at the expected statistics; the folded models compute the same;
 the plan holds every norm and layer once; the model is left untouched. What is drawn again is checked once. Of every
 fourth network ``torch.export``'s graph, which takes as long to make as everything else, must contradict no site.
+With ``--sizes`` the networks are those of ``tests/size_networks.py``: their forwards ask for sizes and classes and
+write in place, and what is converted must be right at other sizes, too; refusals are then no failure.
 With ``--shrink`` each kind of failure is reduced to a small network and printed as code. The exit code is 1 if a
 promise was broken, or if 2 % of the norms are refused.
 """
@@ -36,7 +39,10 @@ from normswap.records import text_table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 conversion_checks = import_module("conversion_checks")
-generator = import_module("random_networks")
+KINDS = {
+    "networks": import_module("random_networks").networks,
+    "sizes": import_module("size_networks").size_networks,
+}
 
 CHUNK, ORACLE_EVERY = 50, 4
 MOST_REFUSED = 0.02
@@ -91,8 +97,10 @@ class Count:
                 setattr(self, name, mine + value)
 
 
-def draw(start: int, count: int, take: Callable[[Any], None], phases: Sequence[Phase] = (Phase.generate,)) -> None:
-    """Draw ``count`` networks from a seed and hand each to ``take``."""
+def draw(
+    start: int, count: int, take: Callable[[Any], None], kind: str, phases: Sequence[Phase] = (Phase.generate,)
+) -> None:
+    """Draw ``count`` networks of a kind from a seed and hand each to ``take``."""
 
     @seed(start)
     @settings(
@@ -103,14 +111,14 @@ def draw(start: int, count: int, take: Callable[[Any], None], phases: Sequence[P
         suppress_health_check=list(HealthCheck),
         print_blob=False,
     )
-    @given(generator.networks())
+    @given(KINDS[kind]())
     def each(network: Any) -> None:
         take(network)
 
     each()
 
 
-def count_chunk(start: int, size: int) -> Count:
+def count_chunk(start: int, size: int, kind: str = "networks") -> Count:
     """Check the networks of one seed."""
     count, sources, began = Count(), set(), time.perf_counter()
 
@@ -121,7 +129,7 @@ def count_chunk(start: int, size: int) -> Count:
             return
         sources.add(repr(network))
         try:
-            found = conversion_checks.check(network, oracle=len(sources) % ORACLE_EVERY == 0)
+            found = conversion_checks.check(network, oracle=kind == "networks" and len(sources) % ORACLE_EVERY == 0)
         except conversion_checks.BrokenPromiseError as broken:
             count.broken.append([broken.kind, str(broken), network.source])
             return
@@ -131,12 +139,12 @@ def count_chunk(start: int, size: int) -> Count:
         for name in ("sites", "refusals", "alone", "pairs_left"):
             getattr(count, name).update(getattr(found, name))
 
-    draw(start, size, take)
+    draw(start, size, take, kind)
     count.distinct, count.seconds = len(sources), time.perf_counter() - began
     return count
 
 
-def shrunk(start: int, size: int, kind: str) -> str:
+def shrunk(start: int, size: int, kind: str, of: str) -> str:
     """Return the smallest network that hypothesis finds for a kind of failure, as code."""
     smallest: list[tuple[int, Any]] = []
 
@@ -149,7 +157,7 @@ def shrunk(start: int, size: int, kind: str) -> str:
                 raise
 
     with suppress(conversion_checks.BrokenPromiseError):
-        draw(start, size, take, (Phase.generate, Phase.shrink))
+        draw(start, size, take, of, (Phase.generate, Phase.shrink))
     return min(smallest, key=lambda one: one[0])[1] if smallest else "it did not show again"
 
 
@@ -199,6 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="the seed of the first fifty")
     parser.add_argument("--results", type=Path, metavar="FILE", help="keep each fifty here, and go on from it")
     parser.add_argument("--shrink", action="store_true", help="make a small network of each kind of failure")
+    parser.add_argument("--sizes", action="store_true", help="forwards that ask for sizes and write in place")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
@@ -207,12 +216,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.results is not None and options.results.exists():
         rows = [json.loads(line) for line in options.results.read_text(encoding="utf-8").splitlines()]
         done = {row["chunk"]: row["count"] for row in rows}
-    total, failed = Count(), {}
+    total, failed, of = Count(), {}, "sizes" if options.sizes else "networks"
     for start in range(options.seed, options.seed + -(-options.count // CHUNK)):
         size = min(CHUNK, options.count - (start - options.seed) * CHUNK)
-        key = f"{start}:{size}"
+        key = f"{start}:{size}" + (f":{of}" if options.sizes else "")
         if key not in done:
-            done[key] = vars(count_chunk(start, size))
+            done[key] = vars(count_chunk(start, size, of))
             if options.results is not None:
                 with options.results.open("a", encoding="utf-8") as file:
                     file.write(json.dumps({"chunk": key, "count": done[key]}) + "\n")
@@ -222,10 +231,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(report(total))
     for kind, (start, size) in failed.items():
         shortest = min((one for one in total.broken if one[0] == kind), key=lambda one: len(one[2]))
-        code = shrunk(start, size, kind) if options.shrink else f"# {shortest[1]}\n{shortest[2]}"
+        code = shrunk(start, size, kind, of) if options.shrink else f"# {shortest[1]}\n{shortest[2]}"
         print(f"\n{'=' * 100}\n{code}")
     refused = sum(total.refusals.values()) + total.unlisted - sum(on_purpose(total).values())
-    return int(bool(total.broken) or refused >= MOST_REFUSED * total.norms)
+    return int(bool(total.broken) or (not options.sizes and refused >= MOST_REFUSED * total.norms))
 
 
 if __name__ == "__main__":

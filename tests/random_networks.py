@@ -52,12 +52,14 @@ class Network:
         shape: The shape of one sample.
         norms: How many norms it has, functional ones among them.
         features: What is unusual about it.
+        others: The shapes of further inputs, on some of which it may not run.
     """
 
     source: str
     shape: tuple[int, ...]
     norms: int
     features: frozenset[str]
+    others: tuple[tuple[int, ...], ...] = ()
 
     def model(self, seed: int = 0) -> nn.Module:
         """Return the network in eval mode and double precision, with random weights and statistics."""

@@ -13,6 +13,7 @@ import torch
 from conversion_checks import BrokenPromiseError, accounted_for, check, same
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from random_networks import Network, networks
+from size_networks import size_networks
 from torch import nn
 
 import normswap as ns
@@ -39,6 +40,42 @@ def test_a_random_network_keeps_every_promise(network: Network) -> None:
     assume(network.source not in PASSED)
     check(network)
     PASSED.add(network.source)
+
+
+@settings(DETERMINISTIC, max_examples=6)
+@given(size_networks())
+def test_a_network_that_asks_for_sizes_and_writes_in_place_keeps_every_promise(network: Network) -> None:
+    assume(network.source not in PASSED)
+    check(network, oracle=False)
+    PASSED.add(network.source)
+
+
+def test_those_networks_run_at_other_sizes_and_differ() -> None:
+    found: dict[str, Network] = {}
+
+    @settings(DETERMINISTIC, phases=[Phase.generate])
+    @given(size_networks())
+    def collect(network: Network) -> None:
+        found[network.source] = network
+
+    collect()
+    assert len(found) > 50
+    features = Counter(feature.partition(" ")[0] for network in found.values() for feature in network.features)
+    assert {"if", "for", "write:", "try", "context", "chance", "arithmetic:"} <= features.keys()
+    sizes = [len([*conversion_checks.all_inputs(network, network.model())]) for network in found.values()]
+    assert sum(sizes) > 5 * len(found)
+
+
+def test_a_branch_that_another_size_takes_is_a_wrong_output_where_it_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = PAIRS.source.replace(
+        "        return self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))",
+        "        h = self.conv2(self.bn1(self.conv1(x)).relu())\n"
+        "        return self.bn2(h) + h if x.shape[-1] > 6 else self.bn2(h)",
+    )
+    network = dataclasses.replace(PAIRS, source=source, others=((3, 3, 9, 9),))
+    check(network, oracle=False)
+    monkeypatch.setattr("normswap.graph.perturbation.other_sizes", lambda *_: ())
+    assert kind_of(network) == "wrong output"
 
 
 def test_the_networks_run_in_both_modes_and_differ() -> None:
