@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from zoo import randomize_
 
 import normswap as ns
-from normswap.errors import NothingToConvertError, VerificationError
+from normswap.errors import ExportError, NothingToConvertError, VerificationError
 from normswap.graph import capture_symbolic
 from normswap.graph.perturbation import confirm_feeds
 from normswap.runs.other_sizes import other_sizes
@@ -129,7 +129,7 @@ def test_the_sizes_that_are_tried_break_each_condition_and_fit_nested_inputs() -
                 return x
             return x * 2
 
-    inputs = (image(2, 3, 8), {"mask": torch.ones(2, 4), "scale": 2.0})
+    inputs = (image(2, 3, 8), {"mask": torch.ones(2, 4, dtype=torch.bool), "scale": 2.0})
     shapes = [(tuple(x.shape), tuple(more["mask"].shape)) for x, more in other_sizes(Two(), inputs)]
     assert {x[0] for x, _ in shapes} == {1, 2, 3}
     assert all(x[0] == mask[0] for x, mask in shapes)
@@ -389,3 +389,50 @@ def test_a_size_of_one_alone_breaks_a_condition_if_nothing_else_does() -> None:
     assert [s for s, _ in breaking(lambda _: conditions, {"batch": 3}, [{"batch": 1}], 8, lambda _: True)] == [
         {"batch": 2}
     ]
+
+
+@pytest.mark.parametrize(
+    ("test", "sizes"),
+    [
+        (lambda x: x.shape[2] > 20 and x.shape[3] > 20, "height 21, width 21"),
+        (lambda x: x.shape[0] == 1 and x.shape[2] == 9, "batch 1, height 9"),
+    ],
+)
+def test_a_branch_behind_a_branch_on_a_size_keeps_a_file_from_being_written(
+    test: Callable[[Tensor], bool], sizes: str, tmp_path: Path
+) -> None:
+    class Nested(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 2 if test(x) else x * 3
+
+    with pytest.raises(VerificationError, match=sizes):
+        ns.export_onnx(Nested(), tmp_path / "n.onnx", example_inputs=torch.ones(2, 3, 6, 6), dynamic_spatial=True)
+    assert not any(tmp_path.iterdir())
+
+
+class Counts(nn.Module):
+    """What it has been called so often counts."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.calls, self.seen = kind, 0, list[int]()
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.seen.append(len(x.shape))
+        self.count += 1
+        factors = {"attribute": self.calls, "list": len(self.seen), "buffer": self.count, "nothing": 2}
+        return x * factors[self.kind] + torch.dropout(x, 0.5, self.training)
+
+
+@pytest.mark.parametrize("kind", ["attribute", "list", "buffer", "nothing"])
+def test_a_model_that_keeps_state_from_call_to_call_is_not_exported(kind: str, tmp_path: Path) -> None:
+    model = Counts(kind).eval()
+    if kind == "nothing":  # what is written and not read is no matter
+        ns.export_onnx(model, tmp_path / "c.onnx", example_inputs=torch.ones(2, 3))
+    else:
+        with pytest.raises(ExportError, match="keeps state from call to call"):
+            ns.export_onnx(model, tmp_path / "c.onnx", example_inputs=torch.ones(2, 3))
+        assert not any(tmp_path.iterdir())
+    assert model.calls == int(model.count) == len(model.seen) == 0

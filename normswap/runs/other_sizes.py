@@ -56,13 +56,17 @@ def other_sizes(model: nn.Module, inputs: _Inputs) -> Iterator[_Inputs]:
 
 
 def _named_axes(leaves: list[Any]) -> list[dict[int, str]]:
-    """Name the axes: "batch" the first, where all tensors have one size there; each other by its leaf and place."""
+    """Name the axes: "batch" the first, where all tensors have one size there; each other by its leaf and place.
+
+    The second axis of a map holds channels, and so does that of a vector.
+    """
     samples = {leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim}
     found: list[dict[int, str]] = []
     for place, leaf in enumerate(leaves):
         strided = isinstance(leaf, Tensor) and leaf.layout is torch.strided and leaf.numel() > 0
         axes = range(leaf.ndim) if strided else range(0)
-        named = {axis: f"size{place}_{axis}" for axis in axes if axis}
+        second = len(axes) == 3 or (strided and not leaf.is_floating_point())
+        named = {axis: f"size{place}_{axis}" for axis in axes if axis > 1 or (axis == 1 and second)}
         found.append({0: "batch", **named} if axes and len(samples) == 1 else named)
     return found
 
