@@ -405,8 +405,9 @@ def test_a_branch_behind_a_branch_on_a_size_keeps_a_file_from_being_written(
         def forward(self, x: Tensor) -> Tensor:
             return x * 2 if test(x) else x * 3
 
+    x = torch.ones(2, 3, 6, 6)
     with pytest.raises(VerificationError, match=sizes):
-        ns.export_onnx(Nested().eval(), tmp_path / "n.onnx", example_inputs=torch.ones(2, 3, 6, 6), dynamic_spatial=True)
+        ns.export_onnx(Nested().eval(), tmp_path / "n.onnx", example_inputs=x, dynamic_spatial=True)
     assert not any(tmp_path.iterdir())
 
 
