@@ -123,7 +123,8 @@ class Options:
             those that go into a linear layer do not (:mod:`normswap.initialization.equalization`).
         spread: How far apart the offsets of a group's channels are set, in their standard deviations. 0 leaves a
             group's statistics to the sample alone; with more they are steadier, the swap closer, and less is
-            normalized (:mod:`normswap.initialization.steadying`).
+            normalized (:mod:`normswap.initialization.steadying`). Absorbing needs a pass of noise for it where there
+            is no data, which 0 saves.
         tune_steps: Gradient steps of init='tune', of one batch each.
         recurrent: What becomes of recurrent layers (LSTM, GRU, RNN and their cells): None leaves them, a recipe's name
             converts them. wn parametrizes the rows of their matrices as weight normalization, aws as weight

@@ -195,11 +195,12 @@ def channel_layer_normed(layer: Any, x: Tensor) -> nn.Module:
 
 
 def swapped_to_layer_norm(layer: Any, x: Tensor) -> nn.Module:
-    return normswap.swap_norms(batch_normed(layer, x), to="ln", example_inputs=x, eps=EPS)
+    """Without offsets, which are a part of the bias, and so no part of what is rescaled."""
+    return normswap.swap_norms(batch_normed(layer, x), to="ln", example_inputs=x, eps=EPS, spread=0)
 
 
 def swapped_to_channel_layer_norm(layer: Any, x: Tensor) -> nn.Module:
-    return normswap.swap_norms(batch_normed(layer, x), to="ln", example_inputs=x, axes="channel", eps=EPS)
+    return normswap.swap_norms(batch_normed(layer, x), to="ln", example_inputs=x, axes="channel", eps=EPS, spread=0)
 
 
 BATCH_NORM = (True, False, True, True, True, False)

@@ -621,7 +621,7 @@ def first_layer_outputs(recipe: str, name: str, **options: Any) -> tuple[Tensor,
     def inputs() -> tuple[Tensor, ...]:  # neighbours are correlated, as a camera's pixels are
         return tuple(tensor.double().cumsum(-1) for tensor in entry.inputs())
 
-    options = {"init": "absorb", **options}  # a match would give the channels offsets
+    options = {"init": "absorb", "spread": 0, **options}  # no signs and no offsets
     result = ns.convert(original, recipe, calibration=inputs(), example_inputs=inputs(), **options)
     step = result.plan.steps[0]
     values: list[Tensor] = []

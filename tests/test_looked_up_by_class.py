@@ -446,8 +446,10 @@ def test_no_norm_is_lost_to_convert_sync_batchnorm_after_other_recipes() -> None
 def test_statistics_taken_away_are_refused() -> None:
     """As test-time adaptation and torch.func do it."""
     norm = MeanOnlyBatchNorm(4)
-    with pytest.raises(AttributeError, match="running_var"):
-        norm.running_var = None  # type: ignore[assignment]
+    for value in (None, torch.full((4,), 2.0)):
+        with pytest.raises(InputError, match="running variance"):
+            norm.running_var = value
+    norm.running_var = torch.ones(4)
 
 
 # ------------------------------------------------------------------------------------------------ fuse() of a model

@@ -235,7 +235,8 @@ class Absorb(Initializer):
             norms = [step.site.norm for step in work.bound.modules]
             if work.enough is not None:
                 self.data = measure_statistics(work.source, norms, work.enough)
-            self.steadied = steadied(work.bound, work.source, work.enough, work.example, work.options.spread)
+            if work.options.spread:
+                self.steadied = steadied(work.bound, work.source, work.enough, work.example, work.options.spread)
 
     def values(self, step: BoundStep) -> Assignment:
         """Return the values that keep the site's function."""

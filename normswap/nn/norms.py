@@ -160,8 +160,8 @@ class MeanOnlyBatchNorm(_BatchNorm):
         return torch.ones_like(self.running_mean)
 
     @running_var.setter
-    def running_var(self, value: Tensor) -> None:
-        if not bool((value == 1).all()):
+    def running_var(self, value: Tensor | None) -> None:
+        if value is None or not bool((value == 1).all()):
             raise InputError(
                 "a mean-only BatchNorm was assigned a running variance: it divides by none",
                 code="mean-only-variance",
